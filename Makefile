@@ -1,0 +1,47 @@
+# DPDL. `make demo` and `make test` need Linux, Python 3.11 or newer, and a network the first time.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+demo: setup  ## Run the main job end to end on this machine: services, training, stream, alerts, refresh
+	@$(BIN)/dpdl demo $(ARGS)
+
+test: setup  ## Run every test: units, then the real services over sockets, then the demo in short
+	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),tests)
+
+unit: setup  ## Run the unit tests only: no cluster, no network, about a minute
+	@$(BIN)/python -m pytest tests --ignore=tests/integration $(ARGS)
+
+check: setup  ## Lint (ruff), format, and types (mypy, strict)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: setup  ## Measure scoring against the bare trunk
+	@$(BIN)/dpdl bench score $(ARGS)
+
+setup: .venv/.installed  ## Make .venv with the packages and the embedded services (the other targets call it)
+
+.venv/.installed: pyproject.toml constraints.txt infra/embedded/requirements.txt infra/embedded/jars.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "dpdl: found $$($(PYTHON) --version 2>&1), want Python 3.11 or newer: install it, or make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo "dpdl: $(PYTHON) cannot make a virtual environment: install its venv module (Debian: apt-get install python3-venv)"; exit 1; }
+	@echo "dpdl: installing packages into .venv (about 7 GB and 3 minutes, the first time only)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r infra/embedded/requirements.txt && \
+	 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,demo,dev]' || \
+	  { echo "dpdl: the packages did not install (see above): a network and 8 GB of disk are needed once; then run make again"; exit 1; }
+	@echo "dpdl: fetching Apache Kafka's jars (44 MB) and checking their hashes"
+	@$(BIN)/python -m infra.embedded.jars
+	@touch $@
+
+clean:  ## Remove .venv and the demo's state (.dpdl)
+	rm -rf .venv .dpdl build *.egg-info
+
+help:  ## Print this help
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+.PHONY: demo test unit check bench setup clean help
