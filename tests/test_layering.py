@@ -1,4 +1,4 @@
-"""The imports run one way (ARCHITECTURE of the README): read from the source, so nothing is executed."""
+"""The imports run one way (README, "The house"): read from the source, nothing is executed."""
 
 import ast
 from pathlib import Path
