@@ -1,0 +1,73 @@
+"""What a data set is: samples with labels, not yet decoded. Used by layouts.py and protocol.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from dpdl_core.images import Box
+
+
+class DatasetError(ValueError):
+    """A folder that is no data set, or a split that the data set cannot give."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image, or one box of an image, with its label."""
+
+    label: int
+    """0 normal, 1 anomaly."""
+    defect: str
+    """Class of the anomaly; "" for a normal image."""
+    source: str
+    """Name that is unique in the data set and the same on every machine: the path below its root,
+    and "#left,top,right,bottom" behind it where the sample is a box."""
+    path: Path | None = None
+    data: bytes | None = field(default=None, repr=False)
+    crop: Box | None = None
+    """Box in pixels of the encoded image; pass it on to decode_image."""
+
+    def read(self) -> bytes:
+        """The encoded image. Raises OSError when the file cannot be read."""
+        if self.data is not None:
+            return self.data
+        if self.path is None:
+            raise ValueError(f"{self.source}: a sample needs a path or data")
+        if self.path.suffix == ".npy":
+            return _npy_to_png(self.path)
+        return self.path.read_bytes()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All images of a data set, sorted by source."""
+
+    name: str
+    normals: list[Sample]
+    """All normals; where test_normals is given, those of the data set's own training split."""
+    test_normals: list[Sample] | None
+    anomalies: list[Sample]
+
+    @property
+    def defects(self) -> list[str]:
+        return sorted({sample.defect for sample in self.anomalies})
+
+
+def _npy_to_png(path: Path) -> bytes:
+    """First three bands of a (H, W, bands) array as PNG, so that it takes the one decode path.
+
+    Mastcam: the bands are 0..255 and the first three are the colour image of the paper's section
+    7. Raises OSError for a file that is no such array.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise OSError(f"{path.name}: not a plain array: {error}") from None
+    if array.ndim != 3 or array.shape[2] < 3:
+        raise OSError(f"{path.name}: shape {array.shape}, wanted (H, W, 3 or more bands)")
+    rgb = np.clip(np.rint(np.nan_to_num(array[:, :, :3])), 0, 255).astype(np.uint8)
+    return cv2.imencode(".png", rgb[:, :, ::-1])[1].tobytes()
