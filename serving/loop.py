@@ -1,0 +1,407 @@
+"""The heart of the stream: frames in order, each scored once, whatever dies in between.
+
+Knows no Kafka, Redis, S3 or Ray: three small Protocols stand for them, so that a test can abort
+between every two steps (tests/serving/test_loop.py).
+
+The guarantee: exactly-once results. The results of a span of offsets, its alerts and the
+partition's next offset are written in one step by `Sink.publish`, which refuses (`Fenced`) a span
+that does not begin at the stored offset. Reading begins at the stored offset. So everything
+before `publish` may happen twice and changes nothing, and `publish` itself cannot: after a crash
+the span is read again, and a consumer that lost its partition is refused.
+
+What goes with it: a bad record is put aside before its offset is passed, so it is never nowhere
+(twice is possible after a crash; its frame id tells). Evidence is written under a key made of the
+frame id, so that writing it again is the same. Kafka's own commit is for lag metrics only; nothing
+reads it back.
+
+Memory: at most `depth` batches are between decode and publish, and nothing is polled beyond them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra.errors import DpdlError, Fenced
+from infra.messages import FrameRecord, FrameResult
+
+log = logging.getLogger("dpdl.stream")
+T = TypeVar("T")
+
+FIRST_RETRY_S = 0.1
+LAST_RETRY_S = 2.0
+WAIT_S = 5.0
+"""How often the loop shows life while the scorer is away."""
+
+
+class Partition(NamedTuple):
+    topic: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One partition's part of a batch: all offsets from `first` up to, without, `next`.
+
+    `first` is where the span before it ended, not its first record: offsets may have gaps.
+    """
+
+    partition: Partition
+    first: int
+    next: int
+    lease: int
+    """Which assignment it was read under; a newer lease makes it void."""
+
+
+@dataclass(frozen=True, slots=True)
+class Polled:
+    records: list[Any]
+    """Kafka records, in order within each partition."""
+    spans: list[Span]
+    waited_s: float = 0.0
+    """From the first record to the full batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """A record that cannot be scored; key and value as they came, byte for byte."""
+
+    frame_id: str
+    key: bytes | None
+    value: bytes | None
+    reason: str
+    """Short slug: "truncated", "no-key", ..."""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    polled: Polled
+    frames: list[FrameRecord]
+    images: NDArray[np.uint8]
+    """(B,S,S,3) RGB, row i is frames[i]."""
+    bad: list[BadRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One batch's answer; every row by the same version. Arrays (B,) float32."""
+
+    model: str
+    version: str
+    image_size: int
+    score: NDArray[np.float32]
+    energy: NDArray[np.float32]
+    threshold: NDArray[np.float32]
+    maps: dict[int, NDArray[np.float32]]
+    """Row -> (h,w) low-resolution heat map, only where score > threshold."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrongSize:
+    """The version in use reads another size: decode the original bytes again at this one."""
+
+    image_size: int
+
+
+@dataclass(slots=True)
+class BatchReport:
+    """What the one log line per batch says."""
+
+    offsets: dict[str, list[int]]
+    version: str = ""
+    frames: int = 0
+    alerts: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    dropped_spans: int = 0
+    stage_ms: dict[str, float] = field(default_factory=dict)
+    results: list[FrameResult] = field(default_factory=list)
+    """Only what was published."""
+
+
+class Source(Protocol):
+    """The frames. Every call comes from the loop's own thread."""
+
+    def poll(self, until: Callable[[], bool]) -> Polled | None:
+        """The next batch; None when `until` turned true or nothing came for a while."""
+
+    def holds(self, span: Span) -> bool:
+        """Whether the partition is still ours under the lease that read this span."""
+
+    def rewind(self, partition: Partition) -> None:
+        """Voids what was read and not published; reading goes on at the stored offset."""
+
+    def commit(self, spans: Sequence[Span]) -> None:
+        """Tells Kafka, for lag metrics only. Never fails."""
+
+    def idle(self, seconds: float) -> None:
+        """Waits without reading, staying in the consumer group."""
+
+
+class Score(Protocol):
+    def image_size(self) -> int:
+        """The size that the version in use reads, as far as is known."""
+
+    def submit(
+        self, images: NDArray[np.uint8], cameras: Sequence[str]
+    ) -> Future[Scored | WrongSize]:
+        """One call for the whole batch; answers come in any order."""
+
+
+class Sink(Protocol):
+    def set_aside(self, bad: Sequence[BadRecord]) -> None:
+        """Returns when all are durably in the dead-letter topic."""
+
+    def keep_evidence(
+        self, frames: Sequence[FrameRecord], maps: Sequence[NDArray[np.float32]]
+    ) -> list[str]:
+        """The key of each frame's evidence, kept now or durably noted to be kept later."""
+
+    def publish(self, span: Span, results: Sequence[FrameResult]) -> None:
+        """Results, alerts and next offset in one step. Fenced: the span is not the next one."""
+
+
+Decode = Callable[[Polled, int], Batch]
+Report = Callable[[BatchReport], None]
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A batch between decode and publish."""
+
+    batch: Batch
+    answer: Future[Scored | WrongSize] | None
+    """None when every record was bad: there is an offset to pass and nothing to score."""
+    stage_ms: dict[str, float]
+
+    def done(self) -> bool:
+        return self.answer is None or self.answer.done()
+
+
+class Stopping(Exception):
+    """A step still failed when the drain's deadline came; what is in flight will be replayed."""
+
+
+class Loop:
+    """Runs the steps, in the order that the module's docstring promises.
+
+    Args:
+        depth: batches between decode and publish. Two keep the scorer busy: one is scored while
+            the next is polled and decoded.
+        drain_s: how long after `stop` the batches in flight may take to be published.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        decode: Decode,
+        score: Score,
+        sink: Sink,
+        *,
+        report: Report,
+        depth: int = 2,
+        drain_s: float = 15.0,
+    ) -> None:
+        self._source, self._decode, self._score, self._sink = source, decode, score, sink
+        self._report = report
+        self._depth = depth
+        self._drain_s = drain_s
+        self._in_flight: deque[_Flight] = deque()
+        self._stop = threading.Event()
+        self._stop_by = float("inf")
+        self.last_poll_s = time.monotonic()
+        """When the loop last went round or last retried: its sign of life."""
+
+    def stop(self) -> None:
+        """Any thread: poll no more, publish what is in flight within the deadline, return."""
+        self._stop_by = time.monotonic() + self._drain_s
+        self._stop.set()
+
+    def run(self) -> None:
+        """Scores frames until `stop`. Whatever it raises, nothing is lost or doubled."""
+        try:
+            while not self._stop.is_set():
+                polled = self._patiently("reading frames", lambda: self._source.poll(self._due))
+                if polled:
+                    self._in_flight.append(self._launch(polled))
+                # At full depth this waits for the oldest; nothing more is read meanwhile.
+                while self._in_flight and (self._due() or len(self._in_flight) >= self._depth):
+                    self._land(self._in_flight.popleft())
+            while self._in_flight:
+                self._land(self._in_flight.popleft())
+        except Stopping as why:
+            log.warning("stopped with %d batches to replay: %s", len(self._in_flight) + 1, why)
+
+    def _due(self) -> bool:
+        return self._stop.is_set() or (bool(self._in_flight) and self._in_flight[0].done())
+
+    def _launch(self, polled: Polled) -> _Flight:
+        clock = _Clock({"poll": round(polled.waited_s * 1000, 1)})
+        size = self._patiently("asking the scorer", self._score.image_size)
+        batch = self._decode(polled, size)  # 1. decode
+        clock.lap("decode")
+        if batch.bad:  # 2. bad records are kept before their offset is passed
+            self._patiently("putting bad records aside", lambda: self._sink.set_aside(batch.bad))
+            clock.lap("aside")
+        return _Flight(batch, self._submit(batch), clock.stage_ms)  # 3. score: one call
+
+    def _land(self, flight: _Flight) -> None:
+        clock = _Clock(flight.stage_ms)
+        report = BatchReport(
+            offsets={f"{s.partition.number}": [s.first, s.next] for s in flight.batch.polled.spans},
+            stage_ms=clock.stage_ms,
+        )
+        results: list[FrameResult] = []
+        bad = list(flight.batch.bad)
+        if flight.answer is not None:
+            batch, scored = self._answered(flight.batch, flight.answer)
+            clock.lap("score")
+            results, senseless = self._judge(batch, scored)  # 4. evidence
+            bad += senseless
+            report.version = scored.version
+            clock.lap("evidence")
+        published = []
+        for span in flight.batch.polled.spans:  # 5. results, alerts and next offset: one step
+            mine = [r for r in results if _within(span, r)]
+            if self._published(span, mine):
+                published.append(span)
+                report.results += mine
+        clock.lap("publish")
+        self._source.commit(published)  # 6. for lag metrics only
+        report.dropped_spans = len(flight.batch.polled.spans) - len(published)
+        report.frames = len(report.results)
+        report.alerts = sum(r.is_anomaly for r in report.results)
+        for each in bad:
+            report.bad[each.reason] = report.bad.get(each.reason, 0) + 1
+        self._report(report)
+
+    def _submit(self, batch: Batch) -> Future[Scored | WrongSize] | None:
+        if not batch.frames:
+            return None
+        return self._score.submit(batch.images, [frame.camera for frame in batch.frames])
+
+    def _answered(self, batch: Batch, answer: Future[Scored | WrongSize]) -> tuple[Batch, Scored]:
+        """Waits for the scores; asks again when the scorer was replaced or changed its size."""
+        pending: Future[Scored | WrongSize] | None = answer
+
+        def ask() -> Scored | WrongSize:
+            nonlocal pending
+            asked = pending or self._submit(batch)
+            assert asked is not None
+            pending = None  # a failed answer is not asked for again, its question is
+            while wait([asked], timeout=WAIT_S).not_done:
+                self._source.idle(0)
+                self.last_poll_s = time.monotonic()
+            return asked.result()
+
+        while True:
+            scored = self._patiently("scoring", ask)
+            if isinstance(scored, Scored):
+                return batch, scored
+            # Never resized from the decoded pixels: online scores equal offline ones.
+            batch = self._decode(batch.polled, scored.image_size)
+
+    def _judge(self, batch: Batch, scored: Scored) -> tuple[list[FrameResult], list[BadRecord]]:
+        """Results of a batch, evidence of its anomalies kept; frames without a finite score."""
+        finite = np.isfinite(scored.score) & np.isfinite(scored.energy)
+        senseless = [
+            BadRecord(
+                frame_id=frame.frame_id,
+                key=frame.camera.encode(),
+                value=frame.image,
+                reason="score-not-finite",
+                detail=f"version {scored.version}",
+            )
+            for frame, fine in zip(batch.frames, finite, strict=True)
+            if not fine
+        ]
+        if senseless:
+            self._patiently("putting bad records aside", lambda: self._sink.set_aside(senseless))
+        rows = [row for row in sorted(scored.maps) if finite[row]]
+        keys: dict[int, str] = {}
+        if rows:
+            frames, maps = [batch.frames[r] for r in rows], [scored.maps[r] for r in rows]
+            kept = self._patiently(
+                "keeping evidence", lambda: self._sink.keep_evidence(frames, maps)
+            )
+            keys = dict(zip(rows, kept, strict=True))
+        now_ns = time.time_ns()
+        return [
+            FrameResult(
+                frame_id=frame.frame_id,
+                camera=frame.camera,
+                captured_at_ns=frame.captured_at_ns,
+                scored_at_ns=now_ns,
+                score=float(scored.score[row]),
+                threshold=float(scored.threshold[row]),
+                energy=float(scored.energy[row]),
+                is_anomaly=row in keys,
+                model=scored.model,
+                version=scored.version,
+                evidence_key=keys.get(row, ""),
+            )
+            for row, frame in enumerate(batch.frames)
+            if finite[row]
+        ], senseless
+
+    def _published(self, span: Span, results: Sequence[FrameResult]) -> bool:
+        def publish() -> bool:
+            if not self._source.holds(span):
+                return False  # revoked meanwhile: its new owner reads it again
+            self._sink.publish(span, results)
+            return True
+
+        try:
+            return self._patiently("publishing", publish)
+        except Fenced as fenced:
+            log.warning("partition %d: %s; reading it again from there", span.partition[1], fenced)
+            self._source.rewind(span.partition)
+            return False
+
+    def _patiently(self, doing: str, step: Callable[[], T]) -> T:
+        """Retries a step whose error says that a retry helps, with back-off, reading nothing."""
+        wait_s = FIRST_RETRY_S
+        failed_since = 0.0
+        while True:
+            self.last_poll_s = time.monotonic()
+            try:
+                done = step()
+            except DpdlError as error:
+                if not error.retryable:
+                    raise
+                if time.monotonic() + wait_s > self._stop_by:
+                    raise Stopping(f"{doing}: {error}") from error
+                if not failed_since:
+                    failed_since = time.monotonic()
+                    log.warning("%s failed, retrying: %s", doing, error)
+                self._source.idle(wait_s)
+                wait_s = min(2 * wait_s, LAST_RETRY_S)
+                continue
+            if failed_since:
+                log.warning("%s works again after %.1f s", doing, time.monotonic() - failed_since)
+            return done
+
+
+class _Clock:
+    def __init__(self, stage_ms: dict[str, float]) -> None:
+        self.stage_ms = stage_ms
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.stage_ms[stage] = round((now - self._last) * 1000, 1)
+        self._last = now
+
+
+def _within(span: Span, result: FrameResult) -> bool:
+    topic, number, offset = result.frame_id.rsplit("/", 2)
+    return (topic, int(number)) == span.partition and span.first <= int(offset) < span.next

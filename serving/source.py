@@ -1,0 +1,208 @@
+"""Frames out of Kafka: batches across partitions, each partition read from Redis' offset on.
+
+One KafkaConsumer, used by the loop's thread only. Kafka says which partitions are ours; where to
+read them from is said by the result store alone. A lease numbers each such beginning: what was
+read under an older lease (revoked, rewound) is void, and the loop drops it.
+
+Memory: what is fetched and not yet polled is bounded by the consumer's fetch.max.bytes, a batch
+by its frames and by MAX_BATCH_BYTES; a loop that does not poll fetches nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from kafka import ConsumerRebalanceListener, KafkaConsumer
+from kafka.errors import KafkaError
+from kafka.structs import OffsetAndMetadata, TopicPartition
+
+from infra.errors import ServiceUnavailable
+from infra.settings import StreamSettings
+from serving.loop import Partition, Polled, Span
+
+log = logging.getLogger("dpdl.stream")
+
+MAX_BATCH_BYTES = 64 * 2**20
+SLICE_S = 0.01
+"""How often a waiting poll looks whether scores have come: adds to latency on average half."""
+IDLE_S = 0.5
+"""Longest poll with nothing to read; the loop shows life and sees `stop` between two."""
+
+
+class Offsets(Protocol):
+    """The part of the result store that says where a partition goes on."""
+
+    def next_offset(self, group: str, topic: str, partition: int) -> int | None: ...
+    def set_start(self, group: str, topic: str, partition: int, offset: int) -> int: ...
+
+
+class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
+    """serving.loop.Source over a KafkaConsumer with auto-commit off.
+
+    A partition that the store has never seen is read from its beginning, and that is written to
+    the store before its first record is polled.
+    """
+
+    def __init__(
+        self,
+        consumer: KafkaConsumer,
+        offsets: Offsets,
+        *,
+        topic: str,
+        group: str,
+        limits: StreamSettings,
+    ) -> None:
+        self._consumer, self._offsets = consumer, offsets
+        self._group, self._limits = group, limits
+        self._lease_numbers = itertools.count(1)
+        self._leases: dict[Partition, int] = {}
+        self._positions: dict[Partition, int] = {}
+        self._unplaced: set[Partition] = set()
+        consumer.subscribe([topic], listener=self)
+
+    # Called by kafka-python inside poll(), so in the loop's thread. Nothing that can fail or wait
+    # is done here: placing needs Redis, and an error would be lost inside the client.
+    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        self._void([Partition(*each) for each in assigned])
+
+    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        partitions = [Partition(*each) for each in revoked]
+        self._void(partitions)
+        self._unplaced.difference_update(partitions)
+
+    def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
+        self.on_partitions_revoked(lost)
+
+    def poll(self, until: Callable[[], bool]) -> Polled | None:
+        """Up to max_batch frames, waiting at most max_wait_s after the first.
+
+        ServiceUnavailable when Kafka or Redis is away; nothing polled is forgotten then.
+        """
+        self._place()
+        records: list[Any] = []
+        spans: dict[Partition, Span] = {}
+        room, num_bytes, first_s = self._limits.max_batch, 0, 0.0
+        idle_until = time.monotonic() + IDLE_S
+        while room > 0 and num_bytes < MAX_BATCH_BYTES:
+            now = time.monotonic()
+            left_s = first_s + self._limits.max_wait_s - now if records else SLICE_S
+            if left_s <= 0 or (not records and (until() or now > idle_until)):
+                break
+            try:
+                got = self._consumer.poll(timeout_ms=max(1, int(left_s * 1000)), max_records=room)
+            except KafkaError as error:
+                if records:
+                    break  # score these; the next poll says it again
+                raise ServiceUnavailable(f"Kafka: {error!r}") from error
+            for source, polled in got.items():
+                fresh = self._take(Partition(*source), polled, spans)
+                records += fresh
+                room -= len(fresh)
+                num_bytes += sum(len(record.value or b"") for record in fresh)
+            if records and not first_s:
+                first_s = now
+        if not records:
+            return None
+        return Polled(records, list(spans.values()), waited_s=time.monotonic() - first_s)
+
+    def holds(self, span: Span) -> bool:
+        return self._leases.get(span.partition) == span.lease
+
+    def rewind(self, partition: Partition) -> None:
+        if partition in self._leases:
+            self._void([partition])
+
+    def commit(self, spans: Sequence[Span]) -> None:
+        done = {
+            TopicPartition(*span.partition): OffsetAndMetadata(span.next, "", -1)
+            for span in spans
+            if self.holds(span)
+        }
+        if done:
+            try:
+                self._consumer.commit_async(done, callback=lambda offsets, response: None)
+            except KafkaError as error:
+                log.debug("Kafka's own commit failed, for lag metrics only: %r", error)
+
+    def idle(self, seconds: float) -> None:
+        """Polls with everything paused, so that the group does not throw us out meanwhile."""
+        until = time.monotonic() + seconds
+        try:
+            assigned = self._consumer.assignment()
+            self._consumer.pause(*assigned)
+            got = self._consumer.poll(timeout_ms=int(seconds * 1000), max_records=1)
+            for source in got:  # assigned during this very poll: it will be placed anew
+                self.rewind(Partition(*source))
+            self._consumer.resume(*(assigned & self._consumer.assignment()))
+        except KafkaError as error:
+            log.debug("idle poll: %r", error)
+        time.sleep(max(0.0, until - time.monotonic()))
+
+    def close(self, timeout_s: float) -> None:
+        """Leaves the group at once, so that another consumer need not wait for the session."""
+        self._consumer.close(autocommit=False, timeout_ms=int(timeout_s * 1000))
+
+    def lag(self) -> dict[int, int]:
+        """Frames in Kafka beyond what was polled, per partition that we read."""
+        behind = {}
+        for partition, position in list(self._positions.items()):
+            end = self._consumer.highwater(TopicPartition(*partition))
+            if end is not None:
+                behind[partition.number] = max(0, end - position)
+        return behind
+
+    def _take(
+        self, partition: Partition, polled: list[Any], spans: dict[Partition, Span]
+    ) -> list[Any]:
+        if partition not in self._leases:
+            return []  # assigned in this very poll: not placed yet, will be read again
+        position, lease = self._positions[partition], self._leases[partition]
+        fresh = [record for record in polled if record.offset >= position]
+        if not fresh:
+            return []
+        before = spans.get(partition)
+        first = before.first if before and before.lease == lease else position
+        spans[partition] = Span(partition, first, fresh[-1].offset + 1, lease)
+        self._positions[partition] = fresh[-1].offset + 1
+        return fresh
+
+    def _void(self, partitions: Iterable[Partition]) -> None:
+        for partition in partitions:
+            self._leases.pop(partition, None)
+            self._positions.pop(partition, None)
+            self._unplaced.add(partition)
+
+    def _place(self) -> None:
+        """Seeks each new or rewound partition to the stored offset, and leases it."""
+        for partition in sorted(self._unplaced):
+            place = TopicPartition(*partition)
+            try:
+                begin = self._consumer.beginning_offsets([place])[place]
+                end = self._consumer.end_offsets([place])[place]
+            except (KafkaError, KeyError) as error:
+                raise ServiceUnavailable(f"Kafka, offsets of {partition}: {error!r}") from error
+            stored = self._offsets.next_offset(self._group, *partition)
+            if stored is None:
+                stored = self._offsets.set_start(self._group, *partition, begin)
+            if stored > end:
+                raise ServiceUnavailable(
+                    f"results are stored up to offset {stored} of {partition.topic} partition "
+                    f"{partition.number}, but Kafka ends at {end}: was the topic made anew? "
+                    "Then set another kafka.group"
+                )
+            if stored < begin:
+                log.error(
+                    "partition %d: %d frames expired in Kafka before they were scored "
+                    "(offsets %d to %d): give the topic more retention",
+                    partition.number, begin - stored, stored, begin - 1,
+                )  # fmt: skip
+            self._consumer.seek(place, max(stored, begin))
+            # The chain of spans goes on at the stored offset, over what expired.
+            self._positions[partition] = stored
+            self._leases[partition] = next(self._lease_numbers)
+            self._unplaced.discard(partition)
+            log.info("partition %d: reading from offset %d", partition.number, max(stored, begin))
