@@ -1,0 +1,85 @@
+"""`dpdl up`, `down` and `status`: the embedded services, for a person at a terminal.
+
+A service that a person configured elsewhere (say DPDL_KAFKA_BOOTSTRAP) is never started here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+
+from infra.embedded import SERVICE_NAMES, ServiceStatus, Stack
+from infra.settings import Settings
+
+
+def open_stack(
+    settings: Settings, *, detached: bool = False, say: Callable[[str], None] = lambda _: None
+) -> Stack:
+    """The stack of the state folder, with the services that nobody configured elsewhere."""
+    wanted = [name for name in SERVICE_NAMES if not settings.is_external(name)]
+    return Stack(settings.state_dir, services=wanted, detached=detached, say=say)
+
+
+def up(settings: Settings, console: Console | None = None) -> None:
+    """Start the services and leave them running until down().
+
+    Raises SettingsError or ServiceUnavailable, in one line; then nothing new is left running.
+    """
+    console = console or Console()
+    stack = open_stack(settings, detached=True, say=lambda line: console.print(line, style="dim"))
+    stack.start()
+    status(settings, console)
+
+
+def down(settings: Settings, console: Console | None = None) -> None:
+    """Stop every service of the state folder; its data stays."""
+    console = console or Console()
+    stack = Stack(settings.state_dir, detached=True)
+    num_running = sum(one.pid is not None for one in stack.status())
+    stack.stop()
+    console.print(f"{num_running} services stopped" if num_running else "no service was running")
+
+
+def status(settings: Settings, console: Console | None = None) -> list[ServiceStatus]:
+    """Print what runs and how it is; returns the same, for the exit code."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("service", "state", "pid", "endpoint", "memory", "up"):
+        table.add_column(column, justify="right" if column in ("pid", "memory", "up") else "left")
+    found = Stack(settings.state_dir).status()
+    for one in found:
+        if settings.is_external(one.name):
+            table.add_row(one.title, "configured elsewhere", "", _endpoint(settings, one.name))
+            continue
+        colour = "green" if one.healthy else "dim" if one.pid is None else "red"
+        table.add_row(
+            one.title,
+            f"[{colour}]{one.detail}[/]",
+            str(one.pid or ""),
+            f"127.0.0.1:{one.port}" if one.port else "",
+            f"{one.memory_bytes / 1e6:.0f} MB" if one.pid else "",
+            _duration(one.uptime_s) if one.pid else "",
+        )
+    (console or Console()).print(table)
+    return found
+
+
+def _endpoint(settings: Settings, name: str) -> str:
+    return {
+        "kafka": settings.kafka.bootstrap,
+        "s3": settings.s3.endpoint,
+        "redis": f"{settings.redis.host}:{settings.redis.port}",
+    }[name]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )

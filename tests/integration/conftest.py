@@ -1,0 +1,63 @@
+"""Real servers for the integration tests: one stack for the whole session, own names per test."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from minio import Minio
+
+from infra.embedded import Stack
+from infra.settings import Settings, load_settings
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Kafka, SeaweedFS and Valkey, up. stack.kill(NAME), pause, resume, start_service(NAME)."""
+    with Stack(tmp_path_factory.mktemp("stack") / "state") as running:
+        yield running
+
+
+@pytest.fixture
+def settings(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+    """Settings whose topics, group, buckets and Redis prefix no other test uses.
+
+    They come from a file named by DPDL_CONFIG, so processes that the test starts read the same
+    (settings.worker_env() names both files). Topics and buckets do not exist yet.
+    """
+    own = f"t{uuid.uuid4().hex[:10]}"
+    config = {
+        "kafka": {"topic": f"{own}.frames", "dead_topic": f"{own}.frames.dead", "group": own},
+        "redis": {"prefix": own},
+        "s3": {f"{kind}_bucket": f"{own}-{kind}" for kind in ("data", "models", "evidence")},
+    }
+    path = tmp_path / "dpdl.yaml"
+    path.write_text(yaml.safe_dump(config))
+    for name in [name for name in os.environ if name.startswith("DPDL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DPDL_CONFIG", str(path))
+    monkeypatch.setenv("DPDL_STATE_DIR", str(stack.state_dir))
+    found = load_settings()
+    yield found
+    _remove_buckets(found, own)
+
+
+def _remove_buckets(settings: Settings, prefix: str) -> None:
+    """A bucket takes whole volumes of the small S3: give them back."""
+    secret = settings.s3.secret_key
+    assert secret is not None
+    client = Minio(
+        settings.s3.endpoint,
+        access_key=settings.s3.access_key,
+        secret_key=secret.get_secret_value(),
+        secure=False,
+    )
+    for bucket in client.list_buckets():
+        if bucket.name.startswith(prefix):
+            for item in client.list_objects(bucket.name, recursive=True):
+                client.remove_object(bucket.name, item.object_name)
+            client.remove_bucket(bucket.name)
