@@ -1,0 +1,38 @@
+"""Join the Ray cluster that is there, or start one on this machine. One place for how.
+
+Ray finds a cluster by RAY_ADDRESS or by the file that `ray start` leaves; with neither, one is
+started here that ends with this process. Token authentication is Ray's own default.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+OBJECT_STORE_BYTES = 1 << 30
+"""Of a cluster started here. Decoded batches pass through it, whole data sets never do."""
+
+
+def connect(*, dashboard: bool = False) -> None:
+    """Make ray.* usable in this process; harmless when it already is.
+
+    A cluster started here has its dashboard, if wanted, on loopback only.
+    """
+    if ray.is_initialized():
+        return
+    # Ray prints a paragraph on token authentication at every start, and usage hints.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        ray.init(
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
+            **quiet,
+        )
+    except ValueError:
+        # Ray refuses sizes when it joins a cluster that runs already: that one has its own.
+        ray.init(**quiet)

@@ -1,0 +1,145 @@
+"""What a data set in S3 consists of: `<dataset>/dataset.json`, its Parquet objects, `incoming/`.
+
+Written by datasets.py, read by everyone who needs to know which objects to open.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+import pyarrow as pa
+from minio.error import S3Error
+
+from infra.errors import DataError
+from infra.s3_client import make_minio
+from infra.settings import Settings
+
+SPLITS = ("train", "calibration", "test")
+SCHEMA = pa.schema(
+    [
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("label", pa.int8(), nullable=False),
+        pa.field("defect", pa.string(), nullable=False),
+        pa.field("camera", pa.string(), nullable=False),
+        pa.field("captured_at", pa.timestamp("ns", tz="UTC")),
+        pa.field("source", pa.string(), nullable=False),
+    ]
+)
+
+Split = Literal["train", "calibration", "test"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Parquet object. Holds rows of one label only, so that readers can choose."""
+
+    key: str
+    etag: str
+    rows: int
+    bytes: int
+    label: int
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """dataset.json: the objects of a data set and how they came about."""
+
+    name: str
+    origin: str
+    licence: str
+    setting: str
+    shots: int
+    seed: int
+    seen_class: str | None
+    split_sha256: str
+    calibration_share: float
+    parts: dict[str, list[Part]]
+    skipped: list[dict[str, str]]
+    """Images left out: {"source", "reason"}."""
+
+    def keys(self, split: Split, label: int | None = None) -> list[str]:
+        return [part.key for part in self.parts[split] if label in (None, part.label)]
+
+    def rows(self, split: Split, label: int | None = None) -> int:
+        return sum(part.rows for part in self.parts[split] if label in (None, part.label))
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        return {
+            split: {"normal": self.rows(split, 0), "anomaly": self.rows(split, 1)}
+            for split in SPLITS
+        }
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> DatasetIndex:
+        values = json.loads(data)
+        values["parts"] = {
+            split: [Part(**part) for part in parts] for split, parts in values["parts"].items()
+        }
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object as a listing names it."""
+
+    key: str
+    etag: str
+    modified: datetime
+
+
+def load_index(settings: Settings, name: str) -> DatasetIndex:
+    """Raises DataError that says how to import when there is no such data set."""
+    check_name(name)
+    try:
+        response = make_minio(settings).get_object(settings.s3.data_bucket, f"{name}/dataset.json")
+    except S3Error as error:
+        if error.code not in ("NoSuchKey", "NoSuchBucket"):
+            raise
+        raise DataError(
+            f"no data set {name!r} in s3://{settings.s3.data_bucket}: "
+            f"import it with `dpdl data import SRC --name {name}`"
+        ) from None
+    try:
+        return DatasetIndex.from_json(response.read())
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"s3://{settings.s3.data_bucket}/{name}/dataset.json cannot be read ({error}): "
+            "import the data set again"
+        ) from None
+    finally:
+        response.close()
+        response.release_conn()
+
+
+def incoming(settings: Settings, name: str) -> list[StoredObject]:
+    """Objects of new normals, oldest first."""
+    found = list_objects(settings, f"{name}/incoming/")
+    return sorted(
+        (o for o in found if o.key.endswith(".parquet")), key=lambda o: (o.modified, o.key)
+    )
+
+
+def list_objects(settings: Settings, prefix: str) -> list[StoredObject]:
+    found = make_minio(settings).list_objects(
+        settings.s3.data_bucket, prefix=prefix, recursive=True
+    )
+    return [
+        StoredObject(str(o.object_name), str(o.etag).strip('"'), o.last_modified or _EPOCH)
+        for o in found
+    ]
+
+
+def check_name(name: str) -> None:
+    """Names become S3 prefixes. DataError for one that would not stay inside its own."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", name):
+        raise DataError(f"name {name!r}: wanted lower-case letters, digits, dots and dashes")
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -1,0 +1,335 @@
+"""Folders of images into S3 as Parquet, and new normals beside them. Reading is sources.py's.
+
+Layout in the data bucket:
+
+    <dataset>/dataset.json                  what belongs to the data set: written last
+    <dataset>/{train,calibration,test}/part-<n>-<sha256>.parquet
+    <dataset>/incoming/part-<sha256>.parquet    new normals, found by listing
+
+Objects are named by their content, so importing the same folder again writes the same objects, and
+a changed import changes nothing that a reader of the old dataset.json is looking at until the new
+one stands; only then do the old objects go. Images are stored as they came, byte for byte.
+
+The split is the paper's (dpdl_core/protocol.py). `calibration` is a share of the training normals
+that no training sees: alert thresholds need normals that the model has not learnt. Labels serve
+training and evaluation; what streams is the image alone (`iter_images`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpdl_core import protocol
+from dpdl_core.images import ImageRejected, decode_image
+from infra.errors import DataError
+from infra.s3_client import ensure_buckets, make_filesystem, make_minio
+from infra.settings import Settings
+from pipelines.dataset_index import (
+    SCHEMA,
+    SPLITS,
+    DatasetIndex,
+    Part,
+    Split,
+    check_name,
+    list_objects,
+    load_index,
+)
+
+LICENCES = {
+    "elpv": "ELPV (Buerhop-Lutz et al. 2018; Deitsch et al. 2019): CC BY-NC-SA 4.0, "
+    "not for commercial use"
+}
+GROUP_ROWS = 128
+GROUP_BYTES = 32 << 20
+"""A row group closes at whichever bound comes first: what one reader holds at a time."""
+PART_ROWS = 1024
+PART_BYTES = 128 << 20
+MIN_GROUPS = 8
+"""Small sets are cut finer, so that their row groups still deal out evenly among workers."""
+_CHECK_SIDE = 64
+"""Images are decoded once at import, at this size, to find those that are none."""
+
+Progress = Callable[[str, float, dict[str, Any]], None]
+"""progress(stage, fraction 0..1, figures)"""
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    name: str
+    licence: str
+    counts: dict[str, dict[str, int]]
+    skipped: list[dict[str, str]]
+    objects: int
+    written: int
+    """Objects that were not there already."""
+    removed: int
+
+
+@dataclass(frozen=True)
+class NewImage:
+    """A normal image from a camera, for `incoming/`."""
+
+    image: bytes
+    camera: str = ""
+    captured_at_ns: int | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class IncomingReport:
+    key: str | None
+    """None when no image was usable."""
+    images: int
+    skipped: list[dict[str, str]]
+
+
+def import_dataset(
+    settings: Settings,
+    src: str | Path,
+    name: str,
+    *,
+    setting: protocol.Setting = "general",
+    shots: int = 10,
+    seed: int = 0,
+    seen_class: str | None = None,
+    calibration_share: float = 0.2,
+    progress: Progress | None = None,
+) -> ImportReport:
+    """Import "elpv" or a folder under `name`; the same input gives the same objects.
+
+    shots: known defects for training. calibration_share: of the training normals, held out for
+    thresholds. Raises DataError for a name or a folder that will not do.
+    """
+    check_name(name)
+    try:
+        split = protocol.split(
+            protocol.load_dataset(src),
+            setting=setting,
+            shots=shots,
+            seed=seed,
+            seen_class=seen_class,
+        )
+    except protocol.DatasetError as error:
+        raise DataError(str(error)) from None
+    dealt = _dealt(split, calibration_share)
+    ensure_buckets(settings)
+    before = {o.key for part in SPLITS for o in list_objects(settings, f"{name}/{part}/")}
+    tally = _Tally(sum(map(len, dealt.values())), progress)
+    parts: dict[str, list[Part]] = {}
+    for part, samples in dealt.items():
+        parts[part] = []
+        for label in (0, 1):
+            chosen = [sample for sample in samples if sample.label == label]
+            rows = _usable(chosen, tally)
+            parts[part] += _write_parts(settings, f"{name}/{part}", label, rows, len(chosen))
+    index = DatasetIndex(
+        name=name,
+        origin=str(src) if src == "elpv" else Path(src).name,
+        licence=LICENCES.get(str(src), ""),
+        setting=setting,
+        shots=shots,
+        seed=seed,
+        seen_class=seen_class,
+        split_sha256=split.sha256,
+        calibration_share=calibration_share,
+        parts=parts,
+        skipped=tally.skipped,
+    )
+    _put(settings, f"{name}/dataset.json", index.to_json(), "application/json")
+    kept = {part.key for some in parts.values() for part in some}
+    client = make_minio(settings)
+    for key in before - kept:
+        client.remove_object(settings.s3.data_bucket, key)
+    return ImportReport(
+        name=name,
+        licence=index.licence,
+        counts=index.counts(),
+        skipped=tally.skipped,
+        objects=len(kept),
+        written=len(kept - before),
+        removed=len(before - kept),
+    )
+
+
+def put_incoming(
+    settings: Settings, name: str, images: Iterable[NewImage | bytes], *, camera: str = ""
+) -> IncomingReport:
+    """Put normal images where the next refresh finds them, as one object.
+
+    The same images again are the same object, so sending twice is harmless. Images that do not
+    decode are left out and listed. DataError where there is no such data set.
+    """
+    load_index(settings, name)
+    tally = _Tally(0, None)
+    rows = []
+    for position, item in enumerate(images):
+        new = item if isinstance(item, NewImage) else NewImage(item, camera)
+        source = new.source or f"incoming-{position}"
+        if tally.check(source, new.image):
+            rows.append(_row(new.image, 0, "", new.camera or camera, new.captured_at_ns, source))
+    if not rows:
+        return IncomingReport(None, 0, tally.skipped)
+    data = _parquet([rows[i : i + GROUP_ROWS] for i in range(0, len(rows), GROUP_ROWS)])
+    key = f"{name}/incoming/part-{hashlib.sha256(data).hexdigest()[:32]}.parquet"
+    _put(settings, key, data)
+    return IncomingReport(key, len(rows), tally.skipped)
+
+
+def iter_images(settings: Settings, name: str, split: Split) -> Iterator[tuple[str, bytes]]:
+    """(source, encoded image) of a split, streamed: what a camera would send, without labels."""
+    filesystem = make_filesystem(settings)
+    for key in load_index(settings, name).keys(split):
+        with pq.ParquetFile(filesystem.open_input_file(f"{settings.s3.data_bucket}/{key}")) as file:
+            for batch in file.iter_batches(16, columns=["source", "image"]):
+                yield from zip(*batch.to_pydict().values(), strict=True)
+
+
+def labels(settings: Settings, name: str, split: Split) -> dict[str, tuple[int, str]]:
+    """source -> (label, defect): for evaluation after the fact, apart from what is streamed."""
+    filesystem = make_filesystem(settings)
+    found: dict[str, tuple[int, str]] = {}
+    for key in load_index(settings, name).keys(split):
+        table = pq.read_table(
+            f"{settings.s3.data_bucket}/{key}",
+            columns=["source", "label", "defect"],
+            filesystem=filesystem,
+        ).to_pydict()
+        for source, label, defect in zip(*table.values(), strict=True):
+            found[source] = (label, defect)
+    return found
+
+
+def _dealt(split: protocol.Split, calibration_share: float) -> dict[str, list[protocol.Sample]]:
+    """The paper's split with a share of the training normals held out for thresholds."""
+    normals = list(split.train_normals)
+    held_out = round(len(normals) * calibration_share)
+    if not 0 < held_out < len(normals):
+        raise DataError(
+            f"{split.dataset}: {len(normals)} training normals with "
+            f"calibration_share={calibration_share:g} leave none on one side: wanted a share "
+            "between 0 and 1 and more images"
+        )
+    shuffled = random.Random(split.seed).sample(range(len(normals)), len(normals))
+    return {
+        "train": [normals[i] for i in sorted(shuffled[held_out:])] + list(split.train_anomalies),
+        "calibration": [normals[i] for i in sorted(shuffled[:held_out])],
+        "test": list(split.test),
+    }
+
+
+@dataclass
+class _Tally:
+    """What an import has seen so far."""
+
+    total: int
+    progress: Progress | None
+    done: int = 0
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def check(self, source: str, data: bytes) -> bool:
+        try:
+            decode_image(data, _CHECK_SIDE)
+        except ImageRejected as error:
+            self.skip(source, error.reason)
+            return False
+        return True
+
+    def skip(self, source: str, reason: str) -> None:
+        self.skipped.append({"source": source, "reason": reason})
+
+    def advance(self) -> None:
+        self.done += 1
+        if self.progress is not None and (self.done % 50 == 0 or self.done == self.total):
+            figures = {"images": self.done, "skipped": len(self.skipped)}
+            self.progress("import", self.done / self.total, figures)
+
+
+def _usable(samples: Iterable[protocol.Sample], tally: _Tally) -> Iterator[dict[str, Any]]:
+    """Rows of the samples that are images, one at a time; the others are tallied."""
+    for sample in samples:
+        tally.advance()
+        try:
+            data = _whole(sample)
+        except (OSError, ImageRejected) as error:
+            tally.skip(sample.source, getattr(error, "reason", "unreadable"))
+            continue
+        if tally.check(sample.source, data):
+            yield _row(data, sample.label, sample.defect, "", None, sample.source)
+
+
+def _row(
+    image: bytes, label: int, defect: str, camera: str, captured_at_ns: int | None, source: str
+) -> dict[str, Any]:
+    values = (image, label, defect, camera, captured_at_ns, source)
+    return dict(zip(SCHEMA.names, values, strict=True))
+
+
+def _whole(sample: protocol.Sample) -> bytes:
+    """The encoded image; a sample that is a box of a picture is cut out, without loss, as PNG."""
+    data = sample.read()
+    if sample.crop is None:
+        return data
+    from PIL import Image
+
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.crop(sample.crop).save(out, "PNG")
+    return out.getvalue()
+
+
+def _write_parts(
+    settings: Settings, prefix: str, label: int, rows: Iterable[dict[str, Any]], expected: int
+) -> Iterator[Part]:
+    """Write rows of one label; memory holds one part. Yields what stands in S3 afterwards."""
+    group_rows = min(GROUP_ROWS, max(1, math.ceil(expected / MIN_GROUPS)))
+    groups: list[list[dict[str, Any]]] = [[]]
+    number = 0
+
+    def flush() -> Part:
+        data = _parquet([group for group in groups if group])
+        digest = hashlib.sha256(data).hexdigest()
+        key = f"{prefix}/part-{label}{number:04d}-{digest[:16]}.parquet"
+        return Part(key, _put(settings, key, data), sum(map(len, groups)), len(data), label)
+
+    for row in rows:
+        if len(groups[-1]) >= group_rows or _size(groups[-1]) >= GROUP_BYTES:
+            groups.append([])
+        groups[-1].append(row)
+        if sum(map(len, groups)) >= PART_ROWS or sum(map(_size, groups)) >= PART_BYTES:
+            yield flush()
+            groups, number = [[]], number + 1
+    if groups[0]:
+        yield flush()
+
+
+def _size(group: Sequence[dict[str, Any]]) -> int:
+    return sum(len(row["image"]) for row in group)
+
+
+def _parquet(groups: Sequence[Sequence[dict[str, Any]]]) -> bytes:
+    """The same rows give the same bytes: no time, no name in the file."""
+    out = io.BytesIO()
+    # Images are compressed already, and no two are alike.
+    with pq.ParquetWriter(out, SCHEMA, compression="none", use_dictionary=["defect"]) as writer:
+        for group in groups:
+            writer.write_table(pa.Table.from_pylist(list(group), SCHEMA), row_group_size=len(group))
+    return out.getvalue()
+
+
+def _put(
+    settings: Settings, key: str, data: bytes, content_type: str = "application/octet-stream"
+) -> str:
+    result = make_minio(settings).put_object(
+        settings.s3.data_bucket, key, io.BytesIO(data), len(data), content_type=content_type
+    )
+    return str(result.etag).strip('"')

@@ -1,0 +1,82 @@
+"""Scores of held-out images, and the alert thresholds that they support. Used by train, refresh
+and gate, so that all three mean the same by a score and by a false alarm.
+
+Letters: N images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dpdl_core.metrics import conformal_threshold
+from dpdl_core.model import Dpdl
+from pipelines.sources import RowRef
+
+SCORE_BATCH = 32
+
+Scores = npt.NDArray[np.float64]
+
+
+class ImagesWithRows(Protocol):
+    num_images: int
+    rows: list[RowRef]
+
+    def batches(self, batch_size: int) -> Any: ...
+
+
+def score_images(model: Dpdl, source: ImagesWithRows, device: torch.device | str = "cpu") -> Scores:
+    """Anomaly scores (N,) in the order of source.rows."""
+    scores = [
+        model.score(images.to(device)).score.double().cpu().numpy()
+        for images in source.batches(SCORE_BATCH)
+    ]
+    return np.concatenate(scores) if scores else np.empty(0)
+
+
+def calibrate(
+    scores: Scores, cameras: Sequence[str], false_alarm_rate: float
+) -> tuple[dict[str, Any], list[str]]:
+    """Thresholds by split conformal over held-out normals, and what a person should know of them.
+
+    A camera gets its own where it has enough normals for the rate; the others share the default,
+    from all normals. Where even all are too few, the threshold is the highest normal score and the
+    stated rate is the one that so many normals can support, 1/(N+1): never a rate that is not kept.
+    Raises ValueError with no scores at all.
+    """
+    if not len(scores):
+        raise ValueError("no held-out normals: a threshold needs some")
+    lowest = 1 / (len(scores) + 1)
+    notes = []
+    if lowest > false_alarm_rate * (1 + 1e-9):
+        notes.append(
+            f"{len(scores)} held-out normals support a false-alarm rate of {lowest:.3f}, not "
+            f"{false_alarm_rate:g}: {math.ceil(1 / false_alarm_rate) - 1} are needed for that"
+        )
+        false_alarm_rate = lowest
+    needed = math.ceil(1 / false_alarm_rate - 1e-9) - 1
+    by_camera = {
+        camera: scores[[i for i, found in enumerate(cameras) if found == camera]]
+        for camera in sorted(set(cameras) - {""})
+    }
+    return {
+        "false_alarm_rate": false_alarm_rate,
+        "default": conformal_threshold(scores, false_alarm_rate),
+        "cameras": {
+            camera: conformal_threshold(some, false_alarm_rate)
+            for camera, some in by_camera.items()
+            if len(some) >= needed
+        },
+        "calibration_normals": len(scores),
+    }, notes
+
+
+def alarms(scores: Scores, cameras: Sequence[str], thresholds: dict[str, Any]) -> npt.NDArray[Any]:
+    """bool (N,): which scores would alert, each by its camera's threshold."""
+    limits = np.array([thresholds["cameras"].get(c, thresholds["default"]) for c in cameras])
+    return np.asarray(scores > limits)

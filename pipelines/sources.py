@@ -1,0 +1,304 @@
+"""Images in S3's Parquet as the ImageSource that training and scoring read. Streams, always.
+
+The unit of reading is a row group (bounded by datasets.py): whoever reads holds one row group of
+encoded images and one batch of decoded ones, however large the data set. Two readers share one
+decode: `read_here` in this process (refresh, gate), `read_with_ray` by tasks on the cluster's CPUs
+that decode ahead of a training worker. Neither carries a secret: a task reads the settings itself.
+Letters: B batch, S side of the decoded square.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from dpdl_core.images import ImageRejected, decode_image
+from infra.errors import DataError
+from infra.s3_client import make_filesystem
+from infra.settings import Settings, load_settings
+
+DECODE_BATCH = 32
+"""Images per decoded piece: 5 MB at 224 px, small beside Ray's object store."""
+CACHE_BYTES = 2 << 30
+"""A source whose decoded images fit in this keeps them (14,000 at 224 px); a larger one is read
+and decoded again in each pass."""
+DECODE_CPUS = 0.25
+"""Of a decode task. A train worker takes 0.5 (train.py): two of each leave room on two cores."""
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of one Parquet object that are read together."""
+
+    key: str
+    index: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class RowRef:
+    """What is known of an image beside its pixels."""
+
+    key: str
+    row: int
+    """Position within the object."""
+    digest: str
+    """sha256 of the encoded bytes: the image's name wherever it turns up again."""
+    label: int
+    defect: str
+    camera: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Some images and their rows, in the order of the object."""
+
+    images: Pixels
+    rows: list[RowRef]
+
+
+Read = Callable[[], Iterator[Decoded]]
+Keep = Callable[[RowRef], bool]
+
+
+def task_environment(settings: Settings) -> dict[str, str]:
+    """What a task on another machine needs to find its settings; holds no secret."""
+    return settings.worker_env()
+
+
+def task_settings(environment: Mapping[str, str]) -> Settings:
+    """Settings as a task sees them: its own machine's environment, our two paths over it."""
+    return load_settings({**os.environ, **environment})
+
+
+def row_groups(settings: Settings, keys: Iterable[str]) -> list[RowGroup]:
+    """The row groups of some objects, in order. DataError for what is no Parquet of ours."""
+    filesystem = make_filesystem(settings)
+    found = []
+    for key in keys:
+        with _open(filesystem, settings, key) as file:
+            metadata = file.metadata
+            found += [
+                RowGroup(key, i, metadata.row_group(i).num_rows)
+                for i in range(metadata.num_row_groups)
+            ]
+    return found
+
+
+def read_here(
+    settings: Settings,
+    groups: Sequence[RowGroup],
+    size: int,
+    *,
+    keep: Keep | None = None,
+    on_rejected: Callable[[RowRef, str], None] | None = None,
+) -> Read:
+    """Read and decode in this process, one row group at a time."""
+
+    def read() -> Iterator[Decoded]:
+        filesystem = make_filesystem(settings)
+        for group in groups:
+            for encoded, refs in _encoded(filesystem, settings, group):
+                yield _decode(encoded, refs, size, keep, on_rejected)
+
+    return read
+
+
+def read_with_ray(
+    environment: Mapping[str, str],
+    groups: Sequence[RowGroup],
+    size: int,
+    *,
+    tasks: int,
+    keep_label: int | None = None,
+) -> Read:
+    """Read and decode in at most `tasks` Ray tasks at once, ahead of whoever consumes.
+
+    Rows come in the order of `groups`, so a shard is the same in every pass and every run. At
+    least one task of each worker must always find a CPU: a worker that waits in a collective holds
+    on to its decoded batches, and another that got no task would never reach that collective.
+    """
+
+    def read_group(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        settings = task_settings(environment)
+        keep = None if keep_label is None else lambda row: row.label == keep_label
+        group = RowGroup(str(batch["key"][0]), int(batch["index"][0]), int(batch["rows"][0]))
+        for piece in read_here(settings, [group], size, keep=keep)():
+            columns = [asdict(row) for row in piece.rows]
+            yield {
+                "pixels": piece.images,
+                **{name: np.array([c[name] for c in columns], dtype) for name, dtype in _COLUMNS},
+            }
+
+    def read() -> Iterator[Decoded]:
+        import ray.data
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        pieces = ray.data.from_items(
+            [asdict(group) for group in groups], override_num_blocks=len(groups)
+        ).map_batches(
+            read_group,
+            batch_size=1,
+            num_cpus=DECODE_CPUS,
+            compute=ray.data.TaskPoolStrategy(size=tasks),
+        )
+        for batch in pieces.iter_batches(batch_size=None, prefetch_batches=2):
+            columns = [batch[name].tolist() for name, _ in _COLUMNS]
+            rows = [RowRef(*values) for values in zip(*columns, strict=True)]
+            yield Decoded(batch["pixels"], rows)
+
+    return read
+
+
+_COLUMNS: list[tuple[str, Any]] = [
+    ("key", object),
+    ("row", np.int64),
+    ("digest", object),
+    ("label", np.int64),
+    ("defect", object),
+    ("camera", object),
+    ("source", object),
+]
+"""RowRef's fields, in order, as columns of a Ray Data block."""
+
+
+class StreamedImages:
+    """An ImageSource over a reader: re-iterable, fixed order, bounded memory.
+
+    The first pass happens here: it counts, remembers each image's row and, if all fits in
+    `cache_bytes`, keeps the pixels. `waited_s` is the time that consumers stood waiting for data.
+    """
+
+    def __init__(
+        self, read: Read, size: int, *, expected: int, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        self._read = read
+        self._cache: Pixels | None = None
+        self.rows: list[RowRef] = []
+        self.waited_s = 0.0
+        started = time.perf_counter()
+        if expected * size * size * 3 <= cache_bytes:
+            self._cache = np.empty((expected, size, size, 3), np.uint8)
+        for piece in read():
+            if self._cache is not None:
+                self._cache[len(self.rows) : len(self.rows) + len(piece.rows)] = piece.images
+            self.rows += piece.rows
+        self.num_images = len(self.rows)
+        self.waited_s += time.perf_counter() - started
+
+    @property
+    def cached(self) -> bool:
+        return self._cache is not None
+
+    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """uint8 (B, S, S, 3); every batch full but the last."""
+        if self._cache is not None:
+            for start in range(0, self.num_images, batch_size):
+                stop = min(start + batch_size, self.num_images)
+                yield torch.from_numpy(self._cache[start:stop])
+            return
+        yield from self._streamed(batch_size)
+
+    def _streamed(self, batch_size: int) -> Iterator[torch.Tensor]:
+        pieces = self._read()
+        held: list[Pixels] = []
+        while True:
+            started = time.perf_counter()
+            piece = next(pieces, None)
+            self.waited_s += time.perf_counter() - started
+            if piece is not None:
+                held.append(piece.images)
+            if piece is None or sum(map(len, held)) >= batch_size:
+                images = np.concatenate(held) if held else np.empty((0,), np.uint8)
+                full = len(images) if piece is None else len(images) // batch_size * batch_size
+                for start in range(0, full, batch_size):
+                    # A copy: arrays from Ray's store are read-only, and torch wants them not to be.
+                    yield torch.from_numpy(images[start : start + batch_size].copy())
+                held = [images[full:]]
+            if piece is None:
+                return
+
+
+def stack(source: StreamedImages) -> torch.Tensor:
+    """All images of a small source as one uint8 (N, S, S, 3): the few known defects."""
+    batches = list(source.batches(max(1, source.num_images)))
+    return batches[0] if batches else torch.empty((0, 1, 1, 3), dtype=torch.uint8)
+
+
+def _open(filesystem: pa.fs.FileSystem, settings: Settings, key: str) -> pq.ParquetFile:
+    path = f"{settings.s3.data_bucket}/{key}"
+    try:
+        return pq.ParquetFile(filesystem.open_input_file(path))
+    except FileNotFoundError:
+        raise DataError(
+            f"s3://{path} is gone: the data set was imported anew meanwhile; run this again"
+        ) from None
+    except pa.ArrowInvalid as error:
+        raise DataError(f"s3://{path} is no Parquet file ({error}): remove it") from None
+
+
+def _encoded(
+    filesystem: pa.fs.FileSystem, settings: Settings, group: RowGroup
+) -> Iterator[tuple[list[bytes], list[RowRef]]]:
+    columns = ["image", "label", "defect", "camera", "source"]
+    with _open(filesystem, settings, group.key) as file:
+        before = sum(file.metadata.row_group(i).num_rows for i in range(group.index))
+        missing = set(columns) - set(file.schema_arrow.names)
+        if missing:
+            raise DataError(
+                f"s3://{settings.s3.data_bucket}/{group.key} has no column {sorted(missing)[0]}: "
+                "write it with `dpdl data import`"
+            )
+        for batch in file.iter_batches(DECODE_BATCH, row_groups=[group.index], columns=columns):
+            values = batch.to_pydict()
+            refs = [
+                RowRef(
+                    key=group.key,
+                    row=before + i,
+                    digest=hashlib.sha256(values["image"][i]).hexdigest(),
+                    label=values["label"][i],
+                    defect=values["defect"][i],
+                    camera=values["camera"][i],
+                    source=values["source"][i],
+                )
+                for i in range(batch.num_rows)
+            ]
+            before += batch.num_rows
+            yield values["image"], refs
+
+
+def _decode(
+    encoded: Sequence[bytes],
+    refs: Sequence[RowRef],
+    size: int,
+    keep: Keep | None,
+    on_rejected: Callable[[RowRef, str], None] | None,
+) -> Decoded:
+    images = np.empty((len(refs), size, size, 3), np.uint8)
+    rows: list[RowRef] = []
+    for data, ref in zip(encoded, refs, strict=True):
+        if keep is not None and not keep(ref):
+            continue
+        try:
+            images[len(rows)] = decode_image(data, size)
+        except ImageRejected as error:
+            if on_rejected is not None:
+                on_rejected(ref, error.reason)
+            continue
+        rows.append(ref)
+    return Decoded(images[: len(rows)], rows)
