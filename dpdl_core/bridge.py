@@ -13,11 +13,10 @@ m_c(x) = p_c + S_c (x - p_c) contracts to it, and the most probable prototype is
 one in its own metric. With the codes in the means of phi1, as printed, the choice is a maximum
 inner product and few prototypes are ever used.
 
-Numerics. Everything is a cost of the form k'(x - p_c)^2 / 2 - eps log pi_c in units of eps, so
-that nothing of order 1/eps is summed. Costs of all prototypes come from matrix products
-(x^2 @ k', x @ (k p)'), never from a B x C x D tensor; that form cancels, so features are
-centred first, and the winner's cost, which is what an energy is made of, is recomputed from the
-difference x - p. See `_costs` for the bound this gives.
+Numerics. All is made of costs k_c'(x - p_c)^2 / 2 - log pi_c. Those of all prototypes come from
+one matrix product with (x, x^2), never from a B x C x D tensor; that form cancels, so features
+are centred first, and the winner's cost, which is what an energy is made of, is computed anew
+from the difference x - p. See `_costs` for the bound this gives.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from torch import Tensor, nn
 
 SHRINK_RANGE = (1e-3, 0.95)
 """Where `project_` keeps S: below, targets become points; above, the plan forgets prototypes."""
-_CHUNK_COSTS = 1 << 21
-"""Entries of the B x C cost matrix worked on at a time (8 MB): stays in a CPU's cache."""
+_CHUNK_COSTS = 1 << 19
+"""Entries of the B x C cost matrix worked on at a time: 2 MB stay in a CPU's cache."""
 
 
 class Plan(NamedTuple):
@@ -97,27 +96,25 @@ class Bridge(nn.Module):
         Eq. 12 with the 1/eps it lacks; equals |x|^2 / (2 eps) + (D/2) log(2 pi eps)
         + log sum_c b_c N(x; p_c, Gam_c + eps), constants included.
         """
-        x = self._cast(x)
-        stiffness, log_pi = self._at(0.0, x.dtype)
-        soft, _ = self._softmin(x, stiffness, log_pi)
-        bounded = _bounded(x, self.eps, stiffness)
-        return (bounded.square().sum(-1) / 2 - soft) / self.eps
+        x = self._admit(x)
+        form = self._form(0.0, x.dtype)
+        soft, _ = _softmin(x, form)
+        return x.square().sum(-1) / (2 * self.eps) - soft + form.log_mass
 
     def log_potential(self, y: Tensor) -> Tensor:
         """log v(y) = log phi1(y) + |y|^2 / (2 eps), eq. 10, (B, D) -> (B,)."""
-        y = self._cast(y)
-        stiffness, log_pi = self._at(1.0, y.dtype)
-        soft, _ = self._softmin(y, stiffness, log_pi)
-        dims = y.shape[-1]
-        return -soft / self.eps - dims / 2 * math.log(2 * math.pi * self.eps)
+        y = self._admit(y)
+        form = self._form(1.0, y.dtype)
+        soft, _ = _softmin(y, form)
+        return form.log_mass - soft - y.shape[1] / 2 * math.log(2 * math.pi * self.eps)
 
     def plan(self, x: Tensor) -> Plan:
         """pi(y given x), eq. 13, (B, D) -> log weights (B, C), means (B, C, D), variances (C, D).
 
         Writes the means out: for inspection and tests. Scoring uses `nearest` and `transport`.
         """
-        x = self._cast(x)
-        log_weights = self._log_weights(x, 0.0)
+        x = self._admit(x)
+        log_weights = _log_weights(x, self._form(0.0, x.dtype))
         shrink, means = self.shrink.to(x.dtype), self.means.to(x.dtype)
         return Plan(log_weights, means + shrink * (x[:, None] - means), self.eps * shrink)
 
@@ -131,11 +128,10 @@ class Bridge(nn.Module):
 
     def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Energy (B,) and most probable prototype c* (B,), from one pass over the prototypes."""
-        x = self._cast(x)
-        stiffness, log_pi = self._at(0.0, x.dtype)
-        soft, winner = self._softmin(x, stiffness, log_pi.log_softmax(0))
+        x = self._admit(x)
+        soft, winner = _softmin(x, self._form(0.0, x.dtype))
         # A difference of rounded logs may fall below zero by an ulp; the energy may not.
-        return soft.clamp_min(0.0), winner
+        return self.eps * soft.clamp_min(0.0), winner
 
     def transport(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The mean path of the most probable prototype, (B, D) -> y (B, D), c (B,).
@@ -143,9 +139,10 @@ class Bridge(nn.Module):
         Differentiable in x, means and variances; the choice of c is not. No noise, so that
         what is built on it is deterministic.
         """
-        _, winner = self.nearest(x)
-        x = self._cast(x)
-        means, shrink = self._rows(winner, x.dtype)
+        x = self._admit(x)
+        with torch.no_grad():
+            _, winner = _softmin(x, self._form(0.0, x.dtype))
+        means, shrink = self._chosen(winner, x.dtype)
         return means + shrink * (x - means), winner
 
     def residual(self, x: Tensor, winner: Tensor) -> Tensor:
@@ -153,32 +150,35 @@ class Bridge(nn.Module):
 
         Eq. 22, centred: as printed, psi(x) - mu_c = S_c x holds nothing of the prototype.
         """
-        x = self._cast(x)
-        means, shrink = self._rows(winner, x.dtype)
-        scale = self._pick((-self.log_ratio / 2).exp() / math.sqrt(self.eps), winner, x.dtype)
-        return shrink * (x - means) * scale
+        x = self._admit(x)
+        means, shrink = self._chosen(winner, x.dtype)
+        deviation = _rows((self.log_ratio / 2).exp(), winner).to(x.dtype) * math.sqrt(self.eps)
+        return shrink * (x - means) / deviation
 
     # The process, eq. 14 --------------------------------------------------------------------
 
     def sample(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """One y from pi(y given x) for each x, (B, D) -> (B, D)."""
-        return self._draw_end(self._cast(x), 0.0, generator)
+        return self._draw_end(self._admit(x), 0.0, generator)
 
     def drift(self, x: Tensor, t: float | Tensor) -> Tensor:
         """g(x, t) = eps grad log sum_c b_c N(x; p_c, Gam_c + (1-t) eps), (B, D) -> (B, D).
 
-        Eq. 14 mended: the density sum stands inside the log. t in [0, 1], a float or (B,);
-        regular at both ends.
+        Eq. 14 mended: the sum over prototypes stands inside the log. t in [0, 1], a float or
+        (B,); regular at both ends.
         """
-        x = self._cast(x)
-        if not isinstance(t, Tensor) or t.dim() == 0:
-            return self._drift_at(x, float(t))
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t has shape {tuple(t.shape)}: give a float or one t per row of x")
+        x = self._admit(x)
+        moments = torch.as_tensor(t, device=x.device)
+        if moments.dim() and moments.shape != x.shape[:1]:
+            raise ValueError(f"t has shape {tuple(moments.shape)}: give a float or one per row")
+        if not ((moments >= 0) & (moments <= 1)).all():
+            raise ValueError("t leaves [0, 1]: the bridge starts at 0 and ends at 1")
+        if not moments.dim():
+            return self._drift_at(x, float(moments))
+        # Stiffness depends on t: one pass per distinct t instead of a B x C x D tensor.
         out = torch.empty_like(x)
-        # The stiffness depends on t: one pass per distinct t instead of a B x C x D tensor.
-        for moment in torch.unique(t).tolist():
-            rows = t == moment
+        for moment in torch.unique(moments).tolist():
+            rows = moments == moment
             out[rows] = self._drift_at(x[rows], moment)
         return out
 
@@ -193,7 +193,7 @@ class Bridge(nn.Module):
         """
         if steps < 1:
             raise ValueError(f"steps={steps}: need at least 1")
-        path = [self._cast(x)]
+        path = [self._admit(x)]
         for step in range(steps):
             here, left = path[-1], (steps - step) / steps
             end = self._draw_end(here, step / steps, generator)
@@ -203,109 +203,153 @@ class Bridge(nn.Module):
         return torch.stack(path)
 
     def _drift_at(self, x: Tensor, t: float) -> Tensor:
-        weights = self._log_weights(x, t).exp()
-        stiffness, _ = self._at(t, x.dtype)
-        means = self.means.to(x.dtype)
-        center = means.detach().mean(0)
-        pull = weights @ (stiffness * (means - center))
-        return pull - (x - center) * (weights @ stiffness.expand_as(means))
+        form = self._form(t, x.dtype)
+        weights = _log_weights(x, form).exp()
+        rate = self.eps * form.stiffness.expand_as(form.points)
+        return weights @ (rate * form.points) - (x - form.center) * (weights @ rate)
 
     def _draw_end(self, x: Tensor, t: float, generator: torch.Generator | None) -> Tensor:
         """y ~ law of X_1 given X_t = x: N(x - (1-t) k_c (x - p_c), (1-t) eps (1 - (1-t) k_c))."""
-        weights = self._log_weights(x, t).exp()
-        chosen = torch.multinomial(_on(weights, generator), 1, generator=generator)
-        chosen = chosen.squeeze(1).to(x.device)
-        stiffness, _ = self._at(t, x.dtype)
-        pull = (1 - t) * self._pick(stiffness, chosen, x.dtype)
+        form = self._form(t, x.dtype)
+        weights = _log_weights(x, form).exp()
+        drawn = torch.multinomial(_on(weights, generator), 1, generator=generator)
+        chosen = drawn.squeeze(1).to(x.device)
+        pull = (1 - t) * self.eps * _rows(form.stiffness, chosen)
         spread = ((1 - t) * self.eps * (1 - pull)).clamp_min(0).sqrt()
-        means = self._pick(self.means, chosen, x.dtype)
+        means = _rows(self.means, chosen).to(x.dtype)
         return means + (1 - pull) * (x - means) + spread * _normal_like(x, generator)
 
-    # Costs ----------------------------------------------------------------------------------
+    # Inside ---------------------------------------------------------------------------------
 
-    def _at(self, t: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Stiffness k = eps / (Gam + (1-t) eps), (C or 1, D), and log pi (C,), for time t.
+    def _form(self, t: float, dtype: torch.dtype) -> _Form:
+        """The costs at time t: b_c N(x; p_c, Gam_c + (1-t) eps) in the terms of _Form.
 
-        b_c N(x; p_c, Gam_c + (1-t) eps) = (2 pi eps)^(-D/2) pi_c exp(-k_c'(x-p_c)^2 / (2 eps)).
-        At t = 0, k = 1 - S; at t = 1, k = eps / Gam.
+        k_c = 1 / (Gam_c + (1-t) eps), so eps k = 1 - S at t = 0 and eps / Gam at t = 1, and
+        log pi_c = log b_c + sum log(eps k_c) / 2; (2 pi eps)^(-D/2) is left out.
         """
-        log_ratio = self.log_ratio.to(dtype)
+        log_ratio, means = self.log_ratio.to(dtype), self.means.to(dtype)
         if t <= 0:
-            log_k = -nn.functional.softplus(log_ratio)
+            log_rate = -nn.functional.softplus(log_ratio)
         elif t >= 1:
-            log_k = -log_ratio
+            log_rate = -log_ratio
         else:
-            log_k = -torch.logaddexp(log_ratio, log_ratio.new_tensor(math.log1p(-t)))
-        return log_k.exp(), self.log_weights.to(dtype) + log_k.sum(-1) / 2
-
-    def _costs(self, x: Tensor, stiffness: Tensor, log_pi: Tensor) -> tuple[Tensor, Tensor]:
-        """Costs k_c'(x-p_c)^2 / 2 - eps log pi_c, (B, C), and the index of the least, (B,).
-
-        The winner's cost is exact to a few ulp of itself. The others carry an error of some
-        ulp of |x - center|^2: far below eps wherever they matter in practice, and where they
-        would undercut the winner by rounding they are raised to it, so a soft-min is wrong by
-        at most eps log C even then.
-        """
-        means = self.means.to(x.dtype)
+            log_rate = -torch.logaddexp(log_ratio, log_ratio.new_tensor(math.log1p(-t)))
+        log_pi = self.log_weights.to(dtype) + log_rate.sum(-1) / 2
         center = means.detach().mean(0)
-        x, shifted = x - center, means - center
-        weighted = stiffness * shifted
-        offset = (weighted * shifted).sum(-1) / 2 - self.eps * log_pi
-        costs = torch.addmm(offset, x, weighted.T, alpha=-1)
-        costs = costs + x.square() @ (stiffness / 2).T
-        winner = costs.detach().argmin(-1)
-        gap = x - shifted[winner]
-        tied = stiffness.shape[0] == 1
-        best = (gap.square() * (stiffness if tied else stiffness[winner])).sum(-1) / 2
-        best = (best - self.eps * log_pi[winner]).unsqueeze(-1)
-        costs.scatter_(1, winner.unsqueeze(-1), best)
-        with torch.no_grad():  # values only: gradients stay each prototype's own
-            costs.clamp_(min=best)
-        return costs, winner
+        return _Form(
+            self.eps,
+            center,
+            means - center,
+            log_rate.exp() / self.eps,
+            log_pi.log_softmax(0),
+            log_pi.logsumexp(0),
+        )
 
-    def _softmin(self, x: Tensor, stiffness: Tensor, log_pi: Tensor) -> tuple[Tensor, Tensor]:
-        """-eps log sum_c exp(-cost_c / eps), (B,), and the most probable prototype, (B,)."""
-        x = _bounded(x, self.eps, stiffness)
-        parts = []
-        with torch.autocast(x.device.type, enabled=False):
-            for rows in torch.split(x, max(1, _CHUNK_COSTS // self.num_prototypes)):
-                costs, winner = self._costs(rows, stiffness, log_pi)
-                best = costs.gather(1, winner.unsqueeze(-1))
-                crowd = ((best - costs) / self.eps).exp().sum(-1).log()
-                parts.append((best.squeeze(-1) - self.eps * crowd, winner))
-        soft, winners = zip(*parts, strict=True)
-        return torch.cat(soft), torch.cat(winners)
+    def _admit(self, x: Tensor) -> Tensor:
+        """x, checked, in the type computed in, and drawn in along its ray if it is too long.
 
-    def _log_weights(self, x: Tensor, t: float) -> Tensor:
-        """log w_c(x, t): the most probable prototype's share and the others', (B, D) -> (B, C)."""
-        stiffness, log_pi = self._at(t, x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            costs, winner = self._costs(_bounded(x, self.eps, stiffness), stiffness, log_pi)
-            best = costs.gather(1, winner.unsqueeze(-1))
-            return ((best - costs) / self.eps).log_softmax(-1)
-
-    def _cast(self, x: Tensor) -> Tensor:
+        The bound on the norm is 1e-3 sqrt(max min(eps, 1) / max(eps / Gam, 1)), so that costs
+        summed over a batch do not overflow: in float32 with eps = 1e-4, 1.8e14 sqrt(Gam / eps).
+        Scaling by the largest coordinate cannot overflow itself.
+        """
         if x.dim() != 2 or x.shape[1] != self.means.shape[1]:
             raise ValueError(
                 f"features have shape {tuple(x.shape)}: want (B, {self.means.shape[1]}), "
                 "one row per vector"
             )
-        return x.to(
-            torch.promote_types(torch.promote_types(x.dtype, self.means.dtype), torch.float32)
-        )
+        wider = torch.promote_types(x.dtype, self.means.dtype)
+        x = x.to(torch.promote_types(wider, torch.float32))
+        limit = 1e-3 * math.sqrt(torch.finfo(x.dtype).max * min(self.eps, 1.0) / x.shape[1])
+        limit = limit * (self.log_ratio.detach().amin().clamp_max(0.0) / 2).exp()
+        peak = torch.linalg.vector_norm(x.detach(), ord=math.inf, dim=1, keepdim=True)
+        return x * (limit / peak).clamp_max(1.0)
 
-    def _pick(self, table: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of a (C, D) table, or of a shared (1, D) one, which broadcasts."""
-        return (table if table.shape[0] == 1 else table[rows]).to(dtype)
-
-    def _rows(self, winner: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        shrink = self._pick(self.log_ratio, winner, dtype).sigmoid()
-        return self._pick(self.means, winner, dtype), shrink
+    def _chosen(self, winner: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """p and S of the given prototypes."""
+        shrink = _rows(self.log_ratio, winner).to(dtype).sigmoid()
+        return _rows(self.means, winner).to(dtype), shrink
 
     def extra_repr(self) -> str:
         prototypes, dims = self.means.shape
         shared = ", shared variances" if self.log_ratio.shape[0] == 1 else ""
         return f"{prototypes} prototypes of {dims} features, eps={self.eps}{shared}"
+
+
+class _Form(NamedTuple):
+    """Costs in nats: k_c'(x - p_c)^2 / 2 - log pi_c, with sum_c pi_c = 1."""
+
+    eps: float
+    center: Tensor
+    """(D,), the prototypes' mean: distances from it, not from the origin, lose digits."""
+    points: Tensor
+    """(C, D), p_c - center."""
+    stiffness: Tensor
+    """(C, D) or shared (1, D), k_c."""
+    log_pi: Tensor
+    """(C,)."""
+    log_mass: Tensor
+    """(), what normalising pi took away."""
+
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """Weights (L, C) and offset (C,): costs are linear in `lift(x)`."""
+        weighted = self.stiffness * self.points
+        offset = (weighted * self.points).sum(-1) / 2 - self.log_pi
+        if self.stiffness.shape[0] == 1:
+            squares = weighted.new_ones(len(weighted), 1)
+        else:
+            squares = self.stiffness / 2
+        return torch.cat([-weighted, squares], 1).T, offset
+
+    def lift(self, x: Tensor) -> Tensor:
+        """(x, x^2), or with shared stiffness (x, k'x^2 / 2), for centred x: (B, L)."""
+        shared = self.stiffness.shape[0] == 1
+        squares = x.square() @ (self.stiffness / 2).T if shared else x.square()
+        return torch.cat([x, squares], 1)
+
+
+def _costs(
+    x: Tensor, form: _Form, weights: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Costs (B, C), the least of each row (B, 1) and its index (B,), for centred x.
+
+    The winner's cost is exact to a few ulp of itself. The others err by some ulp of
+    k'(x - center)^2: nothing where they matter in practice. Where they would undercut the
+    winner by rounding they are raised to it, so a soft-min errs by log C nats at most.
+    """
+    costs = torch.addmm(offset, form.lift(x), weights)
+    winner = costs.detach().argmin(1)
+    gap = x - form.points[winner]
+    least = (gap.square() * _rows(form.stiffness, winner)).sum(1) / 2 - form.log_pi[winner]
+    least = least.unsqueeze(1)
+    costs.scatter_(1, winner.unsqueeze(1), least)
+    with torch.no_grad():  # values only: the gradients stay each prototype's own
+        costs.clamp_(min=least)
+    return costs, least, winner
+
+
+def _softmin(x: Tensor, form: _Form) -> tuple[Tensor, Tensor]:
+    """-log sum_c exp(-cost_c), (B,), and the most probable prototype, (B,)."""
+    soft, winners = [], []
+    with torch.autocast(x.device.type, enabled=False):
+        weights, offset = form.linear()
+        centred = x - form.center
+        for rows in torch.split(centred, max(1, _CHUNK_COSTS // len(offset))):
+            costs, least, winner = _costs(rows, form, weights, offset)
+            soft.append(least.squeeze(1) - (least - costs).exp().sum(1).log())
+            winners.append(winner)
+    return torch.cat(soft), torch.cat(winners)
+
+
+def _log_weights(x: Tensor, form: _Form) -> Tensor:
+    """log w_c(x), the prototypes' shares in the plan, (B, D) -> (B, C)."""
+    with torch.autocast(x.device.type, enabled=False):
+        costs, least, _ = _costs(x - form.center, form, *form.linear())
+        return (least - costs).log_softmax(1)
+
+
+def _rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a (C, D) table, or a shared (1, D) one as it is: it broadcasts."""
+    return table if table.shape[0] == 1 else table[rows]
 
 
 def _check(means: Tensor, variances: Tensor, log_weights: Tensor, eps: float) -> None:
@@ -329,18 +373,6 @@ def _check(means: Tensor, variances: Tensor, log_weights: Tensor, eps: float) ->
             f"variances reach {variances.min().item():g}: want finite numbers above 0. "
             "Codebook.shrunk_variances() gives such"
         )
-
-
-def _bounded(x: Tensor, eps: float, stiffness: Tensor) -> Tensor:
-    """x, or where its costs in nats, summed over a batch, could overflow, a shorter x.
-
-    The bound is 1e-3 sqrt(max min(eps, 1) / max k) on the norm; in float32 with eps = 1e-4 and
-    k <= 1 that is 1.8e14. Scaling by the largest coordinate cannot overflow itself.
-    """
-    limit = 1e-3 * math.sqrt(torch.finfo(x.dtype).max * min(eps, 1.0) / x.shape[-1])
-    allowed = limit / stiffness.detach().amax().clamp_min(1.0).sqrt()
-    peak = torch.linalg.vector_norm(x.detach(), ord=math.inf, dim=-1, keepdim=True)
-    return x * (allowed / peak).clamp_max(1.0)
 
 
 def _on(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
