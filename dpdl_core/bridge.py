@@ -260,9 +260,10 @@ class Bridge(nn.Module):
         wider = torch.promote_types(x.dtype, self.means.dtype)
         x = x.to(torch.promote_types(wider, torch.float32))
         limit = 1e-3 * math.sqrt(torch.finfo(x.dtype).max * min(self.eps, 1.0) / x.shape[1])
-        limit = limit * (self.log_ratio.detach().amin().clamp_max(0.0) / 2).exp()
+        soft = (self.log_ratio.detach().amin().clamp_max(0.0) / 2).exp()
         peak = torch.linalg.vector_norm(x.detach(), ord=math.inf, dim=1, keepdim=True)
-        return x * (limit / peak).clamp_max(1.0)
+        admitted: Tensor = x * (limit * soft / peak).clamp_max(1.0)
+        return admitted
 
     def _chosen(self, winner: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """p and S of the given prototypes."""
