@@ -1,0 +1,301 @@
+"""Kafka clients with our deadlines, sizes and credentials; topics as the product wants them.
+
+Apache Kafka 4.x through kafka-python >= 3.0.12. Offsets that matter live in Redis (ResultStore):
+a consumer never commits by itself, and has no reset policy, so it never skips frames in silence.
+
+Sizes: a frame is at most 32 MiB (messages.MAX_FRAME_BYTES). The topic takes records up to twice
+that, so that an oversized image reaches us and ends among the dead letters with a reason instead
+of being refused where nobody sees it. Kafka's own request limit is 100 MB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import errors as ke
+from kafka.net.compat import KafkaNetClient
+from kafka.net.manager import KafkaConnectionManager
+from kafka.net.selector import NetworkSelector
+
+from infra.errors import AuthFailed, DataError, DpdlError, ServiceUnavailable, SettingsError
+from infra.messages import MAX_FRAME_BYTES, KafkaRecord
+from infra.settings import KafkaSettings, Settings
+
+MAX_RECORD_BYTES = 2 * MAX_FRAME_BYTES
+_MAX_DEAD_BYTES = MAX_RECORD_BYTES + 2**20
+"""A dead letter is a record with a few more headers."""
+BOOTSTRAP_TIMEOUT_S = 10.0
+REQUEST_TIMEOUT_S = 15.0
+
+_AUTH_ERRORS = (
+    ke.SaslAuthenticationFailedError,
+    ke.UnsupportedSaslMechanismError,
+    ke.AuthorizationError,
+)
+_SIZE_ERRORS = (
+    ke.MessageSizeTooLargeError,
+    ke.RecordListTooLargeError,
+)
+
+
+def make_producer(settings: Settings) -> KafkaProducer:
+    """A producer whose acknowledged records survive: all in-sync replicas, no duplicates on retry.
+
+    kafka-python bounds no buffer memory: a sender of live frames must itself bound what is in
+    flight. A record that is not acknowledged in 60 s fails its future.
+    Errors: AuthFailed, ServiceUnavailable, SettingsError.
+    """
+    return _build(
+        KafkaProducer,
+        settings.kafka,
+        acks="all",
+        enable_idempotence=True,
+        max_request_size=_MAX_DEAD_BYTES,
+        max_block_ms=int(BOOTSTRAP_TIMEOUT_S * 1000),
+        delivery_timeout_ms=60_000,
+        linger_ms=2,  # lets small frames of one poll share a request; JPEG gains no compression
+        batch_size=512 * 1024,
+    )
+
+
+def make_consumer(settings: Settings, *, group: str | None = None) -> KafkaConsumer:
+    """A consumer for subscribe() with a group, or for assign() without one.
+
+    The caller seeks every partition on assignment (to the offset stored in Redis). There is no
+    reset policy: a position that retention has removed raises kafka's OffsetOutOfRangeError from
+    poll(), and a forgotten seek raises NoOffsetForPartitionError.
+    Errors: AuthFailed, ServiceUnavailable, SettingsError.
+    """
+    return _build(
+        KafkaConsumer,
+        settings.kafka,
+        group_id=group,
+        enable_auto_commit=False,
+        auto_offset_reset="none",
+        allow_auto_create_topics=False,
+        # Kafka's smallest useful values for a quick take-over after a SIGKILL (its floor is 6 s).
+        session_timeout_ms=10_000,
+        heartbeat_interval_ms=2_000,
+        # A record larger than this still arrives, alone: Kafka never withholds the first one.
+        max_partition_fetch_bytes=8 * 2**20,
+        fetch_max_bytes=32 * 2**20,
+    )
+
+
+def make_admin(settings: Settings) -> KafkaAdminClient:
+    """Errors: AuthFailed, ServiceUnavailable, SettingsError."""
+    return _build(KafkaAdminClient, settings.kafka)
+
+
+def ensure_topics(settings: Settings) -> None:
+    """Create the frame topic and the dead-letter topic where they do not exist.
+
+    Existing topics are left as they are: their partitions and retention belong to whoever made
+    them. Errors: AuthFailed, ServiceUnavailable, SettingsError.
+    """
+    kafka = settings.kafka
+    wanted = {
+        kafka.topic: _topic(kafka, kafka.partitions, MAX_RECORD_BYTES),
+        kafka.dead_topic: _topic(kafka, 1, _MAX_DEAD_BYTES),
+    }
+    admin = make_admin(settings)
+    try:
+        with kafka_errors(kafka):
+            existing = {
+                topic["name"]
+                for topic in admin.describe_topics(list(wanted))
+                if topic["error_code"] == 0
+            }
+            for name in wanted.keys() - existing:
+                with suppress(ke.TopicAlreadyExistsError):  # someone else was quicker
+                    admin.create_topics({name: wanted[name]})
+            admin.wait_for_topics(list(wanted), timeout_ms=int(REQUEST_TIMEOUT_S * 1000))
+    finally:
+        admin.close()
+
+
+def _topic(kafka: KafkaSettings, partitions: int, max_record_bytes: int) -> dict[str, Any]:
+    retention_bytes = kafka.retention_mb * 2**20
+    return {
+        "num_partitions": partitions,
+        "replication_factor": kafka.replication,
+        "configs": {
+            "retention.ms": str(int(kafka.retention_hours * 3_600_000)),
+            "retention.bytes": str(retention_bytes),
+            # Kafka deletes whole segments: a bound in bytes is only as fine as its segments.
+            "segment.bytes": str(min(max(retention_bytes // 8, 2 * max_record_bytes), 2**30)),
+            "max.message.bytes": str(max_record_bytes),
+            "min.insync.replicas": "2" if kafka.replication > 2 else "1",
+        },
+    }
+
+
+def partitions_of(client: KafkaConsumer, topic: str) -> list[TopicPartition]:
+    """All partitions of a topic. DataError where it does not exist."""
+    found = client.partitions_for_topic(topic)
+    if not found:
+        raise DataError(f"Kafka has no topic {topic}: create it with `dpdl up` or `dpdl serve`")
+    return [TopicPartition(topic, partition) for partition in sorted(found)]
+
+
+def end_offsets(settings: Settings, topic: str) -> dict[int, int]:
+    """Partition -> the offset that the next record will get."""
+    return _offsets(settings, topic, lambda consumer, tps: consumer.end_offsets(tps))
+
+
+def beginning_offsets(settings: Settings, topic: str) -> dict[int, int]:
+    """Partition -> the oldest offset that retention has kept."""
+    return _offsets(settings, topic, lambda consumer, tps: consumer.beginning_offsets(tps))
+
+
+def _offsets(
+    settings: Settings, topic: str, ask: Callable[[KafkaConsumer, list[TopicPartition]], Any]
+) -> dict[int, int]:
+    consumer = make_consumer(settings)
+    try:
+        with kafka_errors(settings.kafka):
+            found = ask(consumer, partitions_of(consumer, topic))
+        return {tp.partition: found[tp] for tp in sorted(found)}
+    finally:
+        consumer.close()
+
+
+def send_dead(producer: KafkaProducer, dead_topic: str, record: KafkaRecord, reason: str) -> Any:
+    """Send a record that cannot be scored to the dead letters; returns kafka's future.
+
+    Key, value and headers are kept; `dead-reason` and `dead-frame` (topic/partition/offset) are
+    added. After a crash the same frame may come twice: `dead-frame` tells.
+    """
+    frame = f"{record.topic}/{record.partition}/{record.offset}"
+    added = [("dead-reason", reason.encode()), ("dead-frame", frame.encode())]
+    return producer.send(
+        dead_topic,
+        # kafka-python refuses a record with neither key nor value.
+        value=record.value if record.value is not None else b"",
+        key=record.key,
+        headers=[*((name, value or b"") for name, value in record.headers or ()), *added],
+    )
+
+
+@contextmanager
+def kafka_errors(kafka: KafkaSettings) -> Iterator[None]:
+    """Turn kafka-python's errors into ours, for any call on a client."""
+    try:
+        yield
+    except ke.KafkaError as error:
+        raise _translated(error, kafka) from error
+
+
+def _translated(error: Exception, kafka: KafkaSettings, detail: str = "") -> DpdlError:
+    where = f"Kafka at {kafka.bootstrap}"
+    if isinstance(error, _AUTH_ERRORS):
+        user = kafka.sasl_username or "anonymous"
+        return AuthFailed(
+            f"{where} refused user {user} ({detail or error}): check kafka.sasl_username, "
+            "kafka.sasl_password and the user's ACLs"
+        )
+    if isinstance(error, _SIZE_ERRORS):
+        return DataError(f"{where} refused a record as too large: {error}")
+    return ServiceUnavailable(
+        f"{where} did not answer ({detail or error}): check that it runs (`dpdl status`), "
+        "kafka.bootstrap and kafka.security_protocol"
+    )
+
+
+class _Hidden(str):
+    """A password as kafka-python wants it; it logs its whole configuration at debug level."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def _security(kafka: KafkaSettings) -> dict[str, Any]:
+    config: dict[str, Any] = {"security_protocol": kafka.security_protocol}
+    if kafka.sasl_password and kafka.security_protocol.startswith("SASL"):
+        config |= {
+            "sasl_mechanism": kafka.sasl_mechanism,
+            "sasl_plain_username": kafka.sasl_username,
+            "sasl_plain_password": _Hidden(kafka.sasl_password.get_secret_value()),
+        }
+    if kafka.security_protocol.endswith("SSL"):
+        for field in ("tls_ca", "tls_cert", "tls_key"):
+            path = getattr(kafka, field)
+            if path and not path.is_file():
+                raise SettingsError(f"kafka.{field}={path}: no such file")
+        config |= {
+            "ssl_check_hostname": kafka.tls_check_hostname,
+            "ssl_cafile": str(kafka.tls_ca) if kafka.tls_ca else None,
+            "ssl_certfile": str(kafka.tls_cert) if kafka.tls_cert else None,
+            "ssl_keyfile": str(kafka.tls_key) if kafka.tls_key else None,
+        }
+    return config
+
+
+class _Manager(KafkaConnectionManager):  # type: ignore[misc]
+    """Remembers why the first connection failed.
+
+    kafka-python 3.0.12 only logs that, and reports a wrong password as a timeout.
+    """
+
+    failure: Exception | None = None
+
+    def get_connection(self, node_id: Any, **options: Any) -> Any:
+        # Before the first metadata only: later, a broker that restarts may be not ready to
+        # authenticate for a moment, and the client goes on by itself.
+        if isinstance(self.failure, _AUTH_ERRORS) and not self.cluster.brokers():
+            raise self.failure
+        connection = super().get_connection(node_id, **options)
+        connection.init_future.add_errback(self._remember)
+        return connection
+
+    def _remember(self, error: Exception) -> None:
+        self.failure = error
+
+
+class _Client(KafkaNetClient):  # type: ignore[misc]
+    def __init__(self, **config: Any) -> None:
+        net = NetworkSelector(**config)
+        super().__init__(net=net, manager=_Manager(net, **config))
+
+    def abandon(self) -> Exception | None:
+        """Close after a failed bootstrap: kafka-python leaves its I/O thread running."""
+        self.close()
+        self._net.stop(timeout_ms=2000)
+        failure: Exception | None = self._manager.failure
+        return failure
+
+
+def _build(make: Callable[..., Any], kafka: KafkaSettings, **config: Any) -> Any:
+    if not kafka.bootstrap:
+        raise SettingsError(
+            "no Kafka is known: start the embedded services with `dpdl up`, or set "
+            "DPDL_KAFKA_BOOTSTRAP=HOST:PORT"
+        )
+    clients: list[_Client] = []
+
+    def client(**options: Any) -> _Client:
+        clients.append(_Client(**options))
+        return clients[-1]
+
+    try:
+        return make(
+            bootstrap_servers=[address.strip() for address in kafka.bootstrap.split(",")],
+            kafka_client=client,
+            bootstrap_timeout_ms=int(BOOTSTRAP_TIMEOUT_S * 1000),
+            request_timeout_ms=int(REQUEST_TIMEOUT_S * 1000),
+            reconnect_backoff_max_ms=1000,  # the default of 30 s outlasts a broker's restart
+            **_security(kafka),
+            **config,
+        )
+    except (ke.KafkaError, OSError, ValueError) as error:
+        failures = [client.abandon() for client in clients]
+        cause = next((failure for failure in failures if failure is not None), None)
+        if isinstance(error, (OSError, ValueError)) and cause is None:
+            raise SettingsError(f"Kafka client for {kafka.bootstrap}: {error}") from error
+        seen = cause or error
+        raise _translated(seen, kafka, detail=str(seen) or type(seen).__name__) from error
