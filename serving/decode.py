@@ -7,13 +7,13 @@ equal offline ones. Decoding runs in threads; the codecs let go of Python's lock
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpdl_core.images import ImageRejected, decode_image
-from infra.messages import BadFrame, FrameRecord
+from infra.errors import BadFrame
+from infra.messages import FrameRecord, KafkaRecord
 from serving.loop import BadRecord, Batch, Polled
 
 
@@ -30,33 +30,29 @@ class Decoder:
     def __call__(self, polled: Polled, size: int) -> Batch:
         """Keeps the order of records. Never raises for what is in them."""
         outcomes = list(self._pool.map(lambda record: _decode(record, size), polled.records))
-        good = [outcome for outcome in outcomes if not isinstance(outcome, BadRecord)]
+        good = [each for each in outcomes if not isinstance(each, BadRecord)]
         images = np.empty((len(good), size, size, 3), dtype=np.uint8)
-        for row, (_, image) in enumerate(good):
+        for row, (_, _, image) in enumerate(good):
             images[row] = image
         return Batch(
             polled=polled,
-            frames=[frame for frame, _ in good],
+            records=[record for record, _, _ in good],
+            frames=[frame for _, frame, _ in good],
             images=images,
-            bad=[outcome for outcome in outcomes if isinstance(outcome, BadRecord)],
+            bad=[each for each in outcomes if isinstance(each, BadRecord)],
         )
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _decode(record: Any, size: int) -> tuple[FrameRecord, NDArray[np.uint8]] | BadRecord:
+def _decode(
+    record: KafkaRecord, size: int
+) -> tuple[KafkaRecord, FrameRecord, NDArray[np.uint8]] | BadRecord:
     try:
         frame = FrameRecord.from_kafka(record)
-        return frame, decode_image(frame.image, size)
+        return record, frame, decode_image(frame.image, size)
     except (BadFrame, ImageRejected) as why:
-        reason, detail = why.reason, str(why)
+        return BadRecord(record, why.reason, str(why))
     except Exception as why:  # a codec that trips over hostile bytes must not stop the stream
-        reason, detail = "undecodable", f"{type(why).__name__}: {why}"
-    return BadRecord(
-        frame_id=f"{record.topic}/{record.partition}/{record.offset}",
-        key=record.key,
-        value=record.value,
-        reason=reason,
-        detail=detail[:500],
-    )
+        return BadRecord(record, "undecodable", f"{type(why).__name__}: {why}")

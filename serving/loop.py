@@ -22,17 +22,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from infra.errors import DpdlError, Fenced
-from infra.messages import FrameRecord, FrameResult
+from infra.messages import FrameRecord, FrameResult, KafkaRecord, frame_id
 
 log = logging.getLogger("dpdl.stream")
 T = TypeVar("T")
@@ -64,8 +64,8 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Polled:
-    records: list[Any]
-    """Kafka records, in order within each partition."""
+    records: list[KafkaRecord]
+    """In order within each partition."""
     spans: list[Span]
     waited_s: float = 0.0
     """From the first record to the full batch."""
@@ -73,11 +73,9 @@ class Polled:
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """A record that cannot be scored; key and value as they came, byte for byte."""
+    """A record that cannot be scored; it is kept as it came, byte for byte."""
 
-    frame_id: str
-    key: bytes | None
-    value: bytes | None
+    record: KafkaRecord
     reason: str
     """Short slug: "truncated", "no-key", ..."""
     detail: str = ""
@@ -86,6 +84,8 @@ class BadRecord:
 @dataclass(frozen=True, slots=True)
 class Batch:
     polled: Polled
+    records: list[KafkaRecord]
+    """What frames were read from: frames[i] from records[i]."""
     frames: list[FrameRecord]
     images: NDArray[np.uint8]
     """(B,S,S,3) RGB, row i is frames[i]."""
@@ -119,9 +119,9 @@ class BatchReport:
 
     offsets: dict[str, list[int]]
     version: str = ""
-    frames: int = 0
     alerts: int = 0
-    bad: dict[str, int] = field(default_factory=dict)
+    bad: Counter[str] = field(default_factory=Counter)
+    """Dead letters by reason."""
     dropped_spans: int = 0
     stage_ms: dict[str, float] = field(default_factory=dict)
     results: list[FrameResult] = field(default_factory=list)
@@ -166,8 +166,12 @@ class Sink(Protocol):
     ) -> list[str]:
         """The key of each frame's evidence, kept now or durably noted to be kept later."""
 
-    def publish(self, span: Span, results: Sequence[FrameResult]) -> None:
-        """Results, alerts and next offset in one step. Fenced: the span is not the next one."""
+    def publish(self, span: Span, results: Sequence[FrameResult], dead: Mapping[str, int]) -> int:
+        """Results, alerts, dead-letter counts and next offset in one step; the alerts raised.
+
+        Fenced: the span is not the next one, and nothing was written. After any other error the
+        step may or may not have happened.
+        """
 
 
 Decode = Callable[[Polled, int], Batch]
@@ -220,6 +224,8 @@ class Loop:
         self._stop_by = float("inf")
         self.last_poll_s = time.monotonic()
         """When the loop last went round or last retried: its sign of life."""
+        self.trouble = ""
+        """What is being retried just now, for people; "" when all is well."""
 
     def stop(self) -> None:
         """Any thread: poll no more, publish what is in flight within the deadline, return."""
@@ -271,17 +277,18 @@ class Loop:
             clock.lap("evidence")
         published = []
         for span in flight.batch.polled.spans:  # 5. results, alerts and next offset: one step
-            mine = [r for r in results if _within(span, r)]
-            if self._published(span, mine):
-                published.append(span)
-                report.results += mine
+            mine = [r for r in results if _within(span, r.frame_id)]
+            dead = Counter(each.reason for each in bad if _within(span, _frame_id(each.record)))
+            alerts = self._published(span, mine, dead)
+            if alerts is None:
+                continue
+            published.append(span)
+            report.results += mine
+            report.alerts += alerts
+            report.bad.update(dead)
         clock.lap("publish")
         self._source.commit(published)  # 6. for lag metrics only
         report.dropped_spans = len(flight.batch.polled.spans) - len(published)
-        report.frames = len(report.results)
-        report.alerts = sum(r.is_anomaly for r in report.results)
-        for each in bad:
-            report.bad[each.reason] = report.bad.get(each.reason, 0) + 1
         self._report(report)
 
     def _submit(self, batch: Batch) -> Future[Scored | WrongSize] | None:
@@ -314,14 +321,8 @@ class Loop:
         """Results of a batch, evidence of its anomalies kept; frames without a finite score."""
         finite = np.isfinite(scored.score) & np.isfinite(scored.energy)
         senseless = [
-            BadRecord(
-                frame_id=frame.frame_id,
-                key=frame.camera.encode(),
-                value=frame.image,
-                reason="score-not-finite",
-                detail=f"version {scored.version}",
-            )
-            for frame, fine in zip(batch.frames, finite, strict=True)
+            BadRecord(record, "score-not-finite", f"version {scored.version}")
+            for record, fine in zip(batch.records, finite, strict=True)
             if not fine
         ]
         if senseless:
@@ -353,19 +354,24 @@ class Loop:
             if finite[row]
         ], senseless
 
-    def _published(self, span: Span, results: Sequence[FrameResult]) -> bool:
-        def publish() -> bool:
+    def _published(
+        self, span: Span, results: Sequence[FrameResult], dead: Mapping[str, int]
+    ) -> int | None:
+        """Alerts raised; None when the span is not ours to publish."""
+
+        def publish() -> int | None:
             if not self._source.holds(span):
-                return False  # revoked meanwhile: its new owner reads it again
-            self._sink.publish(span, results)
-            return True
+                return None  # revoked meanwhile: its new owner reads it again
+            return self._sink.publish(span, results, dead)
 
         try:
             return self._patiently("publishing", publish)
         except Fenced as fenced:
-            log.warning("partition %d: %s; reading it again from there", span.partition[1], fenced)
+            if fenced.expected == span.next:
+                return 0  # it is in: a first try had worked, and only its answer was lost
+            log.warning("partition %d: %s", span.partition.number, fenced)
             self._source.rewind(span.partition)
-            return False
+            return None
 
     def _patiently(self, doing: str, step: Callable[[], T]) -> T:
         """Retries a step whose error says that a retry helps, with back-off, reading nothing."""
@@ -382,11 +388,13 @@ class Loop:
                     raise Stopping(f"{doing}: {error}") from error
                 if not failed_since:
                     failed_since = time.monotonic()
+                    self.trouble = f"{doing} failed, retrying: {error}"
                     log.warning("%s failed, retrying: %s", doing, error)
                 self._source.idle(wait_s)
                 wait_s = min(2 * wait_s, LAST_RETRY_S)
                 continue
             if failed_since:
+                self.trouble = ""
                 log.warning("%s works again after %.1f s", doing, time.monotonic() - failed_since)
             return done
 
@@ -402,6 +410,10 @@ class _Clock:
         self._last = now
 
 
-def _within(span: Span, result: FrameResult) -> bool:
-    topic, number, offset = result.frame_id.rsplit("/", 2)
+def _frame_id(record: KafkaRecord) -> str:
+    return frame_id(record.topic, record.partition, record.offset)
+
+
+def _within(span: Span, frame: str) -> bool:
+    topic, number, offset = frame.rsplit("/", 2)
     return (topic, int(number)) == span.partition and span.first <= int(offset) < span.next

@@ -14,14 +14,16 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from kafka import ConsumerRebalanceListener, KafkaConsumer
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, OffsetOutOfRangeError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
-from infra.errors import ServiceUnavailable
-from infra.settings import StreamSettings
+from infra.errors import DpdlError, ServiceUnavailable
+from infra.kafka_client import kafka_errors
+from infra.messages import KafkaRecord
+from infra.settings import Settings
 from serving.loop import Partition, Polled, Span
 
 log = logging.getLogger("dpdl.stream")
@@ -47,27 +49,24 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
     the store before its first record is polled.
     """
 
-    def __init__(
-        self,
-        consumer: KafkaConsumer,
-        offsets: Offsets,
-        *,
-        topic: str,
-        group: str,
-        limits: StreamSettings,
-    ) -> None:
+    def __init__(self, consumer: KafkaConsumer, offsets: Offsets, settings: Settings) -> None:
         self._consumer, self._offsets = consumer, offsets
-        self._group, self._limits = group, limits
+        self._kafka, self._limits = settings.kafka, settings.stream
         self._lease_numbers = itertools.count(1)
         self._leases: dict[Partition, int] = {}
         self._positions: dict[Partition, int] = {}
         self._unplaced: set[Partition] = set()
-        consumer.subscribe([topic], listener=self)
+        consumer.subscribe([settings.kafka.topic], listener=self)
 
     # Called by kafka-python inside poll(), so in the loop's thread. Nothing that can fail or wait
     # is done here: placing needs Redis, and an error would be lost inside the client.
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        self._void([Partition(*each) for each in assigned])
+        for place in assigned:
+            # Any position and no fetching until placed: else the client looks for Kafka's own
+            # committed offset, which means nothing here.
+            self._consumer.seek(place, 0)
+            self._consumer.pause(place)
+            self._void([Partition(*place)])
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         partitions = [Partition(*each) for each in revoked]
@@ -83,7 +82,7 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
         ServiceUnavailable when Kafka or Redis is away; nothing polled is forgotten then.
         """
         self._place()
-        records: list[Any] = []
+        records: list[KafkaRecord] = []
         spans: dict[Partition, Span] = {}
         room, num_bytes, first_s = self._limits.max_batch, 0, 0.0
         idle_until = time.monotonic() + IDLE_S
@@ -93,11 +92,11 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
             if left_s <= 0 or (not records and (until() or now > idle_until)):
                 break
             try:
-                got = self._consumer.poll(timeout_ms=max(1, int(left_s * 1000)), max_records=room)
-            except KafkaError as error:
+                got = self._fetched(left_s, room)
+            except DpdlError:
                 if records:
                     break  # score these; the next poll says it again
-                raise ServiceUnavailable(f"Kafka: {error!r}") from error
+                raise
             for source, polled in got.items():
                 fresh = self._take(Partition(*source), polled, spans)
                 records += fresh
@@ -108,6 +107,18 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
         if not records:
             return None
         return Polled(records, list(spans.values()), waited_s=time.monotonic() - first_s)
+
+    def _fetched(self, wait_s: float, room: int) -> dict[TopicPartition, list[KafkaRecord]]:
+        try:
+            with kafka_errors(self._kafka):
+                got = self._consumer.poll(timeout_ms=max(1, int(wait_s * 1000)), max_records=room)
+        except DpdlError as error:
+            if isinstance(error.__cause__, OffsetOutOfRangeError):
+                # Retention overtook us: _place() says how far and goes on where Kafka begins.
+                self._void(list(self._leases))
+                return {}
+            raise
+        return dict(got)
 
     def holds(self, span: Span) -> bool:
         return self._leases.get(span.partition) == span.lease
@@ -132,12 +143,11 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
         """Polls with everything paused, so that the group does not throw us out meanwhile."""
         until = time.monotonic() + seconds
         try:
-            assigned = self._consumer.assignment()
-            self._consumer.pause(*assigned)
+            self._consumer.pause(*self._consumer.assignment())
             got = self._consumer.poll(timeout_ms=int(seconds * 1000), max_records=1)
             for source in got:  # assigned during this very poll: it will be placed anew
                 self.rewind(Partition(*source))
-            self._consumer.resume(*(assigned & self._consumer.assignment()))
+            self._consumer.resume(*(TopicPartition(*partition) for partition in self._leases))
         except KafkaError as error:
             log.debug("idle poll: %r", error)
         time.sleep(max(0.0, until - time.monotonic()))
@@ -156,8 +166,8 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
         return behind
 
     def _take(
-        self, partition: Partition, polled: list[Any], spans: dict[Partition, Span]
-    ) -> list[Any]:
+        self, partition: Partition, polled: list[KafkaRecord], spans: dict[Partition, Span]
+    ) -> list[KafkaRecord]:
         if partition not in self._leases:
             return []  # assigned in this very poll: not placed yet, will be read again
         position, lease = self._positions[partition], self._leases[partition]
@@ -180,14 +190,12 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
         """Seeks each new or rewound partition to the stored offset, and leases it."""
         for partition in sorted(self._unplaced):
             place = TopicPartition(*partition)
-            try:
+            with kafka_errors(self._kafka):
                 begin = self._consumer.beginning_offsets([place])[place]
                 end = self._consumer.end_offsets([place])[place]
-            except (KafkaError, KeyError) as error:
-                raise ServiceUnavailable(f"Kafka, offsets of {partition}: {error!r}") from error
-            stored = self._offsets.next_offset(self._group, *partition)
+            stored = self._offsets.next_offset(self._kafka.group, *partition)
             if stored is None:
-                stored = self._offsets.set_start(self._group, *partition, begin)
+                stored = self._offsets.set_start(self._kafka.group, *partition, begin)
             if stored > end:
                 raise ServiceUnavailable(
                     f"results are stored up to offset {stored} of {partition.topic} partition "
@@ -201,6 +209,7 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
                     partition.number, begin - stored, stored, begin - 1,
                 )  # fmt: skip
             self._consumer.seek(place, max(stored, begin))
+            self._consumer.resume(place)
             # The chain of spans goes on at the stored offset, over what expired.
             self._positions[partition] = stored
             self._leases[partition] = next(self._lease_numbers)

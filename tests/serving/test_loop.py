@@ -8,7 +8,7 @@ for every n: so it falls between every two steps.
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -47,14 +47,17 @@ class World:
         self.stored = dict.fromkeys(self.topic, 0)
         self.results = defaultdict(list)  # camera -> results in the order of publishing
         self.dead = []
+        self.dead_counts = Counter()
         self.evidence = {}
 
-    def publish(self, span, results):
+    def publish(self, span, results, dead):
         if self.stored[span.partition] != span.first:
             raise Fenced(expected=self.stored[span.partition], found=span.first)
         self.stored[span.partition] = span.next
+        self.dead_counts.update(dead)
         for result in results:
             self.results[result.camera].append(result)
+        return sum(result.is_anomaly for result in results)
 
     def state(self):
         """What a user sees in the end."""
@@ -65,6 +68,7 @@ class World:
                 for camera, results in self.results.items()
             },
             "dead": set(self.dead),
+            "dead_counts": self.dead_counts,
             "evidence": self.evidence,
         }
 
@@ -148,7 +152,7 @@ class Outside:
 
     # Sink
     def set_aside(self, bad):
-        self.call("set_aside", lambda: self.world.dead.extend(b.frame_id for b in bad))
+        self.call("set_aside", lambda: self.world.dead.extend(frame_id(b.record) for b in bad))
 
     def keep_evidence(self, frames, maps):
         def keep():
@@ -157,8 +161,12 @@ class Outside:
 
         return self.call("keep_evidence", keep)
 
-    def publish(self, span, results):
-        self.call("publish", lambda: self.world.publish(span, results))
+    def publish(self, span, results, dead):
+        return self.call("publish", lambda: self.world.publish(span, results, dead))
+
+
+def frame_id(record):
+    return f"{record.topic}/{record.partition}/{record.offset}"
 
 
 def decode(polled, size):
@@ -166,7 +174,7 @@ def decode(polled, size):
     good = [r for r in polled.records if r.value is not None]
     frames = [
         SimpleNamespace(
-            frame_id=f"{r.topic}/{r.partition}/{r.offset}",
+            frame_id=frame_id(r),
             camera=r.key.decode(),
             captured_at_ns=r.offset,
             image=r.value,
@@ -176,12 +184,8 @@ def decode(polled, size):
     images = np.zeros((len(good), size, size, 3), np.uint8)
     for row, record in enumerate(good):
         images[row] = record.offset
-    bad = [
-        BadRecord(f"{r.topic}/{r.partition}/{r.offset}", r.key, r.value, "empty")
-        for r in polled.records
-        if r.value is None
-    ]
-    return Batch(polled, frames, images, bad)
+    bad = [BadRecord(r, "empty") for r in polled.records if r.value is None]
+    return Batch(polled, good, frames, images, bad)
 
 
 def run(outside, **options):
@@ -207,8 +211,8 @@ def test_every_frame_is_scored_once_in_order_and_the_bad_ones_are_kept():
         want = [f"{TOPIC}/{number}/{o}" for o in range(7)]
         assert ids == [i for i in want if i not in world.bad]
     assert set(world.dead) == world.bad
-    assert sum(report.frames for report in reports) == 12
-    assert sum(report.bad.get("empty", 0) for report in reports) == 2
+    assert sum(len(report.results) for report in reports) == 12
+    assert sum(report.bad["empty"] for report in reports) == 2
     assert {r.frame_id for rs in world.results.values() for r in rs if r.is_anomaly} == set(
         world.evidence
     )
@@ -260,7 +264,13 @@ def test_a_crash_at_every_step_of_every_successor_too():
 def test_the_store_that_fences_is_what_holds_it():
     """The same crash with a store that does not fence doubles frames: the tests above can fail."""
     world = World(bad=())
-    world.publish = lambda span, results: [world.results[r.camera].append(r) for r in results]
+
+    def publish_unfenced(span, results, dead):
+        for result in results:
+            world.results[result.camera].append(result)
+        return 0
+
+    world.publish = publish_unfenced
 
     def trap(name, now):
         if (name, now) == ("commit", "before"):
@@ -301,7 +311,8 @@ def test_a_revoked_partition_is_neither_published_nor_committed():
             outside.leases[revoked] = 99
 
     outside = Outside(world, trap)
-    outside._poll = lambda polls=iter([outside._poll()]): next(polls, None) or outside.loop.stop()
+    polls = iter([outside._poll()])
+    outside._poll = lambda: next(polls, None) or outside.loop.stop()
     reports = run(outside)
     assert world.stored == {revoked: 0, Partition(TOPIC, 1): 2}
     assert [span.partition.number for span in outside.committed] == [1]
@@ -334,6 +345,21 @@ def test_a_service_that_is_away_is_waited_for(step, monkeypatch):
     run(outside)
     assert world.state() == quiet_state()
     assert outside.idled >= 3  # it stayed in the consumer group meanwhile
+
+
+def test_an_answer_lost_after_publishing_is_not_a_second_publishing(monkeypatch):
+    """Redis did it and its answer never came: the retry finds it done and goes on from there."""
+    monkeypatch.setattr("serving.loop.FIRST_RETRY_S", 0.001)
+    world, lost = World(), []
+
+    def trap(name, now):
+        if (name, now) == ("publish", "after") and len(lost) < 2:
+            lost.append(name)
+            raise ServiceUnavailable("no answer in time")
+
+    reports = run(Outside(world, trap))
+    assert world.state() == quiet_state()
+    assert sum(report.dropped_spans for report in reports) == 0
 
 
 def test_wrong_credentials_are_not_retried():
@@ -407,7 +433,7 @@ def test_a_frame_whose_score_is_not_finite_is_put_aside():
     outside._score = score
     reports = run(outside)
     assert set(world.dead) == {f"{TOPIC}/0/3", f"{TOPIC}/1/3"}
-    assert sum(report.bad.get("score-not-finite", 0) for report in reports) == 2
+    assert sum(report.bad["score-not-finite"] for report in reports) == 2
     assert world.finished()
 
 

@@ -1,0 +1,182 @@
+"""Evidence: for each anomaly the frame, byte for byte, and its heat map, in S3.
+
+Kept before the result is published, so that an alert has its picture when it appears. Keys are
+made of the frame id alone: keeping twice changes nothing.
+
+When S3 is away, scoring goes on. What is owed is noted in Redis (frame id and the small heat map)
+before the result is published, and paid later: the frame itself is read again from Kafka by its
+id. Chosen over a spool on local disk because Kafka has the bytes anyhow, replicated and bounded by
+its retention, and because a note in Redis survives the loss of this machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dpdl_core.model import upsample_map
+from infra.errors import DpdlError
+from infra.messages import FrameRecord, evidence_key
+
+log = logging.getLogger("dpdl.evidence")
+
+FRAME, HEAT = "frame", "heat.png"
+HEAT_SIDE = 256
+"""Pixels of the overlay; it is stretched over the frame where it is shown."""
+BREATHER_S = 5.0
+"""After a failure S3 is left alone for so long: alerts must not wait for its timeouts."""
+MAX_DEBTS = 10_000
+"""Notes kept while S3 is away; about 4 KB each. Beyond, new alerts stay without a picture."""
+PAY_AT_ONCE = 16
+
+Put = Callable[[str, bytes, str], None]
+"""(key, data, content type) into the evidence bucket; ServiceUnavailable when S3 is away."""
+Reread = Callable[[str], bytes | None]
+"""Frame id -> the image, out of Kafka again; None when retention has removed it."""
+
+
+def image_type(data: bytes) -> str:
+    """The content type that the first bytes show; never what a sender claims."""
+    for magic, kind in (
+        (b"\xff\xd8\xff", "image/jpeg"),
+        (b"\x89PNG\r\n\x1a\n", "image/png"),
+        (b"GIF8", "image/gif"),
+        (b"BM", "image/bmp"),
+    ):
+        if data.startswith(magic):
+            return kind
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    return "application/octet-stream"
+
+
+def heat_png(heat: NDArray[np.float32], side: int = HEAT_SIDE) -> bytes:
+    """(h,w) low-resolution map -> RGBA PNG overlay, hottest spot opaque, coldest clear.
+
+    Scaled to the map's own range: it shows where, the score says how much.
+    """
+    big = upsample_map(torch.as_tensor(heat), side).float().numpy()
+    low, high = float(big.min()), float(big.max())
+    unit = (big - low) / (high - low) if high > low else np.zeros_like(big)
+    level = (unit * 255).round().astype(np.uint8)
+    rgba = cv2.cvtColor(cv2.applyColorMap(level, cv2.COLORMAP_TURBO), cv2.COLOR_BGR2BGRA)
+    rgba[..., 3] = level
+    return bytes(cv2.imencode(".png", rgba, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1])
+
+
+class Archive:
+    """Keeps evidence now, or notes what is owed and pays it when S3 is back.
+
+    Args:
+        put: writes one object.
+        reread: reads a frame's bytes again.
+        debts: the durable notes.
+    """
+
+    def __init__(self, put: Put, reread: Reread, debts: Debts, *, threads: int = 4) -> None:
+        self._put, self._reread, self._debts = put, reread, debts
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="evidence")
+        self._rest_until = 0.0
+        self._closing = threading.Event()
+        self._payer = threading.Thread(target=self._pay_all_along, name="owed", daemon=True)
+        self._payer.start()
+
+    def keep(self, frames: Sequence[FrameRecord], maps: Sequence[NDArray[np.float32]]) -> list[str]:
+        """The evidence keys, when each is in S3 or noted as owed. Raises only for Redis."""
+        owed = list(zip(frames, maps, strict=True))
+        if time.monotonic() >= self._rest_until:
+            kept = list(self._pool.map(lambda pair: self._try(pair[0], pair[1]), owed))
+            owed = [pair for pair, done in zip(owed, kept, strict=True) if not done]
+        for frame, heat in owed:
+            self._debts.note(frame.frame_id, heat)
+        return [evidence_key(frame.frame_id) for frame in frames]
+
+    def close(self) -> None:
+        self._closing.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _try(self, frame: FrameRecord, heat: NDArray[np.float32]) -> bool:
+        try:
+            self._store(frame.frame_id, frame.image, heat)
+        except DpdlError as error:
+            if time.monotonic() >= self._rest_until:
+                log.warning("evidence is owed until S3 takes it: %s", error)
+            self._rest_until = time.monotonic() + BREATHER_S
+            return False
+        return True
+
+    def _store(self, frame_id: str, image: bytes, heat: NDArray[np.float32]) -> None:
+        key = evidence_key(frame_id)
+        self._put(f"{key}/{HEAT}", heat_png(heat), "image/png")
+        self._put(f"{key}/{FRAME}", image, image_type(image))
+
+    def _pay_all_along(self) -> None:
+        while not self._closing.wait(BREATHER_S):
+            try:
+                while not self._closing.is_set() and self.pay():
+                    pass
+            except DpdlError as error:
+                log.info("owed evidence has to wait: %s", error)
+            except Exception:  # one odd note must not end the paying of all others
+                log.exception("paying owed evidence")
+
+    def pay(self) -> int:
+        """Pays some of what is owed; how many. DpdlError when S3, Kafka or Redis is away."""
+        if time.monotonic() < self._rest_until:
+            return 0
+        notes = self._debts.some(PAY_AT_ONCE)
+        for frame_id, heat in notes:
+            image = self._reread(frame_id)
+            if image is None:
+                log.warning("%s expired in Kafka before S3 came back: no evidence of it", frame_id)
+            else:
+                self._store(frame_id, image, heat)
+            self._debts.settle(frame_id)
+        return len(notes)
+
+
+class Debts:
+    """Evidence that S3 has not got yet: a Redis hash, frame id -> heat map."""
+
+    def __init__(self, redis: Any, key: str) -> None:
+        self._redis, self._key = redis, key
+
+    def note(self, frame_id: str, heat: NDArray[np.float32]) -> None:
+        """Beyond MAX_DEBTS nothing is noted: that alert stays without a picture."""
+        if len(self) >= MAX_DEBTS:
+            return
+        small = np.ascontiguousarray(heat, dtype=np.float16)
+        packed = {"shape": small.shape, "heat": base64.b64encode(small.tobytes()).decode()}
+        self._redis.hset(self._key, frame_id, json.dumps(packed))
+
+    def some(self, count: int) -> list[tuple[str, NDArray[np.float32]]]:
+        """Up to `count` notes, in no order."""
+        _, notes = self._redis.hscan(self._key, count=count)
+        return [(_text(each), _unpacked(_text(note))) for each, note in list(notes.items())[:count]]
+
+    def settle(self, frame_id: str) -> None:
+        self._redis.hdel(self._key, frame_id)
+
+    def __len__(self) -> int:
+        return int(self._redis.hlen(self._key))
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _unpacked(note: str) -> NDArray[np.float32]:
+    packed = json.loads(note)
+    flat = np.frombuffer(base64.b64decode(packed["heat"]), np.float16)
+    return flat.reshape(packed["shape"]).astype(np.float32)

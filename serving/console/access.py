@@ -1,0 +1,65 @@
+"""Who may look: anyone on this machine, and whoever has the token.
+
+A caller counts as local only when the connection comes from loopback, no proxy stands between,
+and the address in the browser's bar is a loopback name too: without the last, a web page from
+elsewhere could reach the console through a name that it points at 127.0.0.1 (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Mapping
+
+COOKIE = "dpdl_session"
+
+
+class Access:
+    def __init__(self, token: str | None) -> None:
+        self._token = token
+
+    def allows(
+        self, client: str | None, headers: Mapping[str, str], cookies: Mapping[str, str]
+    ) -> bool:
+        """client: the peer's address as the HTTP server saw it."""
+        if _local(client, headers):
+            return True
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and self.is_token(given.strip()):
+            return True
+        session = self.session()
+        return session is not None and hmac.compare_digest(
+            cookies.get(COOKIE, "").encode(), session.encode()
+        )
+
+    def is_token(self, given: str) -> bool:
+        return self._token is not None and hmac.compare_digest(given.encode(), self._token.encode())
+
+    def session(self) -> str | None:
+        """What the cookie holds: proves that the token was given, and does not contain it."""
+        if self._token is None:
+            return None
+        return hmac.new(self._token.encode(), b"dpdl console", hashlib.sha256).hexdigest()
+
+
+def _local(client: str | None, headers: Mapping[str, str]) -> bool:
+    if "forwarded" in headers or "x-forwarded-for" in headers:
+        return False
+    return _is_loopback(client or "") and _is_loopback(_host_name(headers.get("host", "")))
+
+
+def _host_name(host: str) -> str:
+    """Without its port: "127.0.0.1:8000", "[::1]:8000", "localhost"."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
+
+
+def _is_loopback(name: str) -> bool:
+    if name.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

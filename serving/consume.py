@@ -1,0 +1,202 @@
+"""Consumer deployment: one replica reads some partitions and carries their frames to the end.
+
+The loop (loop.py) has its own thread and its own KafkaConsumer; Serve's event loop only answers
+for its health. Replicas share the topic's partitions through Kafka's consumer group; more of them
+than partitions have nothing to do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from infra.errors import DpdlError, ServiceUnavailable
+from infra.kafka_client import make_consumer, make_producer
+from infra.redis_client import ResultStore
+from infra.settings import Settings, load_settings
+from serving.archive import open_archive
+from serving.decode import Decoder
+from serving.logs import log_to_stderr
+from serving.loop import BatchReport, Loop, Scored, WrongSize
+from serving.publish import StreamSink
+from serving.source import KafkaSource
+
+log = logging.getLogger("dpdl.stream")
+
+ANSWER_S = 120.0
+"""Longest wait for one batch's scores before it is asked for again."""
+STUCK_S = 90.0
+"""A loop that shows no life for so long is replaced."""
+DRAIN_S = 15.0
+CLOSE_S = 3.0
+
+
+class HandleScore:
+    """serving.loop.Score by calls of the Scorer deployment; one call carries one batch."""
+
+    def __init__(self, scorer: DeploymentHandle, depth: int) -> None:
+        self._scorer = scorer
+        self._pool = ThreadPoolExecutor(depth, thread_name_prefix="score")
+        self._image_size = 0
+
+    def image_size(self) -> int:
+        if not self._image_size:
+            info = _answer(lambda: self._scorer.info.remote().result(timeout_s=ANSWER_S))
+            self._image_size = int(info["image_size"])
+        return self._image_size
+
+    def submit(
+        self, images: NDArray[np.uint8], cameras: Sequence[str]
+    ) -> Future[Scored | WrongSize]:
+        return self._pool.submit(self._ask, images, cameras)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, images: NDArray[np.uint8], cameras: Sequence[str]) -> Scored | WrongSize:
+        call = self._scorer.score
+        answer: Scored | WrongSize = _answer(
+            lambda: call.remote(images, cameras).result(timeout_s=ANSWER_S)
+        )
+        self._image_size = answer.image_size
+        return answer
+
+
+def _answer(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except (RayError, RayServeException, TimeoutError, RuntimeError) as error:
+        # Replaced, restarting, overloaded: Serve brings a scorer back, and a batch is not lost.
+        raise ServiceUnavailable(f"the scorer: {' '.join(str(error).split())[:300]}") from error
+
+
+class Consumer:
+    """The deployment's class.
+
+    Args:
+        scorer: handle of the Scorer deployment.
+    """
+
+    def __init__(self, scorer: DeploymentHandle) -> None:
+        log_to_stderr()
+        self._settings = load_settings()
+        self._scorer = scorer
+        self._stopping = threading.Event()
+        self._loop: Loop | None = None
+        self._source: KafkaSource | None = None
+        self._lag: dict[int, int] = {}
+        self._trouble = "starting"
+        self._alive_s = time.monotonic()
+        self._totals: dict[str, int] = {"batches": 0, "frames": 0, "alerts": 0, "dropped_spans": 0}
+        self._bad: dict[str, int] = {}
+        self._last: dict[str, Any] = {}
+        self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
+        self._thread.start()
+
+    async def stats(self) -> dict[str, Any]:
+        """Since this replica began: totals, dead letters by reason, lag, trouble, last batch."""
+        return {
+            **self._totals,
+            "dead_letters": dict(self._bad),
+            "lag": dict(self._lag),
+            "trouble": self._loop.trouble if self._loop else self._trouble,
+            "last_batch": self._last,
+        }
+
+    def check_health(self) -> None:
+        """RuntimeError, and Serve replaces the replica, when the thread is dead or stuck."""
+        if not self._thread.is_alive() and not self._stopping.is_set():
+            raise RuntimeError("the stream's thread has died; its error is in the replica's log")
+        quiet_s = time.monotonic() - (self._loop.last_poll_s if self._loop else self._alive_s)
+        if quiet_s > STUCK_S:
+            raise RuntimeError(f"the stream's thread has shown no life for {quiet_s:.0f} s")
+
+    def __del__(self) -> None:
+        """Serve's graceful end: what is in flight is published, then the group is left."""
+        if stopping := getattr(self, "_stopping", None):
+            stopping.set()
+            if self._loop:
+                self._loop.stop()
+            self._thread.join(DRAIN_S + CLOSE_S)
+
+    def _run(self) -> None:
+        try:
+            with ExitStack() as ends:
+                parts = self._opened(ends)
+                if parts:
+                    parts.run()
+        except BaseException:
+            log.exception("the stream's thread ends")
+            raise
+
+    def _opened(self, ends: ExitStack) -> Loop | None:
+        """Connects to everything, for as long as it takes. None: stopped meanwhile."""
+        while not self._stopping.is_set():
+            self._alive_s = time.monotonic()
+            try:
+                with ExitStack() as trying:
+                    loop = self._connect(self._settings, trying)
+                    ends.push(trying.pop_all())
+                    return loop
+            except DpdlError as error:
+                if not error.retryable:
+                    raise
+                if str(error) != self._trouble:
+                    log.warning("cannot start yet: %s", error)
+                self._trouble = str(error)
+                self._stopping.wait(1.0)
+        return None
+
+    def _connect(self, settings: Settings, ends: ExitStack) -> Loop:
+        depth = settings.stream.max_in_flight
+        results = ResultStore(settings)
+        producer = make_producer(settings)
+        ends.callback(producer.close, timeout=CLOSE_S)
+        archive = open_archive(settings)
+        ends.callback(archive.close)
+        decoder = Decoder(settings.stream.decode_threads)
+        ends.callback(decoder.close)
+        score = HandleScore(self._scorer, depth)
+        ends.callback(score.close)
+        source = KafkaSource(make_consumer(settings, group=settings.kafka.group), results, settings)
+        ends.callback(source.close, CLOSE_S)
+        sink = StreamSink(results, archive, producer, settings.kafka)
+        self._source = source
+        self._loop = Loop(
+            source, decoder, score, sink, report=self._report, depth=depth, drain_s=DRAIN_S
+        )
+        if self._stopping.is_set():
+            self._loop.stop()
+        return self._loop
+
+    def _report(self, batch: BatchReport) -> None:
+        line = {
+            "offsets": batch.offsets,
+            "version": batch.version,
+            "frames": len(batch.results),
+            "alerts": batch.alerts,
+            "bad": batch.bad,
+            "dropped_spans": batch.dropped_spans,
+            "ms": batch.stage_ms,
+        }
+        log.info("batch %s", json.dumps(line, separators=(",", ":")))
+        self._last = line
+        if self._source:
+            self._lag = self._source.lag()  # here, since the client belongs to this thread
+        self._totals["batches"] += 1
+        for name in ("frames", "alerts", "dropped_spans"):
+            self._totals[name] += int(line[name])
+        for reason, count in batch.bad.items():
+            self._bad[reason] = self._bad.get(reason, 0) + count

@@ -1,0 +1,173 @@
+"""Scorer deployment: batches of images > scores, by the current version of one model.
+
+One call is one batch, scored as a whole by one version: a change of version falls between two
+batches. One thread drives the device; several consumers' batches queue up before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from infra.errors import DpdlError
+from infra.model_store import ModelStore
+from infra.redis_client import ResultStore
+from infra.settings import load_settings
+from serving.loop import Scored, WrongSize
+from serving.versions import InUse, Versions
+
+log = logging.getLogger("dpdl.score")
+
+LOOK_S = 1.0
+"""How often the pointer and the threshold overrides are looked at."""
+MAX_CPU_THREADS = 8
+MAX_CAMERAS = 20_000
+
+
+def score_batch(
+    held: InUse,
+    model_name: str,
+    images: NDArray[np.uint8],
+    cameras: Sequence[str],
+    overrides: Mapping[str, float],
+    device: str,
+) -> Scored | WrongSize:
+    """(B,S,S,3) uint8 RGB -> one answer by one version; heat maps only of anomalies.
+
+    Threshold of a camera: a person's override, else the version's own for it, else its default.
+    """
+    if images.shape[1:] != (held.image_size, held.image_size, 3):
+        return WrongSize(held.image_size)
+    # torch.tensor copies: what comes from Ray's object store is read-only.
+    scores = held.loaded.model.score(torch.tensor(images, device=device))
+    score = scores.score.float().cpu().numpy()
+    threshold = np.array([overrides.get(c, held.threshold(c)) for c in cameras], np.float32)
+    anomalies = np.flatnonzero(score > threshold)
+    maps = scores.maps[torch.as_tensor(anomalies, device=scores.maps.device)].float().cpu().numpy()
+    return Scored(
+        model=model_name,
+        version=held.version,
+        image_size=held.image_size,
+        score=score,
+        energy=scores.energy.float().cpu().numpy(),
+        threshold=threshold,
+        maps={int(row): heat for row, heat in zip(anomalies, maps, strict=True)},
+    )
+
+
+class Overrides:
+    """Persons' thresholds by camera, read again every LOOK_S; a new camera's at first sight."""
+
+    def __init__(self, results: ResultStore) -> None:
+        self._results = results
+        self._known: dict[str, float | None] = {}
+
+    def of(self, cameras: Sequence[str]) -> dict[str, float]:
+        """Of these cameras, those that have one. ServiceUnavailable: a new one, Redis away."""
+        known = self._known
+        new = [camera for camera in cameras if camera not in known]
+        if new:
+            known.update(self._read(new))
+        found = {camera: known[camera] for camera in cameras}
+        return {camera: value for camera, value in found.items() if value is not None}
+
+    def refresh(self) -> None:
+        # Camera ids come from outside: beyond a bound all are forgotten and read again as they
+        # come. One assignment, since batches read meanwhile.
+        names = list(self._known)
+        self._known = self._read(names) if len(names) <= MAX_CAMERAS else {}
+
+    def _read(self, cameras: Sequence[str]) -> dict[str, float | None]:
+        found = self._results.thresholds(cameras)
+        return {camera: found[camera].threshold if camera in found else None for camera in cameras}
+
+
+class Scorer:
+    """The deployment's class; ready means: a version is loaded, verified and warm.
+
+    Args:
+        model_name: which model of the store; its pointer is followed.
+        device: "cpu", "cuda" or "" for a GPU where there is one.
+    """
+
+    def __init__(self, model_name: str, device: str = "") -> None:
+        settings = load_settings()
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self._device == "cpu":
+            # Decoding needs a core too; beyond a few, small batches gain nothing.
+            torch.set_num_threads(max(1, min(MAX_CPU_THREADS, (os.cpu_count() or 2) - 1)))
+        self._overrides = Overrides(ResultStore(settings))
+        trial_batch = 1 if self._device == "cpu" else settings.stream.max_batch
+        self._versions = Versions(
+            ModelStore(settings), model_name, device=self._device, trial_batch=trial_batch
+        )
+        self._versions.start()
+        self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._closing = threading.Event()
+        self._last_look_s = time.monotonic()
+        self._watch = threading.Thread(target=self._follow, name="watch", daemon=True)
+        self._watch.start()
+
+    async def score(self, images: NDArray[np.uint8], cameras: Sequence[str]) -> Scored | WrongSize:
+        """One batch, (B,S,S,3) uint8 RGB; see score_batch."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._device_thread, self._score, images, cameras
+        )
+
+    async def info(self) -> dict[str, Any]:
+        """What is in use: model, version, image_size, device, since, refused."""
+        held = self._versions.in_use
+        return {
+            "model": self._versions.name,
+            "version": held.version,
+            "image_size": held.image_size,
+            "device": self._device,
+            "since_s": held.since_s,
+            "threshold": float(held.loaded.thresholds["default"]),
+            "refused": dict(self._versions.refused),
+        }
+
+    def check_health(self) -> None:
+        """RuntimeError (the replica is replaced) when nobody follows the pointer any more."""
+        if not self._watch.is_alive():
+            raise RuntimeError("the thread that follows the model pointer has died")
+
+    def __del__(self) -> None:
+        if closing := getattr(self, "_closing", None):
+            closing.set()
+
+    def _score(self, images: NDArray[np.uint8], cameras: Sequence[str]) -> Scored | WrongSize:
+        with torch.inference_mode():
+            return score_batch(
+                self._versions.in_use,  # read once per batch
+                self._versions.name,
+                images,
+                cameras,
+                self._overrides.of(cameras),
+                self._device,
+            )
+
+    def _follow(self) -> None:
+        failing = ""
+        while not self._closing.wait(LOOK_S):
+            try:
+                self._versions.refresh()
+                self._overrides.refresh()
+                failing = ""
+            except DpdlError as error:  # S3 or Redis away: what is in use goes on
+                if str(error) != failing:
+                    log.warning("cannot look for a new version or threshold: %s", error)
+                failing = str(error)
+            except Exception:
+                # Nothing that a stored version or a camera's name holds may end this thread.
+                log.exception("looking for a new version or threshold")

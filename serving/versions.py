@@ -1,0 +1,134 @@
+"""The model version in use: fetched, verified, tried, and only then put in place of the old one.
+
+Knows the model store and dpdl_core, no Ray. A version is refused when the store finds it altered
+or incomplete (hash), when dpdl_core does not take it (shapes, NaN weights, a newer format), or
+when it does not give finite scores on a trial batch. Then the old one goes on, and the refusal
+is kept for people to see. A refused version is not tried again until the pointer moves.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from dpdl_core.artifact import ArtifactError, LoadedVersion, unpack
+from infra.errors import DataError, DpdlError
+
+log = logging.getLogger("dpdl.score")
+
+
+class Pointer(Protocol):
+    @property
+    def version(self) -> str: ...
+    @property
+    def previous(self) -> str | None: ...
+
+
+class Store(Protocol):
+    """The part of infra.model_store.ModelStore that is read here."""
+
+    def current(self, name: str) -> Pointer | None: ...
+    def fetch(self, name: str, version: str) -> Mapping[str, bytes]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class InUse:
+    """One verified version on its device. Immutable: a batch holds one from start to end."""
+
+    version: str
+    loaded: LoadedVersion
+    since_s: float
+    """time.time() when it was put in use."""
+
+    @property
+    def image_size(self) -> int:
+        return int(self.loaded.model.config.image_size)
+
+    def threshold(self, camera: str) -> float:
+        """As calibrated for this camera, else the version's default."""
+        thresholds: Mapping[str, Any] = self.loaded.thresholds
+        return float(thresholds.get("cameras", {}).get(camera, thresholds["default"]))
+
+
+class Versions:
+    """Follows one model's pointer. `refresh` from one thread; `in_use` from any.
+
+    Args:
+        trial_batch: images in the trial that a version must pass before it is used; it also
+            warms the device up at that size.
+    """
+
+    def __init__(self, store: Store, name: str, *, device: str, trial_batch: int) -> None:
+        self._store, self.name = store, name
+        self._device, self._trial_batch = device, trial_batch
+        self._in_use: InUse | None = None
+        self.refused: dict[str, str] = {}
+        """Version -> why it is not used. Bounded: the last ten."""
+
+    @property
+    def in_use(self) -> InUse:
+        assert self._in_use is not None, "start() comes first"
+        return self._in_use
+
+    def start(self) -> None:
+        """Loads the current version, or the one before it when that is broken.
+
+        DataError when there is none or neither can be used; ServiceUnavailable passes through.
+        """
+        pointer = self._store.current(self.name)
+        if pointer is None:
+            raise DataError(
+                f"model {self.name!r} has no current version: train one (dpdl train) or promote "
+                "one (dpdl models promote)"
+            )
+        for version in (pointer.version, pointer.previous):
+            if version and self._try(version):
+                return
+        raise DataError(
+            f"model {self.name!r}: no usable version: "
+            + "; ".join(f"{version}: {why}" for version, why in self.refused.items())
+        )
+
+    def refresh(self) -> bool:
+        """Looks at the pointer once; True when another version is in use afterwards.
+
+        The change is one assignment: a batch that runs keeps the version it began with.
+        """
+        pointer = self._store.current(self.name)
+        if pointer is None or pointer.version == self.in_use.version:
+            return False
+        if pointer.version in self.refused:
+            return False
+        return self._try(pointer.version)
+
+    def _try(self, version: str) -> bool:
+        began = time.perf_counter()
+        try:
+            loaded = unpack(self._store.fetch(self.name, version), device=self._device)
+            self._trial(loaded)
+        except (ArtifactError, DpdlError, KeyError, RuntimeError) as why:
+            if isinstance(why, DpdlError) and why.retryable:
+                raise
+            self.refused[version] = " ".join(str(why).split())[:500] or type(why).__name__
+            while len(self.refused) > 10:
+                del self.refused[next(iter(self.refused))]
+            kept = f"{self._in_use.version} goes on" if self._in_use else "none is in use yet"
+            log.error("version %s refused: %s; %s", version, self.refused[version], kept)
+            return False
+        self._in_use = InUse(version, loaded, since_s=time.time())
+        self.refused.pop(version, None)
+        log.info("version %s in use after %.1f s", version, time.perf_counter() - began)
+        return True
+
+    def _trial(self, loaded: LoadedVersion) -> None:
+        size = int(loaded.model.config.image_size)
+        float(loaded.thresholds["default"])
+        grey = torch.full((self._trial_batch, size, size, 3), 127, dtype=torch.uint8)
+        scores = loaded.model.score(grey.to(self._device))
+        if not (torch.isfinite(scores.score).all() and torch.isfinite(scores.energy).all()):
+            raise ArtifactError("its scores on a grey image are not finite")
