@@ -39,10 +39,15 @@ from infra.embedded import ports as free_ports
 from infra.embedded.diagnose import explain
 from infra.embedded.files import write_private
 from infra.embedded.process import Process, Record
-from infra.embedded.services import SERVICE_NAMES, SERVICES, Place, Service, ServiceName
+from infra.embedded.kafka import Kafka
+from infra.embedded.seaweedfs import SeaweedFs
+from infra.embedded.service import Place, Service, ServiceName
+from infra.embedded.valkey import Valkey
 from infra.errors import ServiceUnavailable, SettingsError
 from infra.settings import services_file
 
+SERVICES: tuple[Service, ...] = (Kafka(), SeaweedFs(), Valkey())
+SERVICE_NAMES: tuple[ServiceName, ...] = tuple(service.name for service in SERVICES)
 _MIN_FREE_BYTES = 2 * 1024**3
 
 
@@ -200,6 +205,7 @@ class Stack:
 
     def _launch(self, service: Service, place: Place) -> None:
         name = service.name
+        place.home.mkdir(mode=0o700, exist_ok=True)
         command = service.prepare(place)
         record, log = self._record_path(name), self.log_path(name)
         record.unlink(missing_ok=True)

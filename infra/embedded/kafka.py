@@ -1,0 +1,161 @@
+"""Apache Kafka 4.4 itself: one KRaft node on the JVM that comes by pip.
+
+Clients authenticate by SASL/SCRAM, the controller listener by SASL/PLAIN; both on loopback.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from pathlib import Path
+
+from infra.embedded import jvm
+from infra.embedded.files import write_private
+from infra.embedded.service import (
+    HOST,
+    PROBE_TIMEOUT_S,
+    USER,
+    Command,
+    Place,
+    ServiceName,
+    plain_environment,
+)
+from infra.errors import ServiceUnavailable
+
+_SCRAM = "SCRAM-SHA-256"
+_FORMAT_TIMEOUT_S = 120
+
+
+class Kafka:
+    name: ServiceName = "kafka"
+    title = "Apache Kafka"
+    port_uses = ("client", "controller")
+    secret_names = ("password", "controller_password", "cluster_id")
+    grace_s = 15.0
+
+    def prepare(self, place: Place) -> Command:
+        classes = jvm.class_path(place.cache_dir, place.say)
+        return self.command(place, classes, [])
+
+    def command(self, place: Place, classes: str, options: list[str]) -> Command:
+        """Configuration and storage in place.home, and the broker's command on these jars."""
+        home = place.home
+        (home / "tmp").mkdir(exist_ok=True)
+        properties = home / "server.properties"
+        write_private(properties, _properties(place))
+        java = [str(jvm.program()), *jvm.OPTIONS, f"-Djava.io.tmpdir={home / 'tmp'}", *options]
+        if not (home / "data" / "meta.properties").exists():
+            self._format(properties, classes, place)
+        argv = [*java, "-Xmx512m", "-cp", classes, "kafka.Kafka", str(properties)]
+        return Command(argv, home, plain_environment())
+
+    def _format(self, properties: Path, classes: str, place: Place) -> None:
+        """Prepare the storage, with the clients' SCRAM credential in it."""
+        credential = f"{_SCRAM}=[name={USER},password={place.secrets['password']}]"
+        words = ["format", "-t", place.secrets["cluster_id"], "-c", str(properties)]
+        words += ["--standalone", "--ignore-formatted", "--add-scram", credential]
+        # "@file" is read by the tool itself, so that the password is on no command line.
+        arguments = place.home / "format.args"
+        write_private(arguments, "\n".join(words))
+        try:
+            done = subprocess.run(
+                [str(jvm.program()), *jvm.OPTIONS, "-cp", classes]
+                + ["kafka.tools.StorageTool", f"@{arguments}"],
+                capture_output=True,
+                text=True,
+                env=plain_environment(),
+                timeout=_FORMAT_TIMEOUT_S,
+            )
+        finally:
+            arguments.unlink()
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            raise ServiceUnavailable(f"Apache Kafka cannot prepare {place.home}: {' '.join(said)}")
+
+    def probe(self, place: Place) -> None:
+        from kafka import KafkaAdminClient
+
+        address = (HOST, place.ports["client"])
+        # A refused connection is known at once; the client would go on trying for its time-out.
+        socket.create_connection(address, PROBE_TIMEOUT_S).close()
+        timeout_ms = int(PROBE_TIMEOUT_S * 1000)
+        admin = KafkaAdminClient(
+            bootstrap_servers=f"{HOST}:{address[1]}",
+            security_protocol="SASL_PLAINTEXT",
+            sasl_mechanism=_SCRAM,
+            sasl_plain_username=USER,
+            sasl_plain_password=place.secrets["password"],
+            request_timeout_ms=timeout_ms,
+            bootstrap_timeout_ms=timeout_ms,
+        )
+        try:
+            admin.list_topics()
+        finally:
+            admin.close()
+
+    def settings(self, place: Place) -> dict[str, object]:
+        return {
+            "bootstrap": f"{HOST}:{place.ports['client']}",
+            "security_protocol": "SASL_PLAINTEXT",
+            "sasl_mechanism": _SCRAM,
+            "sasl_username": USER,
+            "sasl_password": place.secrets["password"],
+        }
+
+    def litter(self, place: Place) -> list[Path]:
+        return []
+
+
+def _properties(place: Place) -> str:
+    client, controller = place.ports["client"], place.ports["controller"]
+    scram = "org.apache.kafka.common.security.scram.ScramLoginModule"
+    plain = "org.apache.kafka.common.security.plain.PlainLoginModule"
+    password, inner = place.secrets["password"], place.secrets["controller_password"]
+    return f"""\
+process.roles=broker,controller
+node.id=1
+controller.quorum.bootstrap.servers={HOST}:{controller}
+listeners=CLIENT://{HOST}:{client},CONTROLLER://{HOST}:{controller}
+advertised.listeners=CLIENT://{HOST}:{client},CONTROLLER://{HOST}:{controller}
+inter.broker.listener.name=CLIENT
+controller.listener.names=CONTROLLER
+listener.security.protocol.map=CLIENT:SASL_PLAINTEXT,CONTROLLER:SASL_PLAINTEXT
+sasl.mechanism.inter.broker.protocol=SCRAM-SHA-256
+sasl.mechanism.controller.protocol=PLAIN
+listener.name.client.sasl.enabled.mechanisms=SCRAM-SHA-256
+listener.name.client.scram-sha-256.sasl.jaas.config={scram} required \\
+  username="{USER}" password="{password}";
+listener.name.controller.sasl.enabled.mechanisms=PLAIN
+listener.name.controller.plain.sasl.jaas.config={plain} required \\
+  username="controller" password="{inner}" user_controller="{inner}";
+log.dirs={place.home / "data"}
+auto.create.topics.enable=false
+
+# one node: nothing is replicated
+default.replication.factor=1
+min.insync.replicas=1
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=4
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+share.coordinator.state.topic.num.partitions=4
+group.initial.rebalance.delay.ms=0
+# after kill -9 it waits for its own dead session: back in 3.5 s, with the defaults in 11 s
+broker.session.timeout.ms=2000
+broker.heartbeat.interval.ms=500
+
+# a laptop: three days or 512 MiB a partition, whichever is less
+log.retention.hours=72
+log.retention.bytes=536870912
+log.segment.bytes=67108864
+log.retention.check.interval.ms=60000
+log.cleaner.dedupe.buffer.size=16777216
+# a frame of 32 MiB and what is around it
+message.max.bytes=34603008
+replica.fetch.max.bytes=34603008
+num.network.threads=2
+num.io.threads=4
+"""

