@@ -6,6 +6,7 @@
       ServiceUnavailable       (retryable) no answer in time, or not ready
         StoreFull              (retryable) Redis is out of memory; it works again once there is room
       DataError                what came in is not what the contract says
+        NotFound               an object, topic or version that should be there is not
         BadFrame               one Kafka record; .reason is the slug of the dead-letter topic
         VersionBroken          a stored model version is incomplete, altered or unreadable
       PointerConflict          (retryable, after a fresh look) someone moved the pointer first
@@ -45,6 +46,10 @@ class StoreFull(ServiceUnavailable):
 
 class DataError(DpdlError):
     """Data that breaks its contract; trying again gives the same."""
+
+
+class NotFound(DataError):
+    """What the caller asked for does not exist."""
 
 
 class BadFrame(DataError):

@@ -20,7 +20,14 @@ from kafka.net.compat import KafkaNetClient
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
 
-from infra.errors import AuthFailed, DataError, DpdlError, ServiceUnavailable, SettingsError
+from infra.errors import (
+    AuthFailed,
+    DataError,
+    DpdlError,
+    NotFound,
+    ServiceUnavailable,
+    SettingsError,
+)
 from infra.messages import MAX_FRAME_BYTES, KafkaRecord
 from infra.settings import KafkaSettings, Settings
 
@@ -134,10 +141,10 @@ def _topic(kafka: KafkaSettings, partitions: int, max_record_bytes: int) -> dict
 
 
 def partitions_of(client: KafkaConsumer, topic: str) -> list[TopicPartition]:
-    """All partitions of a topic. DataError where it does not exist."""
+    """All partitions of a topic. NotFound where it does not exist."""
     found = client.partitions_for_topic(topic)
     if not found:
-        raise DataError(f"Kafka has no topic {topic}: create it with `dpdl up` or `dpdl serve`")
+        raise NotFound(f"Kafka has no topic {topic}: create it with `dpdl up` or `dpdl serve`")
     return [TopicPartition(topic, partition) for partition in sorted(found)]
 
 

@@ -1,0 +1,90 @@
+-- Publish a batch of results: all of it, or nothing. The heart of exactly-once (redis_client.py).
+--
+-- Redis runs a script alone and writes its effects to the AOF as one transaction, so a crash
+-- leaves either everything below or nothing. The fence comes before the first write. Every key
+-- is written by this product only, so no write can fail half-way for its type; out of memory
+-- refuses the first write, never a later one.
+--
+-- KEYS 1 next offset of (group, topic, partition)  2 alerts  3 cameras  4 dead letters by reason
+-- ARGV 1 first offset  2 next offset  3 prefix  4 scores kept  5 alerts kept  6 alert k  7 alert n
+--      8 number of dead-letter reasons, then that many pairs: reason, count
+--      then number of fields F, F field names, and the results: F values each
+-- Returns {1, alerts raised} or {0, stored offset}. Offsets are compared as text: Lua's numbers
+-- are doubles and would round them beyond 2^53.
+
+local first, next_offset, prefix = ARGV[1], ARGV[2], ARGV[3]
+local scores_kept, alerts_kept = ARGV[4], ARGV[5]
+local alert_k, alert_n = tonumber(ARGV[6]), tonumber(ARGV[7])
+
+local stored = redis.call('GET', KEYS[1])
+if stored and stored ~= first then
+  return {0, stored}
+end
+
+local at = 8
+local function take()
+  at = at + 1
+  return ARGV[at - 1]
+end
+
+for _ = 1, tonumber(take()) do
+  local reason = take()
+  redis.call('HINCRBY', KEYS[4], reason, take())
+end
+
+local num_fields = tonumber(take())
+local names = {}
+for i = 1, num_fields do names[i] = take() end
+
+-- One camera's state, read once per batch and written once.
+local cameras = {}
+local function state_of(camera)
+  if not cameras[camera] then
+    local key = prefix .. ':camera:' .. camera
+    cameras[camera] = {
+      key = key, recent = redis.call('HGET', key, 'recent') or '',
+      frames = 0, anomalies = 0, alerts = 0,
+    }
+  end
+  return cameras[camera]
+end
+
+local raised = 0
+while at <= #ARGV do
+  local value, entry = {}, {}
+  for i = 1, num_fields do
+    local v = take()
+    value[names[i]] = v
+    entry[2 * i - 1], entry[2 * i] = names[i], v
+  end
+  local state = state_of(value.camera)
+  state.frames = state.frames + 1
+  state.last = value
+  state.recent = string.sub(state.recent .. value.anomaly, -alert_n)
+  redis.call('XADD', prefix .. ':scores:' .. value.camera, 'MAXLEN', '~', scores_kept, '*',
+    unpack(entry))
+  if value.anomaly == '1' then
+    state.anomalies = state.anomalies + 1
+    local _, among_recent = string.gsub(state.recent, '1', '')
+    if among_recent >= alert_k then
+      state.alerts = state.alerts + 1
+      raised = raised + 1
+      redis.call('XADD', KEYS[2], 'MAXLEN', '~', alerts_kept, '*', unpack(entry))
+    end
+  end
+end
+
+for camera, state in pairs(cameras) do
+  local last = state.last
+  redis.call('HSET', state.key, 'recent', state.recent, 'last_captured_at', last.captured_at,
+    'last_scored_at', last.scored_at, 'last_score', last.score, 'last_frame', last.frame,
+    'threshold_used', last.threshold, 'model', last.model, 'version', last.version)
+  redis.call('HINCRBY', state.key, 'frames', state.frames)
+  redis.call('HINCRBY', state.key, 'anomalies', state.anomalies)
+  redis.call('HINCRBY', state.key, 'alerts', state.alerts)
+  -- Score: seconds; a double holds them with microseconds to spare.
+  redis.call('ZADD', KEYS[3], tonumber(last.captured_at) / 1e9, camera)
+end
+
+redis.call('SET', KEYS[1], next_offset)
+return {1, raised}

@@ -1,0 +1,420 @@
+"""Results in Redis, exactly once.
+
+The guarantee: results, alerts, per-camera state, dead-letter counts and the partition's next
+offset change together in one script (publish.lua), which refuses a batch that does not begin at
+the stored next offset. So a crash, a replay, a retry or a consumer that has lost its partition
+changes nothing that is already there, and alerts nobody twice.
+
+After *any* error from publish() the caller does not know whether the batch is in: it asks
+next_offset() and goes on from there. publish() is never retried by the client itself.
+
+Keys, below the prefix (`dpdl`):
+    scores:<camera>                      stream, capped: every result
+    alerts                               stream, capped: results that alert, FrameResult fields
+    camera:<camera>                      hash: counts, last result, debounce, threshold override
+    cameras                              sorted set: camera by time last seen
+    dead                                 hash: reason of dead letters -> count
+    progress:<group>:<topic>:<partition> the next offset
+
+Works on Redis 6.2 or newer and Valkey; one primary, no cluster mode.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, cast
+
+import redis
+from redis import exceptions as rex
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+
+from infra.errors import (
+    AuthFailed,
+    DataError,
+    DpdlError,
+    Fenced,
+    ServiceUnavailable,
+    SettingsError,
+    StoreFull,
+)
+from infra.messages import FrameResult, check_camera
+from infra.settings import RedisSettings, Settings
+
+CONNECT_TIMEOUT_S = 2.0
+REPLY_TIMEOUT_S = 5.0
+MAX_BLOCK_S = 3.0
+"""Longest wait inside Redis; less than REPLY_TIMEOUT_S, which would break the connection."""
+MAX_RESULTS = 2048
+"""Per publish(): a script runs alone, and this many take Redis some tens of milliseconds."""
+MAX_PAGE = 10_000
+
+
+def make_redis(settings: Settings, *, retries: int = 1) -> redis.Redis:
+    """A connected client that answers str; commands wait at most REPLY_TIMEOUT_S.
+
+    Errors: AuthFailed, ServiceUnavailable, SettingsError.
+    """
+    where = settings.redis
+    if not where.host:
+        raise SettingsError(
+            "no Redis is known: start the embedded services with `dpdl up`, or set "
+            "DPDL_REDIS_HOST and DPDL_REDIS_PORT"
+        )
+    client = redis.Redis(
+        host=where.host,
+        port=where.port,
+        db=where.db,
+        username=where.username or None,
+        password=where.password.get_secret_value() if where.password else None,
+        decode_responses=True,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=REPLY_TIMEOUT_S,
+        retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries),
+        **_tls(where),
+    )
+    with redis_errors(where):
+        client.ping()
+    return client
+
+
+def _tls(where: RedisSettings) -> dict[str, Any]:
+    if not where.tls:
+        return {}
+    for field in ("tls_ca", "tls_cert", "tls_key"):
+        path = getattr(where, field)
+        if path and not path.is_file():
+            raise SettingsError(f"redis.{field}={path}: no such file")
+    return {
+        "ssl": True,
+        "ssl_ca_certs": str(where.tls_ca) if where.tls_ca else None,
+        "ssl_certfile": str(where.tls_cert) if where.tls_cert else None,
+        "ssl_keyfile": str(where.tls_key) if where.tls_key else None,
+        "ssl_check_hostname": where.tls_check_hostname,
+    }
+
+
+@contextmanager
+def redis_errors(where: RedisSettings) -> Iterator[None]:
+    """Turn redis-py's errors into ours, for any call on a client."""
+    try:
+        yield
+    except rex.RedisError as error:
+        raise _translated(error, where) from error
+
+
+def _translated(error: rex.RedisError, where: RedisSettings) -> DpdlError:
+    place = f"Redis at {where.host}:{where.port}"
+    if isinstance(error, (rex.AuthenticationError, rex.AuthorizationError, rex.NoPermissionError)):
+        # With no password at all Redis answers a lecture on its HELLO command.
+        why = "it wants a password" if "HELLO" in str(error) else str(error)
+        return AuthFailed(
+            f"{place} refused user {where.username or 'default'} ({why}): check redis.username, "
+            "redis.password and the user's ACL"
+        )
+    if isinstance(error, rex.OutOfMemoryError):
+        return StoreFull(
+            f"{place} is at its memory limit ({error}): raise maxmemory or lower stream.scores_kept"
+        )
+    # InvalidResponse: whatever listens there, it is no Redis.
+    unavailable = (rex.ConnectionError, rex.TimeoutError, rex.ReadOnlyError, rex.InvalidResponse)
+    # MISCONF: Redis cannot persist (a full disk) and refuses writes; MASTERDOWN: a lone replica.
+    refuses = str(error).startswith(("MISCONF", "MASTERDOWN", "LOADING", "NOREPLICAS", "BUSY"))
+    if isinstance(error, unavailable) or refuses:
+        return ServiceUnavailable(
+            f"{place} is not available ({error}): check that it runs (`dpdl status`), and that "
+            "redis.host and redis.port name the primary"
+        )
+    return DataError(f"{place} refused a command ({error}): is redis.prefix used by others?")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResult:
+    """A result as it lies in a stream; `id` orders and pages it."""
+
+    id: str
+    result: FrameResult
+
+
+@dataclass(frozen=True, slots=True)
+class ThresholdOverride:
+    """A person's threshold for one camera, in place of the model's."""
+
+    threshold: float
+    by: str
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CameraState:
+    """What is known of one camera. The fields of its last result are None before the first."""
+
+    camera: str
+    frames: int
+    anomalies: int
+    alerts: int
+    last_captured_at_ns: int | None
+    last_scored_at_ns: int | None
+    last_score: float | None
+    last_frame: str | None
+    threshold_used: float | None
+    model: str | None
+    version: str | None
+    override: ThresholdOverride | None
+
+
+class ResultStore:
+    """All that the product keeps in Redis. Thread-safe, as redis-py's client is.
+
+    Every method can raise AuthFailed, ServiceUnavailable (StoreFull) and DataError.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._where = settings.redis
+        self._stream = settings.stream
+        self._redis = make_redis(settings)
+        # A publish that is sent twice would fence itself: the caller must be told of the first.
+        once = make_redis(settings, retries=0)
+        script = (files("infra") / "publish.lua").read_text(encoding="utf-8")
+        self._publish = once.register_script(script)
+        self._once = once
+
+    def close(self) -> None:
+        self._redis.close()
+        self._once.close()
+
+    # --- the guarantee -------------------------------------------------------------------
+
+    def publish(
+        self,
+        group: str,
+        topic: str,
+        partition: int,
+        first_offset: int,
+        next_offset: int,
+        results: Sequence[FrameResult],
+        dead: Mapping[str, int] | None = None,
+    ) -> int:
+        """Store a batch and move the partition's next offset; returns the alerts it raised.
+
+        `first_offset` is the position that the batch was read from (the former next offset),
+        not that of its first result: dead letters and gaps lie between. `results` are in offset
+        order, so a camera's results keep their order. `dead` counts dead letters by reason.
+        An empty batch moves the offset alone, e.g. over records that retention has removed.
+        Errors: Fenced when the stored offset is not first_offset; nothing is written then.
+        """
+        offsets = [result.offset for result in results]
+        bounds = [first_offset - 1, *offsets, next_offset]
+        here = all(result.frame_id.startswith(f"{topic}/{partition}/") for result in results)
+        if not here or not all(a < b for a, b in itertools.pairwise(bounds)):
+            raise ValueError(
+                f"results must be of {topic}/{partition} and rise within "
+                f"[{first_offset}, {next_offset})"
+            )
+        if len(results) > MAX_RESULTS:
+            raise ValueError(f"{len(results)} results in one batch, at most {MAX_RESULTS} wanted")
+        keys = [
+            self._progress(group, topic, partition),
+            self._key("alerts"),
+            self._key("cameras"),
+            self._key("dead"),
+        ]
+        arguments = self._arguments(first_offset, next_offset, results, dead or {})
+        with redis_errors(self._where):
+            accepted, number = cast("list[Any]", self._publish(keys=keys, args=arguments))
+        if not accepted:
+            raise Fenced(expected=int(number), found=first_offset)
+        return int(number)
+
+    def _arguments(
+        self,
+        first_offset: int,
+        next_offset: int,
+        results: Sequence[FrameResult],
+        dead: Mapping[str, int],
+    ) -> list[str | int]:
+        stream = self._stream
+        rows = [result.to_redis() for result in results]
+        names = list(rows[0]) if rows else []
+        arguments: list[str | int] = [
+            first_offset,
+            next_offset,
+            self._where.prefix,
+            stream.scores_kept,
+            stream.alerts_kept,
+            stream.alert_k,
+            stream.alert_n,
+            len(dead),
+        ]
+        for reason, count in dead.items():
+            arguments += [reason, count]
+        arguments += [len(names), *names]
+        for row in rows:
+            arguments += row.values()
+        return arguments
+
+    def next_offset(self, group: str, topic: str, partition: int) -> int | None:
+        """Where to go on, or None where this group has never published from this partition."""
+        with redis_errors(self._where):
+            stored = self._redis.get(self._progress(group, topic, partition))
+        return None if stored is None else int(cast(str, stored))
+
+    def set_start(self, group: str, topic: str, partition: int, offset: int) -> int:
+        """Begin at `offset` unless an offset is stored already; returns the one that holds."""
+        key = self._progress(group, topic, partition)
+        with redis_errors(self._where):
+            self._redis.set(key, offset, nx=True)
+            return int(cast(str, self._redis.get(key)))
+
+    def progress(self, group: str, topic: str) -> dict[int, int]:
+        """Partition -> next offset, of the partitions that have one."""
+        start = self._progress(group, topic, "")
+        with redis_errors(self._where):
+            keys = [key for key in self._redis.scan_iter(match=_literal(start) + "*", count=1000)]
+            keys = [key for key in keys if key[len(start) :].isdigit()]
+            values = cast("list[str | None]", self._redis.mget(keys)) if keys else []
+        found = {int(k[len(start) :]): v for k, v in zip(keys, values, strict=True)}
+        return {partition: int(v) for partition, v in sorted(found.items()) if v is not None}
+
+    # --- reading results -----------------------------------------------------------------
+
+    def alerts(
+        self, after_id: str = "0", count: int = 100, *, block_s: float = 0.0
+    ) -> list[StoredResult]:
+        """Alerts after a stream id, oldest first; waits up to block_s (at most 3) for one.
+
+        To follow: call again with the last id seen.
+        """
+        block_ms = int(min(block_s, MAX_BLOCK_S) * 1000) or None
+        with redis_errors(self._where):
+            reply = self._redis.xread(
+                {self._key("alerts"): after_id}, count=min(count, MAX_PAGE), block=block_ms
+            )
+        entries = [entry for _, found in _pairs(reply) for entry in found]
+        return _stored(entries)
+
+    def latest_alerts(self, count: int = 50, before_id: str | None = None) -> list[StoredResult]:
+        """A page of alerts, newest first; the next page is before the last id of this one."""
+        return self._newest("alerts", count, before_id)
+
+    def scores(
+        self, camera: str, count: int = 100, before_id: str | None = None
+    ) -> list[StoredResult]:
+        """Results of one camera, newest first, paged like latest_alerts()."""
+        return self._newest(f"scores:{camera}", count, before_id)
+
+    def _newest(self, stream: str, count: int, before_id: str | None) -> list[StoredResult]:
+        newest = f"({before_id}" if before_id else "+"
+        with redis_errors(self._where):
+            entries = self._redis.xrevrange(
+                self._key(stream), max=newest, min="-", count=min(count, MAX_PAGE)
+            )
+        return _stored(cast("list[tuple[str, dict[str, str]]]", entries))
+
+    def dead_letters(self) -> dict[str, int]:
+        """Reason -> number of dead letters ever."""
+        with redis_errors(self._where):
+            counts = cast("dict[str, str]", self._redis.hgetall(self._key("dead")))
+        return {reason: int(count) for reason, count in sorted(counts.items())}
+
+    # --- cameras -------------------------------------------------------------------------
+
+    def cameras(self) -> list[CameraState]:
+        """Every camera ever seen or configured, the latest seen first."""
+        with redis_errors(self._where):
+            names = cast("list[str]", self._redis.zrevrange(self._key("cameras"), 0, -1))
+            pipeline = self._redis.pipeline(transaction=False)
+            for name in names:
+                pipeline.hgetall(self._key(f"camera:{name}"))
+            hashes = cast("list[dict[str, str]]", pipeline.execute())
+        return [_camera_state(name, found) for name, found in zip(names, hashes, strict=True)]
+
+    def camera(self, camera: str) -> CameraState | None:
+        """One camera's state, or None for a camera that nobody has seen or configured."""
+        with redis_errors(self._where):
+            found = cast("dict[str, str]", self._redis.hgetall(self._key(f"camera:{camera}")))
+        return _camera_state(camera, found) if found else None
+
+    def set_threshold(self, camera: str, threshold: float | None, *, by: str) -> None:
+        """Set a person's threshold for a camera, or take it back with None.
+
+        Taking it back keeps who and when, so that `dpdl status` can tell.
+        """
+        key = self._key(f"camera:{check_camera(camera)}")
+        fields: dict[Any, Any] = {"threshold_by": by, "threshold_at": time.time_ns()}
+        with redis_errors(self._where):
+            pipeline = self._redis.pipeline(transaction=True)
+            pipeline.zadd(self._key("cameras"), {camera: 0}, nx=True)
+            if threshold is None:
+                pipeline.hdel(key, "threshold")
+            else:
+                fields["threshold"] = repr(float(threshold))
+            pipeline.hset(key, mapping=fields)
+            pipeline.execute()
+
+    def thresholds(self, cameras: Iterable[str]) -> dict[str, ThresholdOverride]:
+        """The overrides that some of these cameras have; one round trip."""
+        names = list(dict.fromkeys(cameras))
+        with redis_errors(self._where):
+            pipeline = self._redis.pipeline(transaction=False)
+            for name in names:
+                fields = ["threshold", "threshold_by", "threshold_at"]
+                pipeline.hmget(self._key(f"camera:{name}"), fields)
+            rows = pipeline.execute()
+        return {
+            name: ThresholdOverride(float(value), by, int(at))
+            for name, (value, by, at) in zip(names, rows, strict=True)
+            if value is not None
+        }
+
+    # --- keys ----------------------------------------------------------------------------
+
+    def _key(self, name: str) -> str:
+        return f"{self._where.prefix}:{name}"
+
+    def _progress(self, group: str, topic: str, partition: int | str) -> str:
+        return self._key(f"progress:{group}:{topic}:{partition}")
+
+
+def _stored(entries: Iterable[tuple[str, dict[str, str]]]) -> list[StoredResult]:
+    return [StoredResult(entry_id, FrameResult.from_redis(fields)) for entry_id, fields in entries]
+
+
+def _pairs(reply: Any) -> list[tuple[str, Any]]:
+    """XREAD answers a list of pairs under RESP2 and a dict under RESP3."""
+    return list(reply.items()) if isinstance(reply, dict) else list(reply or [])
+
+
+def _literal(text: str) -> str:
+    """Escape what SCAN's MATCH would take for a pattern."""
+    return "".join(f"\\{char}" if char in "*?[]\\^" else char for char in text)
+
+
+def _camera_state(camera: str, found: Mapping[str, str]) -> CameraState:
+    def number(name: str, kind: type[Any]) -> Any:
+        return kind(found[name]) if name in found else None
+
+    override = None
+    if "threshold" in found:
+        override = ThresholdOverride(
+            float(found["threshold"]), found["threshold_by"], int(found["threshold_at"])
+        )
+    return CameraState(
+        camera=camera,
+        frames=int(found.get("frames", 0)),
+        anomalies=int(found.get("anomalies", 0)),
+        alerts=int(found.get("alerts", 0)),
+        last_captured_at_ns=number("last_captured_at", int),
+        last_scored_at_ns=number("last_scored_at", int),
+        last_score=number("last_score", float),
+        last_frame=found.get("last_frame"),
+        threshold_used=number("threshold_used", float),
+        model=found.get("model"),
+        version=found.get("version"),
+        override=override,
+    )

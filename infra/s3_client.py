@@ -1,0 +1,221 @@
+"""S3 by two clients, one set of settings: minio for objects, pyarrow for Parquet.
+
+Plain S3 only (SeaweedFS, MinIO, AWS, Ceph): path-style addresses, signature v4, conditional PUT.
+Waits are bounded: 2 s to connect, 30 s for an answer, one more try where the server is ill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import urllib3
+from minio import Minio
+from minio.commonconfig import ENABLED, Filter
+from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
+from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
+from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
+
+from infra.errors import (
+    AuthFailed,
+    DataError,
+    DpdlError,
+    NotFound,
+    PointerConflict,
+    ServiceUnavailable,
+    SettingsError,
+)
+from infra.settings import S3Settings, Settings
+
+CONNECT_TIMEOUT_S = 2.0
+READ_TIMEOUT_S = 30.0
+
+_AUTH_CODES = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccountProblem"}
+_MISSING_CODES = {"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "ResourceNotFound"}
+_CONFLICT_CODES = {"PreconditionFailed", "ConditionalRequestConflict", "OperationAborted"}
+_BUSY_CODES = {
+    "SlowDown",
+    "InternalError",
+    "ServiceUnavailable",
+    "RequestTimeout",
+    "XMinioServerNotInitialized",
+}
+
+
+def make_minio(settings: Settings) -> Minio:
+    """A client for objects; connects on first use. Thread-safe. Errors: SettingsError."""
+    s3 = _known(settings)
+    tls: dict[str, Any] = {}
+    if s3.secure:
+        tls = {"cert_reqs": ssl.CERT_REQUIRED, "ca_certs": str(s3.tls_ca) if s3.tls_ca else None}
+    # Status codes are retried too, but only where that cannot act twice: a conditional PUT that
+    # was answered with 500 may be in, so its caller looks instead (conditional_put).
+    retry = urllib3.Retry(
+        total=1,
+        backoff_factor=0.2,
+        status_forcelist=(500, 502, 503, 504),
+        allowed_methods=("GET", "HEAD"),
+    )
+    pool = urllib3.PoolManager(
+        timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S),
+        maxsize=16,
+        retries=retry,
+        **tls,
+    )
+    return Minio(
+        s3.endpoint,
+        access_key=s3.access_key,
+        secret_key=_secret(s3),
+        secure=s3.secure,
+        region=s3.region,
+        http_client=pool,
+    )
+
+
+def make_filesystem(settings: Settings) -> S3FileSystem:
+    """A file system for pyarrow and Ray; paths begin with the bucket. Errors: SettingsError."""
+    s3 = _known(settings)
+    return S3FileSystem(
+        access_key=s3.access_key,
+        secret_key=_secret(s3),
+        region=s3.region,
+        scheme="https" if s3.secure else "http",
+        endpoint_override=s3.endpoint,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=READ_TIMEOUT_S,
+        tls_ca_file_path=str(s3.tls_ca) if s3.secure and s3.tls_ca else None,
+        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=2),
+    )
+
+
+def _known(settings: Settings) -> S3Settings:
+    s3 = settings.s3
+    if not s3.endpoint:
+        raise SettingsError(
+            "no S3 is known: start the embedded services with `dpdl up`, or set "
+            "DPDL_S3_ENDPOINT=HOST:PORT"
+        )
+    if not s3.access_key or s3.secret_key is None:
+        raise SettingsError(f"S3 at {s3.endpoint} needs s3.access_key and s3.secret_key")
+    if s3.tls_ca and not s3.tls_ca.is_file():
+        raise SettingsError(f"s3.tls_ca={s3.tls_ca}: no such file")
+    return s3
+
+
+def _secret(s3: S3Settings) -> str:
+    assert s3.secret_key is not None  # _known
+    return s3.secret_key.get_secret_value()
+
+
+def ensure_buckets(settings: Settings) -> None:
+    """Create the three buckets where missing; evidence expires after stream.evidence_days.
+
+    Errors: AuthFailed, ServiceUnavailable, SettingsError.
+    """
+    client = make_minio(settings)
+    s3 = settings.s3
+    with s3_errors(s3):
+        for bucket in (s3.data_bucket, s3.models_bucket, s3.evidence_bucket):
+            if not client.bucket_exists(bucket):
+                _make_bucket(client, bucket)
+        days = settings.stream.evidence_days
+        rule = Rule(
+            ENABLED,
+            rule_filter=Filter(prefix=""),
+            rule_id="evidence",
+            expiration=Expiration(days=days),
+        )
+        client.set_bucket_lifecycle(s3.evidence_bucket, LifecycleConfig([rule]))
+
+
+def _make_bucket(client: Minio, bucket: str) -> None:
+    try:
+        client.make_bucket(bucket)
+    except S3Error as error:  # someone else was quicker
+        if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+            raise
+
+
+def conditional_put(
+    client: Minio,
+    bucket: str,
+    key: str,
+    data: bytes,
+    *,
+    if_match: str | None = None,
+) -> str:
+    """Write an object only if nobody has written it meanwhile; returns the new ETag.
+
+    if_match: the ETag that must be there now; None: there must be no object yet. The only place
+    where this is done: minio 7 has no public call for it.
+    Errors: PointerConflict when the condition does not hold. After any other error (wrap the
+    call in s3_errors) the object may or may not be written: read it before trying again.
+    """
+    condition = {"If-None-Match": "*"} if if_match is None else {"If-Match": f'"{if_match}"'}
+    try:
+        written = client._put_object(bucket, key, data, headers=condition)
+    except S3Error as error:
+        if error.code in _CONFLICT_CODES or (if_match and error.code in _MISSING_CODES):
+            raise PointerConflict(
+                f"{bucket}/{key} has changed since it was read: look at it again"
+            ) from error
+        raise
+    return str(written.etag)
+
+
+def put(client: Minio, bucket: str, key: str, data: bytes, content_type: str) -> None:
+    """Write an object, replacing what is there."""
+    # One request: put_object() would ask for the stream's length and part size first.
+    client._put_object(bucket, key, data, headers={"Content-Type": content_type})
+
+
+def get(client: Minio, bucket: str, key: str) -> tuple[bytes, str]:
+    """An object's bytes and ETag. Raises minio's S3Error; wrap in s3_errors (NotFound)."""
+    response = client.get_object(bucket, key)
+    try:
+        return response.read(), response.headers.get("etag", "").strip('"')
+    finally:
+        response.close()
+        response.release_conn()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def s3_errors(s3: S3Settings) -> Iterator[None]:
+    """Turn errors of minio, urllib3 and pyarrow into ours, for any call on a client."""
+    try:
+        yield
+    except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
+        raise _translated(error, s3) from error
+
+
+def _translated(error: Exception, s3: S3Settings) -> DpdlError:
+    where = f"S3 at {s3.endpoint}"
+    text = " ".join(str(error).split())
+    code = error.code if isinstance(error, S3Error) else ""
+    # pyarrow raises OSError with AWS's own words.
+    if (
+        code in _AUTH_CODES
+        or "ACCESS_DENIED" in text
+        or "INVALID_ACCESS_KEY_ID" in text
+        or "SIGNATURE_DOES_NOT_MATCH" in text
+    ):
+        return AuthFailed(
+            f"{where} refused access key {s3.access_key} ({code or text}): check s3.access_key, "
+            "s3.secret_key and what the key may do"
+        )
+    if code in _MISSING_CODES or isinstance(error, FileNotFoundError):
+        return NotFound(f"{where}: {getattr(error, '_object_name', None) or text} is not there")
+    unavailable = (urllib3.exceptions.HTTPError, ServerError, InvalidResponseError)
+    if code in _BUSY_CODES or isinstance(error, unavailable) or isinstance(error, OSError):
+        return ServiceUnavailable(
+            f"{where} is not available ({text}): check that it runs (`dpdl status`), s3.endpoint "
+            "and s3.secure"
+        )
+    return DataError(f"{where} refused a request: {text}")
