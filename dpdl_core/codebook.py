@@ -1,0 +1,430 @@
+"""Vector quantisation of normal features: k-means, a moving codebook, and its refresh.
+
+Knows tensors and ranks only (distributed.py). Used by losses.py, model.py, fit.py and the
+refresh pipeline. Paper: DPDL eq. 15 and section 4.2.
+Letters: N vectors (this rank's shard), C codes, D features; distances are squared Euclidean.
+
+Every function is collective under torch.distributed: ranks pass their own rows and end with the
+same codes. Sums and counts are all-reduced; what is drawn at random is drawn from rank 0's
+generator. The result does not depend on the number of ranks beyond rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from dpdl_core.distributed import all_sum, broadcast, gather_rows, rank, row_counts
+
+SEED_SAMPLE = 50_000
+"""Most vectors that k-means++ looks at; Lloyd's iterations see all of them."""
+DEAD_SHARE = 0.1
+"""A code used less than this share of an even use is dead."""
+_SEED_ROUNDS = 256
+"""Up to so many codes are seeded one by one; of more, some at a time."""
+_CHUNK_COSTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Entries of the N x C distance matrix in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """C codes with what k-means knows of their members."""
+
+    means: Tensor
+    """(C, D)."""
+    counts: Tensor
+    """(C,), members over all ranks."""
+    variances: Tensor
+    """(C, D), mean squared deviation of the members; 0 for a lone member."""
+    inertia: float
+    """Sum of squared distances to the nearest code."""
+
+    @property
+    def log_weights(self) -> Tensor:
+        """(C,), log shares of use, smoothed by one member each so that none is -inf."""
+        counts = self.counts.to(self.means.dtype)
+        return ((counts + 1) / (counts.sum() + len(counts))).log()
+
+    def shrunk_variances(self, prior_members: float = 10.0) -> Tensor:
+        """(C, D), above 0: each code's variance drawn to the pooled one, as if the pool had
+        contributed `prior_members` members. A code of three members says little of its own."""
+        counts = self.counts.to(self.means.dtype).unsqueeze(1)
+        pooled = (counts * self.variances).sum(0) / counts.sum()
+        between = self.means.var(0, correction=0).mean()
+        floor = 1e-6 * torch.where(pooled.mean() > 0, pooled.mean(), between)
+        pooled = pooled.clamp_min(floor.clamp_min(1e-12))
+        return (counts * self.variances + prior_members * pooled) / (counts + prior_members)
+
+
+def kmeans(
+    x: Tensor,
+    num_codes: int,
+    *,
+    restarts: int = 3,
+    iterations: int = 50,
+    tolerance: float = 1e-4,
+    generator: torch.Generator | None = None,
+    init: Tensor | None = None,
+) -> Codebook:
+    """Lloyd's k-means from k-means++ seeds, the best of `restarts`, or once from `init` (C, D).
+
+    x (N, D): this rank's rows; ranks' rows in rank order are the data. Stops when no vector
+    changes its code or inertia falls by less than `tolerance` of itself. No code ends unused:
+    an empty one moves to the vector farthest from its own code.
+
+    Raises ValueError if x has fewer distinct vectors than num_codes, or is not finite.
+    """
+    _check_vectors(x, num_codes)
+    center = _mean(x)
+    if init is None:
+        sample = _sample(x, generator) - center
+        starts = [_seed(sample, num_codes, generator) for _ in range(max(1, restarts))]
+    else:
+        if init.shape != (num_codes, x.shape[1]):
+            raise ValueError(f"init is {tuple(init.shape)}: want ({num_codes}, {x.shape[1]})")
+        starts = [init.to(x) - center]
+    runs = [_lloyd(x, center, broadcast(start), iterations, tolerance) for start in starts]
+    best = min(runs, key=lambda run: run.inertia)
+    return _describe(x, center, best)
+
+
+def assign(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest code (N,) and the squared distance to it (N,) of each of this rank's rows."""
+    step = _pass(x, codes.mean(0), codes - codes.mean(0))
+    return step.nearest, step.distances
+
+
+def match(old: Tensor, new: Tensor, num_codes: int) -> Tensor:
+    """Which new code continues each old one: (C,), new_of_old, a permutation.
+
+    old, new (N,): codes of the same vectors before and after. Maximises the number of vectors
+    that keep company (Hungarian on co-assignment counts over all ranks); distances between
+    centroids would confuse identities once features drift.
+    """
+    together = _together(old, new, num_codes)
+    _, new_of_old = linear_sum_assignment(together.cpu().numpy(), maximize=True)
+    return torch.from_numpy(np.asarray(new_of_old)).to(old.device)
+
+
+# Refresh ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """Prototypes after a refresh, in the old ones' order, and what became of each."""
+
+    means: Tensor
+    """(C, D)."""
+    variances: Tensor
+    """(C, D), or (1, D) where shared ones were given."""
+    log_weights: Tensor
+    """(C,), sum to one under exp."""
+    overlap: Tensor
+    """(C,), members kept over the larger of old and new membership, in [0, 1]."""
+    kept: Tensor
+    """(C,) bool: more than half of it goes on."""
+    replaced: Tensor
+    """(C,) bool: not kept; a new thing under an old number. Its optimiser moments are void."""
+    revived: Tensor
+    """(C,) bool: dead before, used now; a part of `replaced`."""
+
+
+def refresh(
+    x: Tensor,
+    means: Tensor,
+    variances: Tensor,
+    log_weights: Tensor,
+    *,
+    blend: float = 0.7,
+    usage_mix: float = 0.5,
+    min_overlap: float = 0.5,
+    iterations: int = 25,
+    generator: torch.Generator | None = None,
+) -> Refreshed:
+    """Renew prototypes on features of old and new normals, taken with the present trunk.
+
+    Lloyd from the present means; identities by `match`; a kept prototype moves by `blend` of
+    the way to its code and keeps its variances, a replaced one takes its code's place and
+    variances. Weights mix `usage_mix` of the smoothed present use into the old.
+    Shapes as in Bridge; x (N, D) is this rank's shard.
+    """
+    if not 0 < blend <= 1:
+        raise ValueError(f"blend={blend}: want a share in (0, 1]")
+    num_codes = len(means)
+    means = means.detach().to(x)
+    old, _ = assign(x, means)
+    book = kmeans(x, num_codes, iterations=iterations, init=means, generator=generator)
+    new, _ = assign(x, book.means)
+
+    together = _together(old, new, num_codes)
+    order = match(old, new, num_codes)
+    old_counts, new_counts = together.sum(1), book.counts[order]
+    shared = together[torch.arange(num_codes, device=x.device), order]
+    overlap = shared / torch.maximum(old_counts, new_counts).clamp_min(1)
+    kept = overlap > min_overlap
+    dead_below = DEAD_SHARE * old_counts.sum() / num_codes
+
+    found = book.means[order]
+    keep = kept.unsqueeze(1)
+    if len(variances) == num_codes:
+        fresh = book.shrunk_variances()[order]
+        variances = torch.where(keep, variances.detach().to(x), fresh)
+    used = book.log_weights[order].exp()
+    before = log_weights.detach().to(x).softmax(0)
+    weights = torch.where(kept, (1 - usage_mix) * before + usage_mix * used, used)
+    return Refreshed(
+        means=torch.where(keep, means + blend * (found - means), found),
+        variances=variances,
+        log_weights=(weights / weights.sum()).log(),
+        overlap=overlap,
+        kept=kept,
+        replaced=~kept,
+        revived=~kept & (old_counts < dead_below) & (new_counts >= dead_below),
+    )
+
+
+def reset_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, rows: Tensor) -> None:
+    """Zero the optimiser's memory of the given rows (mask or indices) of one parameter.
+
+    Moments of a replaced prototype pull its successor to where the old one was going; those of
+    the others must stay, or the whole codebook takes a cold step.
+    """
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value[rows.to(value.device)] = 0
+
+
+# Moving codebook ----------------------------------------------------------------------------
+
+
+class EmaCodebook(nn.Module):
+    """Codes that follow the features of a trunk in training, by moving averages, not gradients.
+
+    Buffers: means (C, D); share (C,), the moving share of vectors per code. The moving sum of
+    a code is means * share by construction: it starts at e * n and cannot fall out of step.
+    Shares instead of counts make the threshold of death follow the size of the batch.
+    """
+
+    means: Tensor
+    share: Tensor
+
+    def __init__(self, codebook: Codebook, *, decay: float = 0.99) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("means", codebook.means.detach().clone())
+        counts = codebook.counts.to(codebook.means.dtype)
+        self.register_buffer("share", counts / counts.sum())
+
+    @torch.no_grad()
+    def update(self, x: Tensor, energy: Tensor | None = None) -> Tensor:
+        """One step on a batch of normal vectors (N, D), normals only. Returns replaced, (C,) bool.
+
+        A code whose share fell below DEAD_SHARE / C is set on the batch's vector of largest
+        energy (N,); without energies, the one farthest from its code.
+        """
+        x = x.detach().to(self.means)
+        step = _pass(x, self.means.mean(0), self.means - self.means.mean(0))
+        counts, sums = all_sum(step.counts), all_sum(step.sums)
+        total = counts.sum().clamp_min(1)
+        self.share.mul_(self.decay).add_((1 - self.decay) * (counts / total).to(self.share))
+        used = counts > 0
+        pace = (1 - self.decay) * (counts / total).to(self.share) / self.share
+        batch_means = (sums / counts.clamp_min(1).unsqueeze(1)).to(x) + self.means.mean(0)
+        moved = self.means + pace.unsqueeze(1) * (batch_means - self.means)
+        self.means.copy_(torch.where(used.unsqueeze(1), moved, self.means))
+
+        replaced = self.share < DEAD_SHARE / len(self.share)
+        rows = _largest(x, step.distances if energy is None else energy.detach(), replaced.sum())
+        indices = replaced.nonzero().squeeze(1)[: len(rows)]
+        replaced = torch.zeros_like(replaced).index_fill_(0, indices, True)
+        self.means[indices] = rows
+        self.share[indices] = 1 / len(self.share)
+        return replaced
+
+
+# Inside -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One look at this rank's rows; sums, like codes, are relative to a center."""
+
+    nearest: Tensor
+    distances: Tensor
+    sums: Tensor
+    """(C, D), float64."""
+    counts: Tensor
+    """(C,), int64."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    codes: Tensor
+    nearest: Tensor
+    counts: Tensor
+    inertia: float
+
+
+def _pass(x: Tensor, center: Tensor, codes: Tensor) -> _Step:
+    """Assign rows to centred codes and sum them up, a chunk of rows at a time.
+
+    argmin of |e|^2 / 2 - x'e is one matrix product, good enough to choose by; the distance
+    itself is taken from the difference, because the expanded form cancels near a code.
+    """
+    num_codes = len(codes)
+    half_norms = codes.square().sum(1) / 2
+    nearest, distances = [], []
+    sums = torch.zeros(codes.shape, dtype=torch.float64, device=x.device)
+    step = max(1, _CHUNK_COSTS.get(x.device.type, 1 << 20) // num_codes)
+    for chunk in torch.split(x, step):
+        rows = chunk - center
+        index = torch.addmm(half_norms, rows, codes.T, alpha=-1).argmin(1)
+        nearest.append(index)
+        distances.append((rows - codes[index]).square().sum(1))
+        sums += torch.zeros_like(codes).index_add_(0, index, rows)
+    found = torch.cat(nearest)
+    return _Step(found, torch.cat(distances), sums, found.bincount(minlength=num_codes))
+
+
+def _lloyd(x: Tensor, center: Tensor, codes: Tensor, iterations: int, tolerance: float) -> _Run:
+    before: Tensor | None = None
+    best = float("inf")
+    # Empty codes may need more rounds: two can land on copies of one vector.
+    for iteration in range(iterations + len(codes)):
+        step = _pass(x, center, codes)
+        counts = all_sum(step.counts)
+        inertia = float(all_sum(step.distances.sum(dtype=torch.float64)))
+        empty = counts == 0
+        changed = before is None or bool(all_sum((step.nearest != before).sum()) > 0)
+        settled = not changed or best - inertia <= tolerance * inertia
+        if not empty.any() and (settled or iteration >= iterations):
+            break
+        before, best = step.nearest, inertia
+        codes = torch.where(
+            empty.unsqueeze(1), codes, (all_sum(step.sums) / counts.unsqueeze(1)).to(codes)
+        )
+        if empty.any():
+            codes[empty] = _largest(x, step.distances, empty.sum()) - center
+            best = float("inf")
+    return _Run(codes, step.nearest, counts, inertia)
+
+
+def _describe(x: Tensor, center: Tensor, run: _Run) -> Codebook:
+    """Means and variances of the members: the codes' own last move, then the spread."""
+    shape = run.codes.shape
+    counts = run.counts.clamp_min(1).unsqueeze(1)
+    sums = torch.zeros(shape, dtype=torch.float64, device=x.device)
+    rows_per_step = _CHUNK_COSTS["cpu"] // 64
+    for rows, index in zip(
+        torch.split(x, rows_per_step), torch.split(run.nearest, rows_per_step), strict=True
+    ):
+        gaps = (rows - center - run.codes[index]).square()
+        sums += torch.zeros(shape, dtype=x.dtype, device=x.device).index_add_(0, index, gaps)
+    variances = (all_sum(sums) / counts).to(x)
+    return Codebook(run.codes + center, run.counts, variances, run.inertia)
+
+
+def _seed(sample: Tensor, num_codes: int, generator: torch.Generator | None) -> Tensor:
+    """k-means++: each seed is drawn with probability proportional to its squared distance.
+
+    One by one, a seed is the best of a few draws (greedy k-means++). For a thousand codes and
+    more, a block of draws per round costs a fraction and Lloyd evens it out.
+    """
+    norms = sample.square().sum(1)
+    block = max(1, num_codes // _SEED_ROUNDS)
+    draws = 2 + int(np.log(num_codes)) if block == 1 else block
+    chosen = torch.randint(len(sample), (1,), generator=generator, device=_device(generator))
+    seeds = [chosen.to(sample.device)]
+    nearest = _distances(sample, norms, seeds[0]).squeeze(0)
+    while (left := num_codes - sum(map(len, seeds))) > 0:
+        odds = nearest if bool(nearest.sum() > 0) else torch.ones_like(nearest)
+        odds = odds.to(generator.device) if generator is not None else odds
+        possible = int((odds > 0).sum())
+        drawn = torch.multinomial(odds, min(draws, possible), generator=generator)
+        drawn = drawn.to(sample.device)
+        distances = torch.minimum(nearest, _distances(sample, norms, drawn))
+        if block == 1:
+            best = distances.sum(1).argmin()
+            drawn, distances = drawn[best : best + 1], distances[best : best + 1]
+        seeds.append(drawn[:left])
+        nearest = distances[:left].amin(0)
+    return sample[torch.cat(seeds)]
+
+
+def _distances(sample: Tensor, norms: Tensor, drawn: Tensor) -> Tensor:
+    """Squared distances of the drawn rows to all of the sample, (draws, sample)."""
+    squared = norms[drawn].unsqueeze(1) + norms - 2 * sample[drawn] @ sample.T
+    squared.clamp_(min=0)
+    squared[torch.arange(len(drawn), device=drawn.device), drawn] = 0
+    return squared
+
+
+def _sample(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The same at most SEED_SAMPLE rows on every rank, whatever the number of ranks."""
+    counts = row_counts(x)
+    total, start = sum(counts), sum(counts[: rank()])
+    if total <= SEED_SAMPLE:
+        return gather_rows(x)
+    order = torch.randperm(total, generator=generator, device=_device(generator))
+    picked = broadcast(order[:SEED_SAMPLE].sort().values.to(x.device))
+    mine = picked[(picked >= start) & (picked < start + len(x))] - start
+    return gather_rows(x[mine])
+
+
+def _largest(x: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
+    """The rows with the largest values over all ranks, at most `wanted`, on every rank."""
+    top = values.topk(min(int(wanted), len(values)))
+    values, rows = gather_rows(top.values), gather_rows(x[top.indices])
+    return rows[values.argsort(descending=True, stable=True)[: int(wanted)]]
+
+
+def _mean(x: Tensor) -> Tensor:
+    count = sum(row_counts(x))
+    return (all_sum(x.sum(0, dtype=torch.float64)) / count).to(x)
+
+
+def _together(old: Tensor, new: Tensor, num_codes: int) -> Tensor:
+    """(C, C): how many vectors of all ranks had old code i and have new code j."""
+    pairs = (old * num_codes + new).bincount(minlength=num_codes**2)
+    return all_sum(pairs).view(num_codes, num_codes)
+
+
+def _device(generator: torch.Generator | None) -> torch.device:
+    return torch.device("cpu") if generator is None else generator.device
+
+
+def _check_vectors(x: Tensor, num_codes: int) -> None:
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"vectors are {x.dtype} {tuple(x.shape)}: want floating point (N, D)")
+    if num_codes < 1:
+        raise ValueError(f"num_codes={num_codes}: need at least 1")
+    if int(all_sum((~x.isfinite()).any(1).sum())):
+        raise ValueError("vectors hold NaN or infinity: want finite features")
+    distinct = _distinct_up_to(x, num_codes)
+    if distinct < num_codes:
+        raise ValueError(
+            f"num_codes={num_codes} but only {distinct} distinct vectors: "
+            f"use at most {distinct} codes, or give more images"
+        )
+
+
+def _distinct_up_to(x: Tensor, limit: int) -> int:
+    """Number of distinct rows over all ranks, exact below `limit`.
+
+    Rows are compared by a 64-bit hash of their bits (exact integer arithmetic; a random dot
+    product in floating point could differ for equal rows).
+    """
+    bits = torch.int32 if x.element_size() == 4 else torch.int64 if x.element_size() == 8 else None
+    drawn = torch.Generator().manual_seed(0)
+    salt = torch.randint(-(2**62), 2**62, (x.shape[1],), generator=drawn).to(x.device)
+    hashes = [
+        # + 0.0 makes one of the two zeros.
+        ((rows if bits else rows.float()) + 0.0).view(bits or torch.int32).long().mul_(salt).sum(1)
+        for rows in torch.split(x, 1 << 14)
+    ]
+    mine = torch.unique(torch.cat(hashes))[:limit]
+    return len(torch.unique(gather_rows(mine)))
