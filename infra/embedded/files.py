@@ -1,8 +1,11 @@
-"""Files that hold secrets: written whole or not at all, and readable by their owner only."""
+"""Secrets and the files that hold them: written whole or not at all, for their owner only."""
 
 from __future__ import annotations
 
 import os
+import secrets
+import uuid
+from base64 import urlsafe_b64encode
 from pathlib import Path
 
 
@@ -14,3 +17,10 @@ def write_private(path: Path, text: str) -> None:
     with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(text)
     part.replace(path)
+
+
+def new_secret(name: str) -> str:
+    """A random value for the secret of that name."""
+    if name == "cluster_id":  # Kafka wants a UUID in its own spelling
+        return urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+    return secrets.token_hex(10 if name == "access_key" else 24)

@@ -26,6 +26,7 @@ OPTIONS = (
     "-Djava.awt.headless=true",
     f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}",
 )
+ARCHIVE_PREFIX = "kafka-"
 _NUM_DOWNLOADS = 6
 _TIMEOUT_S = 60
 
@@ -77,6 +78,14 @@ def class_path(cache_dir: Path, say: Callable[[str], None], jars: list[Jar] | No
             with ThreadPoolExecutor(_NUM_DOWNLOADS) as pool:
                 list(pool.map(lambda jar: _fetch(jar, folder), missing))
     return os.pathsep.join(str(folder / jar.file_name) for jar in wanted)
+
+
+def archive_path(cache_dir: Path, classes: str) -> Path:
+    """Where the ahead-of-time cache (aot.py) of this JVM with these very jars is, if it is."""
+    stamps = [(path, os.stat(path).st_mtime_ns) for path in classes.split(os.pathsep)]
+    release = (program().parents[1] / "release").read_bytes()
+    key = hashlib.sha256(release + repr(stamps).encode()).hexdigest()
+    return cache_dir / f"{ARCHIVE_PREFIX}{key[:16]}.aot"
 
 
 def _fetch(jar: Jar, folder: Path) -> None:

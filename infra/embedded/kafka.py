@@ -35,7 +35,9 @@ class Kafka:
 
     def prepare(self, place: Place) -> Command:
         classes = jvm.class_path(place.cache_dir, place.say)
-        return self.command(place, classes, [])
+        archive = jvm.archive_path(place.cache_dir, classes)
+        options = [f"-XX:AOTCache={archive}"] if archive.exists() else []
+        return self.command(place, classes, options)
 
     def command(self, place: Place, classes: str, options: list[str]) -> Command:
         """Configuration and storage in place.home, and the broker's command on these jars."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +91,32 @@ class Process:
 
     def uptime_s(self) -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - self.ticks / _TICKS_PER_S
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    cwd: Path,
+    env: dict[str, str],
+    record: Path,
+    log: Path,
+    owned: bool,
+    grace_s: float,
+) -> subprocess.Popen[bytes]:
+    """Start a command under a guard, which is returned. owned: it ends with this process."""
+    record.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
+    guard = Path(__file__).with_name("guard.py")
+    owner = os.getpid() if owned else 0
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", *map(str, (guard, record, log, owner, grace_s)), *argv],
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C reaches the owner only, which then ends it in order
+    )
 
 
 @dataclass(frozen=True, slots=True)

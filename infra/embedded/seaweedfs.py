@@ -103,7 +103,7 @@ class SeaweedFs:
         }
 
     def litter(self, place: Place) -> list[Path]:
-        temporary = Path("/tmp")  # noqa: S108 - weed's own choice; a path of ours can be too long
+        temporary = Path("/tmp")
         return [
             path
             for use, port in place.ports.items()

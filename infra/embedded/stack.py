@@ -16,16 +16,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
-import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-import uuid
-from base64 import urlsafe_b64encode
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,9 +32,9 @@ import yaml
 
 from infra.embedded import ports as free_ports
 from infra.embedded.diagnose import explain
-from infra.embedded.files import write_private
-from infra.embedded.process import Process, Record
+from infra.embedded.files import new_secret, write_private
 from infra.embedded.kafka import Kafka
+from infra.embedded.process import Process, Record, spawn
 from infra.embedded.seaweedfs import SeaweedFs
 from infra.embedded.service import Place, Service, ServiceName
 from infra.embedded.valkey import Valkey
@@ -48,6 +43,8 @@ from infra.settings import services_file
 
 SERVICES: tuple[Service, ...] = (Kafka(), SeaweedFs(), Valkey())
 SERVICE_NAMES: tuple[ServiceName, ...] = tuple(service.name for service in SERVICES)
+_BY_NAME = {service.name: service for service in SERVICES}
+DEFAULT_CACHE_DIR = Path.home() / ".cache" / "dpdl"
 _MIN_FREE_BYTES = 2 * 1024**3
 
 
@@ -89,13 +86,13 @@ class Stack:
         serve. say: told what is being done, in one line each.
         """
         self.state_dir = Path(state_dir).absolute()
-        self.cache_dir = cache_dir or Path.home() / ".cache" / "dpdl"
+        self.cache_dir = cache_dir or DEFAULT_CACHE_DIR
         self._services = {s.name: s for s in SERVICES if s.name in services}
         self._detached = detached
         self._fixed = dict(ports or {})
         self._deadline_s = deadline_s
         self._say = say
-        self._guards: dict[str, subprocess.Popen[bytes]] = {}
+        self._guards: dict[ServiceName, subprocess.Popen[bytes]] = {}
         self._cancel = threading.Event()
 
     # -- all services ---------------------------------------------------------------------------
@@ -149,7 +146,7 @@ class Stack:
 
     # -- one service ----------------------------------------------------------------------------
 
-    def start_service(self, name: str) -> None:
+    def start_service(self, name: ServiceName) -> None:
         """Start one service on its ports and data, until it serves; nothing if it does already."""
         service = self._services[name]
         if not self._running(name):
@@ -159,35 +156,35 @@ class Stack:
             self._launch(service, place)
         self._wait_ready(service)
 
-    def stop_service(self, name: str) -> None:
+    def stop_service(self, name: ServiceName) -> None:
         """Stop one service in good order."""
         self._end(name)
 
-    def kill(self, name: str) -> None:
+    def kill(self, name: ServiceName) -> None:
         """SIGKILL one service, as a crash would, and wait until it is gone."""
         self._signal(name, signal.SIGKILL)
         if record := self._record(name):
             record.service.wait(5.0)
         self._reap(name)
 
-    def pause(self, name: str) -> None:
+    def pause(self, name: ServiceName) -> None:
         """SIGSTOP: it keeps its connections and answers nothing."""
         self._signal(name, signal.SIGSTOP)
 
-    def resume(self, name: str) -> None:
+    def resume(self, name: ServiceName) -> None:
         """SIGCONT, the end of pause()."""
         self._signal(name, signal.SIGCONT)
 
-    def pid(self, name: str) -> int | None:
+    def pid(self, name: ServiceName) -> int | None:
         record = self._record(name)
         return record.service.pid if record else None
 
-    def log_path(self, name: str) -> Path:
+    def log_path(self, name: ServiceName) -> Path:
         return self.state_dir / "logs" / f"{name}.log"
 
     # -- starting -------------------------------------------------------------------------------
 
-    def _running(self, name: str) -> bool:
+    def _running(self, name: ServiceName) -> bool:
         """Whether a usable one runs; ends one whose owner is dead. Refuses another's live one."""
         record = self._record(name)
         if record is None:
@@ -207,20 +204,14 @@ class Stack:
         name = service.name
         place.home.mkdir(mode=0o700, exist_ok=True)
         command = service.prepare(place)
-        record, log = self._record_path(name), self.log_path(name)
-        record.unlink(missing_ok=True)
-        log.unlink(missing_ok=True)
-        owner = 0 if self._detached else os.getpid()
-        guard = Path(__file__).with_name("guard.py")
-        self._guards[name] = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(guard), str(record), str(log)]
-            + [str(owner), str(service.grace_s), *command.argv],
+        self._guards[name] = spawn(
+            command.argv,
             cwd=command.cwd,
             env=dict(command.env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C reaches the owner, which then stops us in order
+            record=self._record_path(name),
+            log=self.log_path(name),
+            owned=not self._detached,
+            grace_s=service.grace_s,
         )
 
     def _wait_ready(self, service: Service) -> None:
@@ -256,22 +247,24 @@ class Stack:
 
     # -- ending ---------------------------------------------------------------------------------
 
-    def _end(self, name: str) -> None:
+    def _end(self, name: ServiceName) -> None:
         record = self._record(name)
         if record:
-            grace_s = next(s.grace_s for s in SERVICES if s.name == name)
-            record.service.end(grace_s)
+            record.service.end(_BY_NAME[name].grace_s)
         elif guard := self._guards.get(name):
             guard.terminate()  # it has not yet said what it started; it ends that too
         self._reap(name)
 
-    def _reap(self, name: str) -> None:
+    def _reap(self, name: ServiceName) -> None:
         guard = self._guards.pop(name, None)
         if guard:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 guard.wait(10.0)
+        service = _BY_NAME[name]
+        for path in service.litter(self._place(service, keep_ports=True)):
+            path.unlink(missing_ok=True)
 
-    def _signal(self, name: str, number: int) -> None:
+    def _signal(self, name: ServiceName, number: int) -> None:
         record = self._record(name)
         if record is None or not record.service.send(number):
             raise ServiceUnavailable(f"{name} does not run in {self.state_dir}: start it first")
@@ -289,10 +282,10 @@ class Stack:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _record_path(self, name: str) -> Path:
+    def _record_path(self, name: ServiceName) -> Path:
         return self.state_dir / "run" / f"{name}.json"
 
-    def _record(self, name: str) -> Record | None:
+    def _record(self, name: ServiceName) -> Record | None:
         """What runs now under that name, None if nothing."""
         record = Record.read(self._record_path(name))
         return record if record and record.service.alive() else None
@@ -307,7 +300,7 @@ class Stack:
                 others = {p for s in state.values() for p in s["ports"].values()}
                 known["ports"] = self._choose_ports(service, known["ports"], others)
             for secret in service.secret_names:
-                known["secrets"].setdefault(secret, _new_secret(secret))
+                known["secrets"].setdefault(secret, new_secret(secret))
             if not keep_ports:
                 write_private(path, json.dumps(state, indent=1))
         return Place(
@@ -364,7 +357,7 @@ class Stack:
             record.service.uptime_s(),
         )
 
-    def _each(self, act: Callable[[str], None], names: Collection[str]) -> None:
+    def _each(self, act: Callable[[ServiceName], None], names: Collection[ServiceName]) -> None:
         """Act on all at once; when one fails, the others give up and its error is raised."""
         if not names:
             return
@@ -379,9 +372,3 @@ class Stack:
 
 
 _state_lock = threading.Lock()
-
-
-def _new_secret(name: str) -> str:
-    if name == "cluster_id":
-        return urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-    return secrets.token_hex(10 if name == "access_key" else 24)
