@@ -8,6 +8,7 @@
       DataError                what came in is not what the contract says
         NotFound               an object, topic or version that should be there is not
         BadFrame               one Kafka record; .reason is the slug of the dead-letter topic
+        VersionExists          a version of this id is complete already; versions never change
         VersionBroken          a stored model version is incomplete, altered or unreadable
       PointerConflict          (retryable, after a fresh look) someone moved the pointer first
       Fenced                   another consumer has published past this batch: re-read the offset
@@ -62,6 +63,10 @@ class BadFrame(DataError):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+class VersionExists(DataError):
+    """A complete version already has this id, with other files."""
 
 
 class VersionBroken(DataError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import urllib3
@@ -34,6 +34,8 @@ CONNECT_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 30.0
 
 _AUTH_CODES = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccountProblem"}
+# pyarrow raises OSError with AWS's own words.
+_AUTH_WORDS = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
 _MISSING_CODES = {"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "ResourceNotFound"}
 _CONFLICT_CODES = {"PreconditionFailed", "ConditionalRequestConflict", "OperationAborted"}
 _BUSY_CODES = {
@@ -65,7 +67,7 @@ def make_minio(settings: Settings) -> Minio:
         retries=retry,
         **tls,
     )
-    return Minio(
+    return _Minio(
         s3.endpoint,
         access_key=s3.access_key,
         secret_key=_secret(s3),
@@ -73,6 +75,13 @@ def make_minio(settings: Settings) -> Minio:
         region=s3.region,
         http_client=pool,
     )
+
+
+class _Minio(Minio):
+    def __del__(self) -> None:
+        # At the interpreter's end minio clears a pool whose modules are half gone, and complains.
+        with suppress(ImportError):
+            super().__del__()  # type: ignore[no-untyped-call]
 
 
 def make_filesystem(settings: Settings) -> S3FileSystem:
@@ -115,8 +124,7 @@ def ensure_buckets(settings: Settings) -> None:
 
     Errors: AuthFailed, ServiceUnavailable, SettingsError.
     """
-    client = make_minio(settings)
-    s3 = settings.s3
+    client, s3 = make_minio(settings), settings.s3
     with s3_errors(s3):
         for bucket in (s3.data_bucket, s3.models_bucket, s3.evidence_bucket):
             if not client.bucket_exists(bucket):
@@ -154,6 +162,7 @@ def conditional_put(
     Errors: PointerConflict when the condition does not hold. After any other error (wrap the
     call in s3_errors) the object may or may not be written: read it before trying again.
     """
+    condition: dict[str, str | list[str] | tuple[str]]
     condition = {"If-None-Match": "*"} if if_match is None else {"If-Match": f'"{if_match}"'}
     try:
         written = client._put_object(bucket, key, data, headers=condition)
@@ -164,12 +173,6 @@ def conditional_put(
             ) from error
         raise
     return str(written.etag)
-
-
-def put(client: Minio, bucket: str, key: str, data: bytes, content_type: str) -> None:
-    """Write an object, replacing what is there."""
-    # One request: put_object() would ask for the stream's length and part size first.
-    client._put_object(bucket, key, data, headers={"Content-Type": content_type})
 
 
 def get(client: Minio, bucket: str, key: str) -> tuple[bytes, str]:
@@ -197,25 +200,29 @@ def s3_errors(s3: S3Settings) -> Iterator[None]:
 
 def _translated(error: Exception, s3: S3Settings) -> DpdlError:
     where = f"S3 at {s3.endpoint}"
-    text = " ".join(str(error).split())
-    code = error.code if isinstance(error, S3Error) else ""
-    # pyarrow raises OSError with AWS's own words.
-    if (
-        code in _AUTH_CODES
-        or "ACCESS_DENIED" in text
-        or "INVALID_ACCESS_KEY_ID" in text
-        or "SIGNATURE_DOES_NOT_MATCH" in text
-    ):
+    text, code = _told(error)
+    if code in _AUTH_CODES or any(word in text for word in _AUTH_WORDS):
         return AuthFailed(
-            f"{where} refused access key {s3.access_key} ({code or text}): check s3.access_key, "
+            f"{where} refused access key {s3.access_key} ({text}): check s3.access_key, "
             "s3.secret_key and what the key may do"
         )
     if code in _MISSING_CODES or isinstance(error, FileNotFoundError):
-        return NotFound(f"{where}: {getattr(error, '_object_name', None) or text} is not there")
-    unavailable = (urllib3.exceptions.HTTPError, ServerError, InvalidResponseError)
-    if code in _BUSY_CODES or isinstance(error, unavailable) or isinstance(error, OSError):
+        return NotFound(f"{where} does not have it ({text})")
+    unavailable = (urllib3.exceptions.HTTPError, ServerError, InvalidResponseError, OSError)
+    if code in _BUSY_CODES or isinstance(error, unavailable):
         return ServiceUnavailable(
             f"{where} is not available ({text}): check that it runs (`dpdl status`), s3.endpoint "
             "and s3.secure"
         )
-    return DataError(f"{where} refused a request: {text}")
+    return DataError(f"{where} refused a request ({text})")
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    """What an error says, in one line, and S3's code for it where there is one."""
+    if isinstance(error, S3Error):
+        return f"{error.code}: {error.message} {error.resource or ''}".strip(), str(error.code)
+    if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason is not None:
+        error = error.reason
+    text = " ".join(str(error).split())
+    # urllib3 begins with the repr of a connection, pyarrow ends with a request's id.
+    return text.rsplit("object at", 1)[-1].split(">: ")[-1].split(" (Request ID")[0], ""
