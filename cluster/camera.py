@@ -1,0 +1,117 @@
+"""Cameras: encoded images into Kafka, at a camera's pace, byte for byte as they came.
+
+Delivery: every frame is acknowledged by all in-sync replicas before stream() returns; at most
+IN_FLIGHT frames wait for that, so memory is bounded whatever the broker does, and a slow broker
+slows the sender.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.errors import DataError
+from infra.kafka_client import kafka_errors, make_producer
+from infra.messages import MAX_FRAME_BYTES, check_camera, frame_headers, frame_id
+from infra.settings import Settings
+
+IN_FLIGHT = 64
+ACK_TIMEOUT_S = 60.0
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingFrame:
+    camera: str
+    image: bytes
+    source: str
+    """Where it came from; stays here, never travels."""
+
+
+@dataclass(frozen=True, slots=True)
+class SentFrame:
+    frame_id: str
+    camera: str
+    source: str
+
+
+def stream(
+    settings: Settings,
+    frames: Iterable[OutgoingFrame],
+    *,
+    frames_per_second: float,
+    stop: threading.Event,
+    on_sent: Callable[[SentFrame], None],
+) -> None:
+    """Send frames at a steady total rate until they end or `stop` is set.
+
+    on_sent is called in order, once a frame is acknowledged. Errors: those of make_producer, and
+    DataError for a frame that the broker refuses.
+    """
+    producer = make_producer(settings)
+    waiting: deque[tuple[OutgoingFrame, Any]] = deque()
+
+    def settle(down_to: int) -> None:
+        while len(waiting) > down_to:
+            frame, future = waiting.popleft()
+            sent = future.get(timeout=ACK_TIMEOUT_S)
+            on_sent(
+                SentFrame(
+                    frame_id(sent.topic, sent.partition, sent.offset), frame.camera, frame.source
+                )
+            )
+
+    try:
+        with kafka_errors(settings.kafka):
+            start = time.monotonic()
+            for number, frame in enumerate(frames):
+                if stop.wait(max(0.0, start + number / frames_per_second - time.monotonic())):
+                    break
+                future = producer.send(
+                    settings.kafka.topic,
+                    key=frame.camera.encode(),
+                    value=frame.image,
+                    headers=frame_headers(time.time_ns(), content_type(frame.image)),
+                )
+                waiting.append((frame, future))
+                settle(IN_FLIGHT)
+            producer.flush(timeout=ACK_TIMEOUT_S)
+            settle(0)
+    finally:
+        producer.close(timeout=5)
+
+
+def folder_frames(folder: Path, camera: str) -> Iterator[OutgoingFrame]:
+    """The images below a folder, sorted by name, as one camera's frames.
+
+    Raises DataError where there are none, or one is larger than a frame may be.
+    """
+    check_camera(camera)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise DataError(f"{folder}: no images found; wanted files ending in {_suffixes()}")
+    for path in paths:
+        size = path.stat().st_size
+        if size > MAX_FRAME_BYTES:
+            raise DataError(f"{path}: {size} bytes, a frame has at most {MAX_FRAME_BYTES}")
+        yield OutgoingFrame(camera, path.read_bytes(), str(path.relative_to(folder)))
+
+
+def content_type(image: bytes) -> str:
+    """By the first bytes; for people and tools, since decoding goes by the bytes itself."""
+    for magic, name in _MAGIC:
+        if image.startswith(magic):
+            return name
+    return "application/octet-stream"
+
+
+def _suffixes() -> str:
+    return " ".join(sorted(IMAGE_SUFFIXES))
+
+
+_MAGIC = [(b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png")]
