@@ -72,7 +72,6 @@ def build(args: AppArgs) -> serve.Application:
         }
 
     scorer = serve.deployment(
-        Scorer,
         name=SCORER,
         num_replicas=args.scorers,
         ray_actor_options=actor(1, SCORER_GPU_SHARE if on_gpu else 0),
@@ -82,9 +81,8 @@ def build(args: AppArgs) -> serve.Application:
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=0.5,
-    ).bind(args.model_name, args.device)
+    )(Scorer).bind(args.model_name, args.device)
     consumer = serve.deployment(
-        Consumer,
         name=CONSUMER,
         num_replicas=consumers,
         ray_actor_options=actor(1),
@@ -93,16 +91,16 @@ def build(args: AppArgs) -> serve.Application:
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=DRAIN_S + CLOSE_S + 5,
         graceful_shutdown_wait_loop_s=0.5,
-    ).bind(scorer)
-    return serve.deployment(
-        Console,
+    )(Consumer).bind(scorer)
+    console: serve.Application = serve.deployment(
         name=CONSOLE,
         num_replicas=1,
         ray_actor_options=actor(0.5),
         max_ongoing_requests=64,
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.5,
-    ).bind(consumer, scorer)
+    )(Console).bind(consumer, scorer)
+    return console
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +200,7 @@ def _reason(app: Any) -> str:
     messages = [each.message for each in app.deployments.values() if each.message] or [app.message]
     lines = [line.strip() for line in messages[0].splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or "Unavailable" in line]
-    return (errors or lines or ["no reason given"])[-1]
+    return str((errors or lines or ["no reason given"])[-1])
 
 
 def _check_address(settings: Settings) -> None:

@@ -17,33 +17,40 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import cast
 
 import cv2
 import numpy as np
 import torch
+from kafka import KafkaConsumer, TopicPartition
 from numpy.typing import NDArray
 
 from dpdl_core.model import upsample_map
-from infra.errors import DpdlError
+from infra import s3_client
+from infra.errors import DpdlError, NotFound, ServiceUnavailable
+from infra.kafka_client import kafka_errors, make_consumer
 from infra.messages import FrameRecord, evidence_key
+from infra.redis_client import make_redis, redis_errors
+from infra.s3_client import make_minio, s3_errors
+from infra.settings import Settings
 
 log = logging.getLogger("dpdl.evidence")
 
 FRAME, HEAT = "frame", "heat.png"
 HEAT_SIDE = 256
 """Pixels of the overlay; it is stretched over the frame where it is shown."""
+PATIENCE_S = 2.0
+"""Longest that a batch's results wait for its evidence to be taken."""
 BREATHER_S = 5.0
 """After a failure S3 is left alone for so long: alerts must not wait for its timeouts."""
 MAX_DEBTS = 10_000
 """Notes kept while S3 is away; about 4 KB each. Beyond, new alerts stay without a picture."""
 PAY_AT_ONCE = 16
+REREAD_MS = 5000
 
 Put = Callable[[str, bytes, str], None]
 """(key, data, content type) into the evidence bucket; ServiceUnavailable when S3 is away."""
-Reread = Callable[[str], bytes | None]
-"""Frame id -> the image, out of Kafka again; None when retention has removed it."""
 
 
 def image_type(data: bytes) -> str:
@@ -80,11 +87,13 @@ class Archive:
 
     Args:
         put: writes one object.
-        reread: reads a frame's bytes again.
+        reread: frame id -> the image, out of Kafka again; None when retention has removed it.
         debts: the durable notes.
     """
 
-    def __init__(self, put: Put, reread: Reread, debts: Debts, *, threads: int = 4) -> None:
+    def __init__(
+        self, put: Put, reread: Callable[[str], bytes | None], debts: Debts, *, threads: int = 4
+    ) -> None:
         self._put, self._reread, self._debts = put, reread, debts
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="evidence")
         self._rest_until = 0.0
@@ -96,25 +105,34 @@ class Archive:
         """The evidence keys, when each is in S3 or noted as owed. Raises only for Redis."""
         owed = list(zip(frames, maps, strict=True))
         if time.monotonic() >= self._rest_until:
-            kept = list(self._pool.map(lambda pair: self._try(pair[0], pair[1]), owed))
-            owed = [pair for pair, done in zip(owed, kept, strict=True) if not done]
+            tries = [self._pool.submit(self._try, frame, heat) for frame, heat in owed]
+            wait(tries, timeout=PATIENCE_S)
+            owed = [
+                pair for pair, t in zip(owed, tries, strict=True) if not (t.done() and t.result())
+            ]
+            if owed:
+                self._rest()
         for frame, heat in owed:
             self._debts.note(frame.frame_id, heat)
         return [evidence_key(frame.frame_id) for frame in frames]
 
     def close(self) -> None:
         self._closing.set()
+        self._payer.join(timeout=1.0)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _try(self, frame: FrameRecord, heat: NDArray[np.float32]) -> bool:
         try:
             self._store(frame.frame_id, frame.image, heat)
         except DpdlError as error:
-            if time.monotonic() >= self._rest_until:
-                log.warning("evidence is owed until S3 takes it: %s", error)
-            self._rest_until = time.monotonic() + BREATHER_S
+            log.debug("evidence of %s: %s", frame.frame_id, error)
             return False
         return True
+
+    def _rest(self) -> None:
+        if not self._rest_until:
+            log.warning("S3 does not take evidence: it is owed until it does")
+        self._rest_until = time.monotonic() + BREATHER_S
 
     def _store(self, frame_id: str, image: bytes, heat: NDArray[np.float32]) -> None:
         key = evidence_key(frame_id)
@@ -143,14 +161,21 @@ class Archive:
             else:
                 self._store(frame_id, image, heat)
             self._debts.settle(frame_id)
+        if notes:
+            log.info("owed evidence of %d alerts paid", len(notes))
         return len(notes)
 
 
 class Debts:
-    """Evidence that S3 has not got yet: a Redis hash, frame id -> heat map."""
+    """Evidence that S3 has not got yet: a Redis hash, frame id -> heat map.
 
-    def __init__(self, redis: Any, key: str) -> None:
-        self._redis, self._key = redis, key
+    Every method can raise infra's ServiceUnavailable.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._where = settings.redis
+        self._redis = make_redis(settings)
+        self._key = f"{settings.redis.prefix}:evidence-owed:{settings.kafka.group}"
 
     def note(self, frame_id: str, heat: NDArray[np.float32]) -> None:
         """Beyond MAX_DEBTS nothing is noted: that alert stays without a picture."""
@@ -158,25 +183,78 @@ class Debts:
             return
         small = np.ascontiguousarray(heat, dtype=np.float16)
         packed = {"shape": small.shape, "heat": base64.b64encode(small.tobytes()).decode()}
-        self._redis.hset(self._key, frame_id, json.dumps(packed))
+        with redis_errors(self._where):
+            self._redis.hset(self._key, frame_id, json.dumps(packed))
 
     def some(self, count: int) -> list[tuple[str, NDArray[np.float32]]]:
         """Up to `count` notes, in no order."""
-        _, notes = self._redis.hscan(self._key, count=count)
-        return [(_text(each), _unpacked(_text(note))) for each, note in list(notes.items())[:count]]
+        with redis_errors(self._where):
+            _, notes = cast("tuple[int, dict[str, str]]", self._redis.hscan(self._key, count=count))
+        return [(frame_id, _unpacked(note)) for frame_id, note in list(notes.items())[:count]]
 
     def settle(self, frame_id: str) -> None:
-        self._redis.hdel(self._key, frame_id)
+        with redis_errors(self._where):
+            self._redis.hdel(self._key, frame_id)
 
     def __len__(self) -> int:
-        return int(self._redis.hlen(self._key))
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+        with redis_errors(self._where):
+            return int(self._redis.hlen(self._key))
 
 
 def _unpacked(note: str) -> NDArray[np.float32]:
     packed = json.loads(note)
     flat = np.frombuffer(base64.b64decode(packed["heat"]), np.float16)
     return flat.reshape(packed["shape"]).astype(np.float32)
+
+
+class EvidenceBucket:
+    """Objects of the evidence bucket; a type is told by the bytes when they are read."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._s3, self._client = settings.s3, make_minio(settings)
+
+    def put(self, key: str, data: bytes, content_type: str) -> None:
+        with s3_errors(self._s3):
+            s3_client.put(self._client, self._s3.evidence_bucket, key, data, content_type)
+
+    def get(self, key: str) -> bytes | None:
+        """None where there is no such object."""
+        try:
+            with s3_errors(self._s3):
+                return s3_client.get(self._client, self._s3.evidence_bucket, key)[0]
+        except NotFound:
+            return None
+
+
+class Reread:
+    """Frames by their id, out of Kafka again. One thread at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._consumer: KafkaConsumer | None = None
+
+    def __call__(self, frame_id: str) -> bytes | None:
+        """The image's bytes; None when retention has removed them."""
+        topic, partition, offset = frame_id.rsplit("/", 2)
+        place, wanted = TopicPartition(topic, int(partition)), int(offset)
+        with kafka_errors(self._settings.kafka):
+            if self._consumer is None:
+                self._consumer = make_consumer(self._settings)
+            if self._consumer.beginning_offsets([place])[place] > wanted:
+                return None
+            self._consumer.assign([place])
+            self._consumer.seek(place, wanted)
+            got = self._consumer.poll(timeout_ms=REREAD_MS, max_records=1)
+        records = got.get(place, [])
+        if not records:
+            raise ServiceUnavailable(f"Kafka did not give {frame_id} within {REREAD_MS} ms")
+        return bytes(records[0].value) if records[0].offset == wanted else None
+
+    def close(self) -> None:
+        if self._consumer is not None:
+            self._consumer.close(timeout_ms=1000)
+
+
+def open_archive(settings: Settings) -> Archive:
+    """Errors: AuthFailed, ServiceUnavailable, SettingsError."""
+    return Archive(EvidenceBucket(settings).put, Reread(settings), Debts(settings))

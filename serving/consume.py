@@ -27,9 +27,10 @@ from infra.kafka_client import make_consumer, make_producer
 from infra.redis_client import ResultStore
 from infra.settings import Settings, load_settings
 from serving.archive import open_archive
+from serving.batch import BatchReport, Scored, WrongSize
 from serving.decode import Decoder
 from serving.logs import log_to_stderr
-from serving.loop import BatchReport, Loop, Scored, WrongSize
+from serving.loop import Loop
 from serving.publish import StreamSink
 from serving.source import KafkaSource
 
@@ -44,9 +45,9 @@ CLOSE_S = 3.0
 
 
 class HandleScore:
-    """serving.loop.Score by calls of the Scorer deployment; one call carries one batch."""
+    """serving.batch.Score by calls of the Scorer deployment; one call carries one batch."""
 
-    def __init__(self, scorer: DeploymentHandle, depth: int) -> None:
+    def __init__(self, scorer: DeploymentHandle[Any], depth: int) -> None:
         self._scorer = scorer
         self._pool = ThreadPoolExecutor(depth, thread_name_prefix="score")
         self._image_size = 0
@@ -89,7 +90,7 @@ class Consumer:
         scorer: handle of the Scorer deployment.
     """
 
-    def __init__(self, scorer: DeploymentHandle) -> None:
+    def __init__(self, scorer: DeploymentHandle[Any]) -> None:
         log_to_stderr()
         self._settings = load_settings()
         self._scorer = scorer
@@ -182,7 +183,7 @@ class Consumer:
         return self._loop
 
     def _report(self, batch: BatchReport) -> None:
-        line = {
+        line: dict[str, Any] = {
             "offsets": batch.offsets,
             "version": batch.version,
             "frames": len(batch.results),
@@ -197,6 +198,6 @@ class Consumer:
             self._lag = self._source.lag()  # here, since the client belongs to this thread
         self._totals["batches"] += 1
         for name in ("frames", "alerts", "dropped_spans"):
-            self._totals[name] += int(line[name])
+            self._totals[name] += line[name]
         for reason, count in batch.bad.items():
             self._bad[reason] = self._bad.get(reason, 0) + count

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dpdl_core.images import ImageRejected, decode_image
 from infra.errors import BadFrame
 from infra.messages import FrameRecord, KafkaRecord
-from serving.loop import BadRecord, Batch, Polled
+from serving.batch import BadRecord, Batch, Polled
 
 
 class Decoder:

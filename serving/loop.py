@@ -1,7 +1,7 @@
 """The heart of the stream: frames in order, each scored once, whatever dies in between.
 
-Knows no Kafka, Redis, S3 or Ray: three small Protocols stand for them, so that a test can abort
-between every two steps (tests/serving/test_loop.py).
+Knows no Kafka, Redis, S3 or Ray: three small Protocols (batch.py) stand for them, so that a test
+can abort between every two steps (tests/serving/test_loop.py).
 
 The guarantee: exactly-once results. The results of a span of offsets, its alerts and the
 partition's next offset are written in one step by `Sink.publish`, which refuses (`Fenced`) a span
@@ -25,14 +25,27 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from infra.errors import DpdlError, Fenced
-from infra.messages import FrameRecord, FrameResult, KafkaRecord, frame_id
+from infra.messages import FrameResult, KafkaRecord, frame_id
+from serving.batch import (
+    BadRecord,
+    Batch,
+    BatchReport,
+    Decode,
+    Polled,
+    Report,
+    Score,
+    Scored,
+    Sink,
+    Source,
+    Span,
+    WrongSize,
+)
 
 log = logging.getLogger("dpdl.stream")
 T = TypeVar("T")
@@ -41,141 +54,6 @@ FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 2.0
 WAIT_S = 5.0
 """How often the loop shows life while the scorer is away."""
-
-
-class Partition(NamedTuple):
-    topic: str
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One partition's part of a batch: all offsets from `first` up to, without, `next`.
-
-    `first` is where the span before it ended, not its first record: offsets may have gaps.
-    """
-
-    partition: Partition
-    first: int
-    next: int
-    lease: int
-    """Which assignment it was read under; a newer lease makes it void."""
-
-
-@dataclass(frozen=True, slots=True)
-class Polled:
-    records: list[KafkaRecord]
-    """In order within each partition."""
-    spans: list[Span]
-    waited_s: float = 0.0
-    """From the first record to the full batch."""
-
-
-@dataclass(frozen=True, slots=True)
-class BadRecord:
-    """A record that cannot be scored; it is kept as it came, byte for byte."""
-
-    record: KafkaRecord
-    reason: str
-    """Short slug: "truncated", "no-key", ..."""
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    polled: Polled
-    records: list[KafkaRecord]
-    """What frames were read from: frames[i] from records[i]."""
-    frames: list[FrameRecord]
-    images: NDArray[np.uint8]
-    """(B,S,S,3) RGB, row i is frames[i]."""
-    bad: list[BadRecord]
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """One batch's answer; every row by the same version. Arrays (B,) float32."""
-
-    model: str
-    version: str
-    image_size: int
-    score: NDArray[np.float32]
-    energy: NDArray[np.float32]
-    threshold: NDArray[np.float32]
-    maps: dict[int, NDArray[np.float32]]
-    """Row -> (h,w) low-resolution heat map, only where score > threshold."""
-
-
-@dataclass(frozen=True, slots=True)
-class WrongSize:
-    """The version in use reads another size: decode the original bytes again at this one."""
-
-    image_size: int
-
-
-@dataclass(slots=True)
-class BatchReport:
-    """What the one log line per batch says."""
-
-    offsets: dict[str, list[int]]
-    version: str = ""
-    alerts: int = 0
-    bad: Counter[str] = field(default_factory=Counter)
-    """Dead letters by reason."""
-    dropped_spans: int = 0
-    stage_ms: dict[str, float] = field(default_factory=dict)
-    results: list[FrameResult] = field(default_factory=list)
-    """Only what was published."""
-
-
-class Source(Protocol):
-    """The frames. Every call comes from the loop's own thread."""
-
-    def poll(self, until: Callable[[], bool]) -> Polled | None:
-        """The next batch; None when `until` turned true or nothing came for a while."""
-
-    def holds(self, span: Span) -> bool:
-        """Whether the partition is still ours under the lease that read this span."""
-
-    def rewind(self, partition: Partition) -> None:
-        """Voids what was read and not published; reading goes on at the stored offset."""
-
-    def commit(self, spans: Sequence[Span]) -> None:
-        """Tells Kafka, for lag metrics only. Never fails."""
-
-    def idle(self, seconds: float) -> None:
-        """Waits without reading, staying in the consumer group."""
-
-
-class Score(Protocol):
-    def image_size(self) -> int:
-        """The size that the version in use reads, as far as is known."""
-
-    def submit(
-        self, images: NDArray[np.uint8], cameras: Sequence[str]
-    ) -> Future[Scored | WrongSize]:
-        """One call for the whole batch; answers come in any order."""
-
-
-class Sink(Protocol):
-    def set_aside(self, bad: Sequence[BadRecord]) -> None:
-        """Returns when all are durably in the dead-letter topic."""
-
-    def keep_evidence(
-        self, frames: Sequence[FrameRecord], maps: Sequence[NDArray[np.float32]]
-    ) -> list[str]:
-        """The key of each frame's evidence, kept now or durably noted to be kept later."""
-
-    def publish(self, span: Span, results: Sequence[FrameResult], dead: Mapping[str, int]) -> int:
-        """Results, alerts, dead-letter counts and next offset in one step; the alerts raised.
-
-        Fenced: the span is not the next one, and nothing was written. After any other error the
-        step may or may not have happened.
-        """
-
-
-Decode = Callable[[Polled, int], Batch]
-Report = Callable[[BatchReport], None]
 
 
 @dataclass(slots=True)

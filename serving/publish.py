@@ -13,13 +13,13 @@ from infra.messages import FrameRecord, FrameResult
 from infra.redis_client import ResultStore
 from infra.settings import KafkaSettings
 from serving.archive import Archive
-from serving.loop import BadRecord, Span
+from serving.batch import BadRecord, Span
 
 DEAD_TIMEOUT_S = 30.0
 
 
 class StreamSink:
-    """serving.loop.Sink. Errors are infra's: those that a retry can help say so."""
+    """serving.batch.Sink. Errors are infra's: those that a retry can help say so."""
 
     def __init__(
         self, results: ResultStore, archive: Archive, producer: KafkaProducer, kafka: KafkaSettings

@@ -23,7 +23,7 @@ from infra.errors import DpdlError
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
 from infra.settings import load_settings
-from serving.loop import Scored, WrongSize
+from serving.batch import Scored, WrongSize
 from serving.versions import InUse, Versions
 
 log = logging.getLogger("dpdl.score")

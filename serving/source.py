@@ -24,7 +24,7 @@ from infra.errors import DpdlError, ServiceUnavailable
 from infra.kafka_client import kafka_errors
 from infra.messages import KafkaRecord
 from infra.settings import Settings
-from serving.loop import Partition, Polled, Span
+from serving.batch import Partition, Polled, Span
 
 log = logging.getLogger("dpdl.stream")
 
@@ -43,7 +43,7 @@ class Offsets(Protocol):
 
 
 class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
-    """serving.loop.Source over a KafkaConsumer with auto-commit off.
+    """serving.batch.Source over a KafkaConsumer with auto-commit off.
 
     A partition that the store has never seen is read from its beginning, and that is written to
     the store before its first record is polled.

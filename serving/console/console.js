@@ -159,13 +159,14 @@ async function look() {
 
 async function facts() {
   const [status, page] = await Promise.all([get("api/v1/status"), get("api/v1/cameras")]);
-  const lag = Object.values(status.consumer.lag).reduce((sum, each) => sum + each, 0);
+  const { scorer, consumer } = status; // either may be restarting: then it only has `trouble`
+  const lag = Object.values(consumer.lag ?? {}).reduce((sum, each) => sum + each, 0);
+  const frames = page.cameras.reduce((sum, each) => sum + each.frames, 0);
   pairs($("facts"), {
-    version: status.scorer.version, cameras: page.cameras.length,
-    "frames scored": status.consumer.frames, waiting: lag,
+    version: scorer.version ?? "?", cameras: page.known, "frames scored": frames, waiting: lag,
   });
-  const refused = Object.keys(status.scorer.refused);
-  say(status.consumer.trouble || (refused.length ? `version ${refused.at(-1)} was refused` : ""));
+  const refused = Object.keys(scorer.refused ?? {});
+  say(consumer.trouble || scorer.trouble || (refused.length ? `version ${refused.at(-1)} was refused` : ""));
   const chosen = $("only").value;
   const names = page.cameras.map((each) => each.camera);
   if (names.join("\n") !== $("only").dataset.names) {

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from infra.errors import AuthFailed, Fenced, ServiceUnavailable
-from serving.loop import BadRecord, Batch, Loop, Partition, Polled, Scored, Span, WrongSize
+from serving.batch import BadRecord, Batch, Partition, Polled, Scored, Span, WrongSize
+from serving.loop import Loop
 
 TOPIC = "frames"
 SIZE = 2
