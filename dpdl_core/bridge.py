@@ -108,6 +108,17 @@ class Bridge(nn.Module):
         soft, _ = _softmin(y, form)
         return form.log_mass - soft - y.shape[1] / 2 * math.log(2 * math.pi * self.eps)
 
+    def log_density(self, x: Tensor, y: Tensor) -> Tensor:
+        """log pi(y given x), eq. 12, (B, D), (B, D) -> (B,): one y for each x.
+
+        <x,y>/eps + log phi1(y) - log varpi(x); its terms of order |x|^2 / eps are combined to
+        -|x - y|^2 / (2 eps) by hand, which loses no digits.
+        """
+        x, y = self._admit(x), self._admit(y)
+        soft, _ = _softmin(x, form := self._form(0.0, x.dtype))
+        far = (x - y).square().sum(1) / (2 * self.eps)
+        return self.log_potential(y) - far + soft - form.log_mass
+
     def plan(self, x: Tensor) -> Plan:
         """pi(y given x), eq. 13, (B, D) -> log weights (B, C), means (B, C, D), variances (C, D).
 

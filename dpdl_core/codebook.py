@@ -18,14 +18,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from dpdl_core.distributed import all_sum, broadcast, gather_rows, rank, row_counts
+from dpdl_core.distributed import all_sum, broadcast, gather_rows, row_counts
+from dpdl_core.seeding import bounded_sample, count_distinct, seed
 
-SEED_SAMPLE = 50_000
-"""Most vectors that k-means++ looks at; Lloyd's iterations see all of them."""
 DEAD_SHARE = 0.1
 """A code used less than this share of an even use is dead."""
-_SEED_ROUNDS = 256
-"""Up to so many codes are seeded one by one; of more, some at a time."""
 _CHUNK_COSTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Entries of the N x C distance matrix in memory at a time."""
 
@@ -66,7 +63,7 @@ def kmeans(
     *,
     restarts: int = 3,
     iterations: int = 50,
-    tolerance: float = 1e-4,
+    tolerance: float = 3e-4,
     generator: torch.Generator | None = None,
     init: Tensor | None = None,
 ) -> Codebook:
@@ -81,8 +78,8 @@ def kmeans(
     _check_vectors(x, num_codes)
     center = _mean(x)
     if init is None:
-        sample = _sample(x, generator) - center
-        starts = [_seed(sample, num_codes, generator) for _ in range(max(1, restarts))]
+        sample = bounded_sample(x, num_codes, generator) - center
+        starts = [seed(sample, num_codes, generator) for _ in range(max(1, restarts))]
     else:
         if init.shape != (num_codes, x.shape[1]):
             raise ValueError(f"init is {tuple(init.shape)}: want ({num_codes}, {x.shape[1]})")
@@ -314,7 +311,7 @@ def _lloyd(x: Tensor, center: Tensor, codes: Tensor, iterations: int, tolerance:
 
 
 def _describe(x: Tensor, center: Tensor, run: _Run) -> Codebook:
-    """Means and variances of the members: the codes' own last move, then the spread."""
+    """The codes that `nearest` was taken by, and the members' spread about them."""
     shape = run.codes.shape
     counts = run.counts.clamp_min(1).unsqueeze(1)
     sums = torch.zeros(shape, dtype=torch.float64, device=x.device)
@@ -326,53 +323,6 @@ def _describe(x: Tensor, center: Tensor, run: _Run) -> Codebook:
         sums += torch.zeros(shape, dtype=x.dtype, device=x.device).index_add_(0, index, gaps)
     variances = (all_sum(sums) / counts).to(x)
     return Codebook(run.codes + center, run.counts, variances, run.inertia)
-
-
-def _seed(sample: Tensor, num_codes: int, generator: torch.Generator | None) -> Tensor:
-    """k-means++: each seed is drawn with probability proportional to its squared distance.
-
-    One by one, a seed is the best of a few draws (greedy k-means++). For a thousand codes and
-    more, a block of draws per round costs a fraction and Lloyd evens it out.
-    """
-    norms = sample.square().sum(1)
-    block = max(1, num_codes // _SEED_ROUNDS)
-    draws = 2 + int(np.log(num_codes)) if block == 1 else block
-    chosen = torch.randint(len(sample), (1,), generator=generator, device=_device(generator))
-    seeds = [chosen.to(sample.device)]
-    nearest = _distances(sample, norms, seeds[0]).squeeze(0)
-    while (left := num_codes - sum(map(len, seeds))) > 0:
-        odds = nearest if bool(nearest.sum() > 0) else torch.ones_like(nearest)
-        odds = odds.to(generator.device) if generator is not None else odds
-        possible = int((odds > 0).sum())
-        drawn = torch.multinomial(odds, min(draws, possible), generator=generator)
-        drawn = drawn.to(sample.device)
-        distances = torch.minimum(nearest, _distances(sample, norms, drawn))
-        if block == 1:
-            best = distances.sum(1).argmin()
-            drawn, distances = drawn[best : best + 1], distances[best : best + 1]
-        seeds.append(drawn[:left])
-        nearest = distances[:left].amin(0)
-    return sample[torch.cat(seeds)]
-
-
-def _distances(sample: Tensor, norms: Tensor, drawn: Tensor) -> Tensor:
-    """Squared distances of the drawn rows to all of the sample, (draws, sample)."""
-    squared = norms[drawn].unsqueeze(1) + norms - 2 * sample[drawn] @ sample.T
-    squared.clamp_(min=0)
-    squared[torch.arange(len(drawn), device=drawn.device), drawn] = 0
-    return squared
-
-
-def _sample(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The same at most SEED_SAMPLE rows on every rank, whatever the number of ranks."""
-    counts = row_counts(x)
-    total, start = sum(counts), sum(counts[: rank()])
-    if total <= SEED_SAMPLE:
-        return gather_rows(x)
-    order = torch.randperm(total, generator=generator, device=_device(generator))
-    picked = broadcast(order[:SEED_SAMPLE].sort().values.to(x.device))
-    mine = picked[(picked >= start) & (picked < start + len(x))] - start
-    return gather_rows(x[mine])
 
 
 def _largest(x: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
@@ -393,38 +343,16 @@ def _together(old: Tensor, new: Tensor, num_codes: int) -> Tensor:
     return all_sum(pairs).view(num_codes, num_codes)
 
 
-def _device(generator: torch.Generator | None) -> torch.device:
-    return torch.device("cpu") if generator is None else generator.device
-
-
 def _check_vectors(x: Tensor, num_codes: int) -> None:
-    if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"vectors are {x.dtype} {tuple(x.shape)}: want floating point (N, D)")
+    if x.dim() != 2 or x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"vectors are {x.dtype} {tuple(x.shape)}: want float32 or 64, (N, D)")
     if num_codes < 1:
         raise ValueError(f"num_codes={num_codes}: need at least 1")
     if int(all_sum((~x.isfinite()).any(1).sum())):
         raise ValueError("vectors hold NaN or infinity: want finite features")
-    distinct = _distinct_up_to(x, num_codes)
+    distinct = count_distinct(x, num_codes)
     if distinct < num_codes:
         raise ValueError(
             f"num_codes={num_codes} but only {distinct} distinct vectors: "
             f"use at most {distinct} codes, or give more images"
         )
-
-
-def _distinct_up_to(x: Tensor, limit: int) -> int:
-    """Number of distinct rows over all ranks, exact below `limit`.
-
-    Rows are compared by a 64-bit hash of their bits (exact integer arithmetic; a random dot
-    product in floating point could differ for equal rows).
-    """
-    bits = torch.int32 if x.element_size() == 4 else torch.int64 if x.element_size() == 8 else None
-    drawn = torch.Generator().manual_seed(0)
-    salt = torch.randint(-(2**62), 2**62, (x.shape[1],), generator=drawn).to(x.device)
-    hashes = [
-        # + 0.0 makes one of the two zeros.
-        ((rows if bits else rows.float()) + 0.0).view(bits or torch.int32).long().mul_(salt).sum(1)
-        for rows in torch.split(x, 1 << 14)
-    ]
-    mine = torch.unique(torch.cat(hashes))[:limit]
-    return len(torch.unique(gather_rows(mine)))
