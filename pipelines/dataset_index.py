@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
-from minio.error import S3Error
 
-from infra.errors import DataError
-from infra.s3_client import make_minio
+from infra.errors import DataError, NotFound
+from infra.s3_client import get, make_minio, s3_errors
 from infra.settings import Settings
 
 SPLITS = ("train", "calibration", "test")
@@ -30,6 +30,8 @@ SCHEMA = pa.schema(
     ]
 )
 
+Progress = Callable[[str, float, dict[str, Any]], None]
+"""progress(stage, fraction 0..1, figures)"""
 Split = Literal["train", "calibration", "test"]
 
 
@@ -97,25 +99,22 @@ class StoredObject:
 def load_index(settings: Settings, name: str) -> DatasetIndex:
     """Raises DataError that says how to import when there is no such data set."""
     check_name(name)
+    s3 = settings.s3
     try:
-        response = make_minio(settings).get_object(settings.s3.data_bucket, f"{name}/dataset.json")
-    except S3Error as error:
-        if error.code not in ("NoSuchKey", "NoSuchBucket"):
-            raise
+        with s3_errors(s3):
+            data, _ = get(make_minio(settings), s3.data_bucket, f"{name}/dataset.json")
+    except NotFound:
         raise DataError(
-            f"no data set {name!r} in s3://{settings.s3.data_bucket}: "
+            f"no data set {name!r} in s3://{s3.data_bucket}: "
             f"import it with `dpdl data import SRC --name {name}`"
         ) from None
     try:
-        return DatasetIndex.from_json(response.read())
+        return DatasetIndex.from_json(data)
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
-            f"s3://{settings.s3.data_bucket}/{name}/dataset.json cannot be read ({error}): "
+            f"s3://{s3.data_bucket}/{name}/dataset.json cannot be read ({error}): "
             "import the data set again"
         ) from None
-    finally:
-        response.close()
-        response.release_conn()
 
 
 def incoming(settings: Settings, name: str) -> list[StoredObject]:
@@ -127,13 +126,12 @@ def incoming(settings: Settings, name: str) -> list[StoredObject]:
 
 
 def list_objects(settings: Settings, prefix: str) -> list[StoredObject]:
-    found = make_minio(settings).list_objects(
-        settings.s3.data_bucket, prefix=prefix, recursive=True
-    )
-    return [
-        StoredObject(str(o.object_name), str(o.etag).strip('"'), o.last_modified or _EPOCH)
-        for o in found
-    ]
+    client = make_minio(settings)
+    with s3_errors(settings.s3):
+        return [
+            StoredObject(str(o.object_name), str(o.etag).strip('"'), o.last_modified or _EPOCH)
+            for o in client.list_objects(settings.s3.data_bucket, prefix=prefix, recursive=True)
+        ]
 
 
 def check_name(name: str) -> None:
@@ -143,3 +141,28 @@ def check_name(name: str) -> None:
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def snapshot(index: DatasetIndex) -> dict[str, Any]:
+    """What a version saw, to the object: keys and ETags."""
+    return {
+        "dataset": index.name,
+        "split_sha256": index.split_sha256,
+        "objects": {
+            part.key: part.etag for split in ("train", "calibration") for part in index.parts[split]
+        },
+        "incoming": {},
+        "set_aside": [],
+    }
+
+
+def check_snapshot(settings: Settings, index: DatasetIndex) -> None:
+    """DataError when an object of the data set is gone or no longer what was imported."""
+    stored = {o.key: o.etag for o in list_objects(settings, f"{index.name}/")}
+    for split, parts in index.parts.items():
+        for part in parts:
+            if stored.get(part.key) != part.etag:
+                raise DataError(
+                    f"{part.key} of {split} is {'altered' if part.key in stored else 'gone'}: "
+                    f"import {index.name!r} again"
+                )

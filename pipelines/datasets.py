@@ -21,7 +21,7 @@ import hashlib
 import io
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,23 +32,26 @@ import pyarrow.parquet as pq
 from dpdl_core import protocol
 from dpdl_core.images import ImageRejected, decode_image
 from infra.errors import DataError
-from infra.s3_client import ensure_buckets, make_filesystem, make_minio
+from infra.s3_client import ensure_buckets, make_minio, s3_errors
 from infra.settings import Settings
 from pipelines.dataset_index import (
     SCHEMA,
     SPLITS,
     DatasetIndex,
     Part,
+    Progress,
     Split,
     check_name,
     list_objects,
     load_index,
 )
+from pipelines.sources import read_columns
 
 LICENCES = {
     "elpv": "ELPV (Buerhop-Lutz et al. 2018; Deitsch et al. 2019): CC BY-NC-SA 4.0, "
     "not for commercial use"
 }
+PARQUET = "application/vnd.apache.parquet"
 GROUP_ROWS = 128
 GROUP_BYTES = 32 << 20
 """A row group closes at whichever bound comes first: what one reader holds at a time."""
@@ -58,9 +61,6 @@ MIN_GROUPS = 8
 """Small sets are cut finer, so that their row groups still deal out evenly among workers."""
 _CHECK_SIDE = 64
 """Images are decoded once at import, at this size, to find those that are none."""
-
-Progress = Callable[[str, float, dict[str, Any]], None]
-"""progress(stage, fraction 0..1, figures)"""
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,14 @@ def import_dataset(
     seed: int = 0,
     seen_class: str | None = None,
     calibration_share: float = 0.2,
+    leave_out: Collection[str] = (),
     progress: Progress | None = None,
 ) -> ImportReport:
     """Import "elpv" or a folder under `name`; the same input gives the same objects.
 
     shots: known defects for training. calibration_share: of the training normals, held out for
-    thresholds. Raises DataError for a name or a folder that will not do.
+    thresholds. leave_out: sources of training normals that are not imported, such as those that
+    are to arrive later. Raises DataError for a name or a folder that will not do.
     """
     check_name(name)
     try:
@@ -121,7 +123,7 @@ def import_dataset(
         )
     except protocol.DatasetError as error:
         raise DataError(str(error)) from None
-    dealt = _dealt(split, calibration_share)
+    dealt = _dealt(split, calibration_share, leave_out)
     ensure_buckets(settings)
     before = {o.key for part in SPLITS for o in list_objects(settings, f"{name}/{part}/")}
     tally = _Tally(sum(map(len, dealt.values())), progress)
@@ -148,8 +150,9 @@ def import_dataset(
     _put(settings, f"{name}/dataset.json", index.to_json(), "application/json")
     kept = {part.key for some in parts.values() for part in some}
     client = make_minio(settings)
-    for key in before - kept:
-        client.remove_object(settings.s3.data_bucket, key)
+    with s3_errors(settings.s3):
+        for key in before - kept:
+            client.remove_object(settings.s3.data_bucket, key)
     return ImportReport(
         name=name,
         licence=index.licence,
@@ -187,31 +190,25 @@ def put_incoming(
 
 def iter_images(settings: Settings, name: str, split: Split) -> Iterator[tuple[str, bytes]]:
     """(source, encoded image) of a split, streamed: what a camera would send, without labels."""
-    filesystem = make_filesystem(settings)
-    for key in load_index(settings, name).keys(split):
-        with pq.ParquetFile(filesystem.open_input_file(f"{settings.s3.data_bucket}/{key}")) as file:
-            for batch in file.iter_batches(16, columns=["source", "image"]):
-                yield from zip(*batch.to_pydict().values(), strict=True)
+    for rows in read_columns(settings, load_index(settings, name).keys(split), ["source", "image"]):
+        yield from zip(rows["source"], rows["image"], strict=True)
 
 
 def labels(settings: Settings, name: str, split: Split) -> dict[str, tuple[int, str]]:
     """source -> (label, defect): for evaluation after the fact, apart from what is streamed."""
-    filesystem = make_filesystem(settings)
-    found: dict[str, tuple[int, str]] = {}
-    for key in load_index(settings, name).keys(split):
-        table = pq.read_table(
-            f"{settings.s3.data_bucket}/{key}",
-            columns=["source", "label", "defect"],
-            filesystem=filesystem,
-        ).to_pydict()
-        for source, label, defect in zip(*table.values(), strict=True):
-            found[source] = (label, defect)
-    return found
+    columns = ["source", "label", "defect"]
+    return {
+        source: (label, defect)
+        for rows in read_columns(settings, load_index(settings, name).keys(split), columns)
+        for source, label, defect in zip(*(rows[c] for c in columns), strict=True)
+    }
 
 
-def _dealt(split: protocol.Split, calibration_share: float) -> dict[str, list[protocol.Sample]]:
+def _dealt(
+    split: protocol.Split, calibration_share: float, leave_out: Collection[str]
+) -> dict[str, list[protocol.Sample]]:
     """The paper's split with a share of the training normals held out for thresholds."""
-    normals = list(split.train_normals)
+    normals = [sample for sample in split.train_normals if sample.source not in leave_out]
     held_out = round(len(normals) * calibration_share)
     if not 0 < held_out < len(normals):
         raise DataError(
@@ -326,10 +323,15 @@ def _parquet(groups: Sequence[Sequence[dict[str, Any]]]) -> bytes:
     return out.getvalue()
 
 
-def _put(
-    settings: Settings, key: str, data: bytes, content_type: str = "application/octet-stream"
-) -> str:
-    result = make_minio(settings).put_object(
-        settings.s3.data_bucket, key, io.BytesIO(data), len(data), content_type=content_type
-    )
-    return str(result.etag).strip('"')
+def _put(settings: Settings, key: str, data: bytes, content_type: str = PARQUET) -> str:
+    """Write an object of the data bucket in one request; its ETag."""
+    with s3_errors(settings.s3):
+        written = make_minio(settings).put_object(
+            settings.s3.data_bucket,
+            key,
+            io.BytesIO(data),
+            len(data),
+            content_type=content_type,
+            part_size=2 * PART_BYTES,
+        )
+    return str(written.etag).strip('"')

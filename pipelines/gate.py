@@ -114,8 +114,9 @@ def _cross_fitted(
     rates = []
     fold = np.arange(len(scores)) % 2
     for side in (0, 1):
-        fitted, judged = np.flatnonzero(fold != side), np.flatnonzero(fold == side)
-        if not len(fitted):
+        fitted = np.flatnonzero(fold != side).tolist()
+        judged = np.flatnonzero(fold == side).tolist()
+        if not fitted:
             continue
         thresholds, _ = calibrate(scores[fitted], [cameras[i] for i in fitted], false_alarm_rate)
         alarmed[judged] = alarms(scores[judged], [cameras[i] for i in judged], thresholds)

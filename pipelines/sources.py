@@ -13,18 +13,20 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import torch
 
 from dpdl_core.images import ImageRejected, decode_image
-from infra.errors import DataError
-from infra.s3_client import make_filesystem
+from infra.errors import DataError, NotFound
+from infra.s3_client import make_filesystem, s3_errors
 from infra.settings import Settings, load_settings
 
 DECODE_BATCH = 32
@@ -89,13 +91,24 @@ def row_groups(settings: Settings, keys: Iterable[str]) -> list[RowGroup]:
     filesystem = make_filesystem(settings)
     found = []
     for key in keys:
-        with _open(filesystem, settings, key) as file:
+        with _opened(filesystem, settings, key) as file:
             metadata = file.metadata
             found += [
                 RowGroup(key, i, metadata.row_group(i).num_rows)
                 for i in range(metadata.num_row_groups)
             ]
     return found
+
+
+def read_columns(
+    settings: Settings, keys: Iterable[str], columns: list[str]
+) -> Iterator[dict[str, list[Any]]]:
+    """Some columns of some objects, DECODE_BATCH rows at a time."""
+    filesystem = make_filesystem(settings)
+    for key in keys:
+        with _opened(filesystem, settings, key) as file:
+            for batch in file.iter_batches(DECODE_BATCH, columns=columns):
+                yield batch.to_pydict()
 
 
 def read_here(
@@ -240,11 +253,14 @@ def stack(source: StreamedImages) -> torch.Tensor:
     return batches[0] if batches else torch.empty((0, 1, 1, 3), dtype=torch.uint8)
 
 
-def _open(filesystem: pa.fs.FileSystem, settings: Settings, key: str) -> pq.ParquetFile:
+@contextmanager
+def _opened(filesystem: pa.fs.FileSystem, settings: Settings, key: str) -> Iterator[pq.ParquetFile]:
+    """Errors: DataError for an object that is gone or no Parquet, else those of s3_errors."""
     path = f"{settings.s3.data_bucket}/{key}"
     try:
-        return pq.ParquetFile(filesystem.open_input_file(path))
-    except FileNotFoundError:
+        with s3_errors(settings.s3), pq.ParquetFile(filesystem.open_input_file(path)) as file:
+            yield file
+    except NotFound:
         raise DataError(
             f"s3://{path} is gone: the data set was imported anew meanwhile; run this again"
         ) from None
@@ -256,20 +272,20 @@ def _encoded(
     filesystem: pa.fs.FileSystem, settings: Settings, group: RowGroup
 ) -> Iterator[tuple[list[bytes], list[RowRef]]]:
     columns = ["image", "label", "defect", "camera", "source"]
-    with _open(filesystem, settings, group.key) as file:
-        before = sum(file.metadata.row_group(i).num_rows for i in range(group.index))
+    with _opened(filesystem, settings, group.key) as file:
         missing = set(columns) - set(file.schema_arrow.names)
         if missing:
             raise DataError(
                 f"s3://{settings.s3.data_bucket}/{group.key} has no column {sorted(missing)[0]}: "
                 "write it with `dpdl data import`"
             )
+        first = sum(file.metadata.row_group(i).num_rows for i in range(group.index))
         for batch in file.iter_batches(DECODE_BATCH, row_groups=[group.index], columns=columns):
             values = batch.to_pydict()
             refs = [
                 RowRef(
                     key=group.key,
-                    row=before + i,
+                    row=first + i,
                     digest=hashlib.sha256(values["image"][i]).hexdigest(),
                     label=values["label"][i],
                     defect=values["defect"][i],
@@ -278,7 +294,7 @@ def _encoded(
                 )
                 for i in range(batch.num_rows)
             ]
-            before += batch.num_rows
+            first += batch.num_rows
             yield values["image"], refs
 
 

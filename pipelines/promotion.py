@@ -1,0 +1,126 @@
+"""From a stored candidate to the pointer: gate first, then one conditional PUT."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+import subprocess
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+from dpdl_core.artifact import ArtifactError, LoadedVersion, unpack
+from infra.errors import PointerConflict, VersionBroken
+from infra.model_store import ModelStore, Pointer
+from infra.settings import Settings
+from pipelines.dataset_index import Progress
+from pipelines.gate import GateLimits, Verdict, judge
+from pipelines.held_out import HeldOut
+
+
+def consider(
+    settings: Settings,
+    store: ModelStore,
+    name: str,
+    version: str,
+    *,
+    limits: GateLimits | None = None,
+    held_out: HeldOut | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Promote `version` where there is no current one or where the gate lets it pass.
+
+    Raises PointerConflict when the pointer is, or moves meanwhile, away from the candidate's
+    parent: what the candidate was judged against is then no longer what it would replace.
+    """
+    pointer = store.current(name)
+    if pointer is not None and pointer.version == version:
+        return Verdict(True, pointer.why, {})
+    verdict = Verdict(True, "the first version", {})
+    if pointer is not None:
+        manifest = store.manifest(name, version)
+        if manifest["parent"] not in (None, pointer.version):
+            raise PointerConflict(
+                f"{version} descends from {manifest['parent']}, but {pointer.version} is current "
+                "now: refresh again"
+            )
+        held_out = held_out or HeldOut(settings, manifest["data"])
+        verdict = _against_current(store, name, version, pointer, held_out, limits, progress)
+    if verdict.promote:
+        move(store, name, version, pointer, verdict.why)
+    return verdict
+
+
+def load(store: ModelStore, name: str, version: str) -> LoadedVersion:
+    """A verified version, ready to score. VersionBroken when it is not."""
+    try:
+        return unpack(store.fetch(name, version))
+    except ArtifactError as error:
+        raise VersionBroken(f"{name} {version}: {error}") from None
+
+
+def move(store: ModelStore, name: str, version: str, seen: Pointer | None, why: str) -> Pointer:
+    """Point at `version`; harmless where another process did the same first."""
+    try:
+        return store.move_pointer(name, version, seen, by=who(), why=why)
+    except PointerConflict:
+        now = store.current(name)
+        if now is not None and now.version == version:
+            return now
+        raise
+
+
+def who() -> str:
+    """user@host, for the pointer's history."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        user = "?"
+    return f"{user}@{socket.gethostname()}"
+
+
+def code_version() -> dict[str, str | None]:
+    """The package's version, and the git commit where it runs from a checkout."""
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
+        commit = found.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {"dpdl": package_version("dpdl"), "commit": commit}
+
+
+def _against_current(
+    store: ModelStore,
+    name: str,
+    version: str,
+    pointer: Pointer,
+    held_out: HeldOut,
+    limits: GateLimits | None,
+    progress: Progress | None,
+) -> Verdict:
+    current, candidate = load(store, name, pointer.version), load(store, name, version)
+    scores = []
+    for step, (which, loaded) in enumerate(((pointer.version, current), (version, candidate))):
+        if progress is not None:
+            progress("gate", step / 2, {"version": which})
+        scores.append(held_out.score(which, loaded.model))
+    size = candidate.model.config.image_size
+    verdict = judge(
+        *scores,
+        old_cameras=held_out.cameras("old", size),
+        new_cameras=held_out.cameras("new", size),
+        current_thresholds=dict(current.thresholds),
+        false_alarm_rate=candidate.thresholds["false_alarm_rate"],
+        limits=limits,
+    )
+    if progress is not None:
+        progress("gate", 1.0, {"decision": "promote" if verdict.promote else "hold"})
+    return verdict

@@ -1,0 +1,118 @@
+"""Model versions for people: list, show, promote, roll back.
+
+The store itself is infra/model_store.py; here versions are verified before a person can point at
+them, and their manifests become something to read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from infra.errors import DataError
+from infra.model_store import ModelStore, Pointer
+from infra.settings import Settings
+from pipelines import decisions
+from pipelines.promotion import load, move
+
+
+@dataclass(frozen=True)
+class VersionSummary:
+    version: str
+    kind: str
+    """train or refresh."""
+    created_at: str
+    parent: str | None
+    current: bool
+    decision: str
+    """Of the gate: promoted, held, or "" where none is recorded."""
+    auroc: float | None
+    """Of the test split, measured at training."""
+
+
+class Registry:
+    """One model's versions."""
+
+    def __init__(self, settings: Settings, model_name: str = "default") -> None:
+        self._settings, self.model_name = settings, model_name
+        self._store = ModelStore(settings)
+
+    def list(self) -> list[VersionSummary]:
+        """Newest first."""
+        pointer = self._store.current(self.model_name)
+        past = {d.candidate: d for d in decisions.recorded(self._settings, self.model_name)}
+        found = []
+        for version in self._store.list_versions(self.model_name):
+            manifest = self._store.manifest(self.model_name, version)
+            found.append(
+                VersionSummary(
+                    version=version,
+                    kind=manifest["kind"],
+                    created_at=manifest["created_at"],
+                    parent=manifest["parent"],
+                    current=pointer is not None and pointer.version == version,
+                    decision=past[version].decision if version in past else "",
+                    auroc=manifest["auroc"],
+                )
+            )
+        return sorted(found, key=lambda summary: summary.created_at, reverse=True)
+
+    def show(self, version: str | None = None) -> dict[str, Any]:
+        """All that is known of a version (default: the current one), its files verified."""
+        pointer = self._store.current(self.model_name)
+        version = version or self._current(pointer).version
+        files = self._store.fetch(self.model_name, version)
+        shown: dict[str, Any] = {
+            "version": version,
+            "current": pointer is not None and pointer.version == version,
+            "manifest": self._store.manifest(self.model_name, version),
+            **{
+                name.removesuffix(".json"): json.loads(data)
+                for name, data in files.items()
+                if name.endswith(".json")
+            },
+        }
+        past = [
+            d for d in decisions.recorded(self._settings, self.model_name) if d.candidate == version
+        ]
+        if past:
+            shown["decision"] = {"decision": past[0].decision, "why": past[0].why}
+        return shown
+
+    def promote(self, version: str, why: str) -> Pointer:
+        """Point at `version`, whatever the gate said, after it has been verified and unpacked.
+
+        Raises VersionBroken for one that must not run, PointerConflict if the pointer moves
+        meanwhile.
+        """
+        pointer = self._store.current(self.model_name)
+        if pointer is not None and pointer.version == version:
+            return pointer
+        load(self._store, self.model_name, version)
+        return move(self._store, self.model_name, version, pointer, why)
+
+    def rollback(self, why: str) -> Pointer:
+        """Back to the version before the current one; again, to the one before that."""
+        pointer = self._current(self._store.current(self.model_name))
+        before = version_before([move.version for move in pointer.moves])
+        if before is None:
+            raise DataError(
+                f"{pointer.version} of {self.model_name!r} has no version before it: "
+                "promote one by name, `dpdl models list` shows them"
+            )
+        return self.promote(before, why)
+
+    def _current(self, pointer: Pointer | None) -> Pointer:
+        if pointer is None:
+            raise DataError(
+                f"model {self.model_name!r} has no current version: run `dpdl train` first"
+            )
+        return pointer
+
+
+def version_before(moves: Sequence[str]) -> str | None:
+    """What was current before the last of `moves` first was: rolling back twice goes back twice."""
+    first = moves.index(moves[-1])
+    return moves[first - 1] if first else None

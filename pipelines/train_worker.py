@@ -1,0 +1,172 @@
+"""What each Ray Train worker does: its shard of the normals, one fit together, scores, the files.
+
+Runs on the cluster; train.py is the driver. The normals are dealt to the ranks by row group, rank r
+reads groups r, r + W, r + 2W, ...: no row is read twice and a rank's shard is the same in every
+run. The few known defects are on every rank. Rank 0 packs the version as a Ray Train checkpoint.
+Letters: W workers.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+
+from dpdl_core import artifact
+from dpdl_core.config import from_json
+from dpdl_core.fit import fit
+from dpdl_core.metrics import auroc, average_precision
+from pipelines.scoring import calibrate, score_images
+from pipelines.sources import (
+    RowGroup,
+    StreamedImages,
+    read_here,
+    read_with_ray,
+    stack,
+    task_settings,
+)
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """All that a worker is told. Travels by pickle: plain values, no secret."""
+
+    environment: dict[str, str]
+    config: str
+    """DpdlConfig as JSON."""
+    seed: int
+    false_alarm_rate: float
+    normals: Sequence[RowGroup]
+    defects: Sequence[RowGroup]
+    calibration: Sequence[RowGroup]
+    test: Sequence[RowGroup]
+    decode_tasks: int
+    """At once, per worker."""
+    board: Any
+    """Handle of the ProgressBoard."""
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Where rank 0 writes how far it is, and the driver reads it."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[str, float, Figures]] = []
+
+    def put(self, stage: str, fraction: float, figures: Figures) -> None:
+        self._entries.append((stage, fraction, figures))
+
+    def take(self) -> list[tuple[str, float, Figures]]:
+        entries, self._entries = self._entries, []
+        return entries
+
+
+def train_loop(config: dict[str, TrainJob]) -> None:
+    """Ray Train's entry: fit, score, and on rank 0 report the packed version."""
+    worker = _Worker(config["job"])
+    started = time.perf_counter()
+    model, waited = worker.fit()
+    fitted = time.perf_counter()
+    calibration = worker.score(model, worker.job.calibration, "calibrate")
+    test = worker.score(model, worker.job.test, "test")
+    figures: Figures = {
+        "fit_seconds": fitted - started,
+        "score_seconds": time.perf_counter() - fitted,
+        "data_wait_share": waited / (fitted - started),
+    }
+    if worker.rank != 0:
+        ray.train.report(figures)
+        return
+    thresholds, notes = calibrate(
+        np.array([row[0] for row in calibration]),
+        [row[2] for row in calibration],
+        worker.job.false_alarm_rate,
+    )
+    metrics = {**_quality(test), "test_images": len(test)}
+    figures |= {"metrics": metrics, "thresholds": thresholds, "notes": notes}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in artifact.pack(model, thresholds=thresholds, metrics=metrics).items():
+            Path(folder, name).write_bytes(data)
+        ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+class _Worker:
+    def __init__(self, job: TrainJob) -> None:
+        context = ray.train.get_context()
+        self.job = job
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        # Workers that share a machine share its cores: more threads than cores only thrash.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        self.config = from_json(job.config)
+
+    def fit(self) -> tuple[Any, float]:
+        """The model and the seconds this rank waited for data."""
+        size = self.config.image_size
+        self.progress("read", 0.0, {})
+        normals = self._shard(self.job.normals)
+        groups = self.job.defects
+        defects = StreamedImages(
+            read_here(task_settings(self.job.environment), groups, size),
+            size,
+            expected=sum(group.rows for group in groups),
+        )
+        self.progress("read", 1.0, {"normals_on_this_worker": normals.num_images})
+        model = fit(
+            self.config,
+            normals,
+            stack(defects),
+            seed=self.job.seed,
+            device=self.device,
+            progress=self.progress,
+        )
+        return model, normals.waited_s
+
+    def score(
+        self, model: Any, groups: Sequence[RowGroup], stage: str
+    ) -> list[tuple[float, int, str]]:
+        """(score, label, camera) of all rows of all ranks, the same on each."""
+        self.progress(stage, 0.0, {})
+        source = self._shard(groups)
+        scores = score_images(model, source, self.device)
+        mine = [(float(s), r.label, r.camera) for s, r in zip(scores, source.rows, strict=True)]
+        everyone: list[Any] = [mine]
+        if torch.distributed.is_initialized():
+            everyone = [None] * self.world
+            torch.distributed.all_gather_object(everyone, mine)
+        self.progress(stage, 1.0, {"images": sum(map(len, everyone))})
+        return [row for rows in everyone for row in rows]
+
+    def progress(self, stage: str, fraction: float, figures: Figures) -> None:
+        if self.rank == 0:
+            self.job.board.put.remote(stage, fraction, figures)
+
+    def _shard(self, groups: Sequence[RowGroup]) -> StreamedImages:
+        mine = groups[self.rank :: self.world]
+        size = self.config.image_size
+        return StreamedImages(
+            read_with_ray(self.job.environment, mine, size, tasks=self.job.decode_tasks),
+            size,
+            expected=sum(group.rows for group in mine),
+        )
+
+
+def _quality(rows: Sequence[tuple[float, int, str]]) -> Figures:
+    """AUROC and AP of the test split; None where it has not both classes."""
+    labels, scores = [row[1] for row in rows], [row[0] for row in rows]
+    if len(set(labels)) < 2:
+        return {"auroc": None, "ap": None}
+    return {"auroc": auroc(labels, scores), "ap": average_precision(labels, scores)}

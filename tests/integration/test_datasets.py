@@ -1,0 +1,142 @@
+"""Import into a real S3 and streaming readers over it."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dpdl_core.images import decode_image
+from infra.errors import DataError
+from infra.s3_client import make_minio
+from pipelines.dataset_index import check_snapshot, incoming, list_objects, load_index
+from pipelines.datasets import NewImage, import_dataset, iter_images, labels, put_incoming
+from pipelines.held_out import images
+from pipelines.sources import StreamedImages, read_here, row_groups
+
+pytestmark = pytest.mark.integration
+
+
+def texture(seed, spot=False):
+    """A 64 x 64 PNG of grey noise; with a bright square where it is a defect."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.normal(120, 12, (64, 64)).clip(0, 255).astype(np.uint8)
+    if spot:
+        x, y = rng.integers(8, 40, 2)
+        pixels[y : y + 14, x : x + 14] = 235
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "plates"
+    for kind, count, spot in (("normal", 48, False), ("anomaly/spot", 16, True)):
+        (root / kind).mkdir(parents=True)
+        for i in range(count):
+            (root / kind / f"{i:03}.png").write_bytes(texture(i + 1000 * spot, spot))
+    (root / "normal" / "broken.png").write_bytes(texture(1)[:300])
+    (root / "normal" / "empty.png").write_bytes(b"")
+    return root
+
+
+def test_import_keeps_bytes_splits_without_overlap_and_lists_what_it_left_out(settings, folder):
+    report = import_dataset(settings, folder, "plates", shots=4)
+    assert {entry["reason"] for entry in report.skipped} <= {"empty", "truncated", "corrupt"}
+    assert len(report.skipped) == 2
+    stored = {}
+    for split in ("train", "calibration", "test"):
+        for source, data in iter_images(settings, "plates", split):
+            assert source not in stored
+            stored[source] = data
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}
+    assert stored == {k: v for k, v in files.items() if "broken" not in k and "empty" not in k}
+    counts = report.counts
+    assert counts["train"]["anomaly"] == 4
+    assert counts["calibration"]["anomaly"] == 0
+    assert counts["test"]["anomaly"] == 12
+    found = labels(settings, "plates", "test")
+    assert sum(label for label, _ in found.values()) == 12
+    assert all(label == ("spot" in source) for source, (label, _) in found.items())
+
+
+def test_the_same_import_writes_the_same_objects_and_another_one_leaves_no_old_ones(
+    settings, folder
+):
+    import_dataset(settings, folder, "plates", shots=4)
+    before = {(o.key, o.etag) for o in list_objects(settings, "plates/")}
+    again = import_dataset(settings, folder, "plates", shots=4)
+    assert (again.written, again.removed) == (0, 0)
+    assert {(o.key, o.etag) for o in list_objects(settings, "plates/")} == before
+    other = import_dataset(settings, folder, "plates", shots=2)
+    assert other.removed > 0
+    index = load_index(settings, "plates")
+    listed = {o.key for o in list_objects(settings, "plates/")} - {"plates/dataset.json"}
+    assert listed == {part.key for parts in index.parts.values() for part in parts}
+    check_snapshot(settings, index)
+
+
+def test_an_import_killed_before_its_index_leaves_the_old_data_set_readable(
+    settings, folder, monkeypatch
+):
+    import_dataset(settings, folder, "plates", shots=4)
+    before = dict(iter_images(settings, "plates", "train"))
+
+    def crash(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.datasets.DatasetIndex", crash)
+    with pytest.raises(KeyboardInterrupt):
+        import_dataset(settings, folder, "plates", shots=2, seed=5)
+    monkeypatch.undo()
+    check_snapshot(settings, load_index(settings, "plates"))
+    assert dict(iter_images(settings, "plates", "train")) == before
+
+
+def test_a_lost_object_is_found_before_anything_is_trained_on(settings, folder):
+    import_dataset(settings, folder, "plates", shots=4)
+    index = load_index(settings, "plates")
+    key = index.keys("train")[0]
+    make_minio(settings).remove_object(settings.s3.data_bucket, key)
+    with pytest.raises(DataError, match="gone: import 'plates' again"):
+        check_snapshot(settings, index)
+    with pytest.raises(DataError, match="gone"):
+        row_groups(settings, [key])
+
+
+def test_the_reader_gives_the_pixels_of_the_one_decode_path(settings, folder):
+    import_dataset(settings, folder, "plates", shots=4)
+    keys = load_index(settings, "plates").keys("train", 0)
+    source = images(settings, keys, 32)
+    got = torch.cat(list(source.batches(5))).numpy()
+    want = [decode_image((folder / row.source).read_bytes(), 32) for row in source.rows]
+    assert np.array_equal(got, np.stack(want))
+    groups = row_groups(settings, keys)
+    assert len(groups) >= 8  # so that small sets deal out among workers
+    streamed = StreamedImages(
+        read_here(settings, groups, 32), 32, expected=source.num_images, cache_bytes=0
+    )
+    assert np.array_equal(torch.cat(list(streamed.batches(7))).numpy(), got)
+
+
+def test_incoming_images_are_checked_and_sending_twice_is_one_object(settings, folder):
+    import_dataset(settings, folder, "plates", shots=4)
+    batch = [NewImage(texture(7), "cam-1", 10**18, "a"), NewImage(texture(8), "cam-2"), b"no image"]
+    first = put_incoming(settings, "plates", batch)
+    assert first.images == 2
+    assert first.skipped == [{"source": "incoming-2", "reason": "not-an-image"}]
+    assert put_incoming(settings, "plates", batch).key == first.key
+    stored = incoming(settings, "plates")
+    assert [o.key for o in stored] == [first.key]
+    source = images(settings, [first.key], 32)
+    assert [row.camera for row in source.rows] == ["cam-1", "cam-2"]
+    assert put_incoming(settings, "plates", [b""]).key is None
+
+
+def test_a_data_set_that_is_not_there_says_how_to_import(settings):
+    with pytest.raises(DataError, match="dpdl data import"):
+        load_index(settings, "nothing")
+    with pytest.raises(DataError, match="lower-case"):
+        load_index(settings, "../models")

@@ -1,0 +1,82 @@
+"""The gate on made-up scores whose right verdict is plain to see."""
+
+import numpy as np
+import pytest
+
+from pipelines.gate import GateLimits, Held, judge
+
+
+def normals(count, seed=0, shift=0.0):
+    return np.random.default_rng(seed).normal(shift, 1.0, count)
+
+
+def verdict(current, candidate, *, rate=0.05, threshold=2.0, limits=None):
+    return judge(
+        current,
+        candidate,
+        old_cameras=[""] * len(candidate.old_normals),
+        new_cameras=[""] * len(candidate.new_normals),
+        current_thresholds={"default": threshold, "cameras": {}},
+        false_alarm_rate=rate,
+        limits=limits,
+    )
+
+
+@pytest.fixture
+def current():
+    return Held(np.full(10, 3.0), normals(200), normals(50, seed=1))
+
+
+def test_an_equal_candidate_is_promoted_with_its_numbers(current):
+    got = verdict(current, current)
+    assert got.promote
+    assert got.numbers["auroc_current"] == got.numbers["auroc_candidate"]
+    assert "AUROC on known defects" in got.why
+    assert "50 new normals" in got.why
+
+
+def test_a_candidate_that_ranks_defects_lower_is_held(current):
+    worse = Held(np.full(10, 0.0), current.old_normals, current.new_normals)
+    got = verdict(current, worse)
+    assert not got.promote
+    assert "AUROC falls by more than 0.01" in got.why
+    assert got.numbers["auroc_candidate"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_auroc_bound_is_the_limit_itself():
+    """20 normals, 5 defects: one swapped pair is 1/100 of AUROC exactly."""
+    old = np.arange(20.0)
+    before = Held(np.full(5, 30.0), old, np.empty(0))
+    after = Held(np.array([30.0, 30.0, 30.0, 30.0, 18.5]), old, np.empty(0))
+    assert verdict(before, after, limits=GateLimits(max_auroc_drop=0.0101)).promote
+    assert not verdict(before, after, limits=GateLimits(max_auroc_drop=0.0099)).promote
+
+
+def test_false_alarms_on_new_normals_hold_a_candidate_that_is_worse(current):
+    shifted = Held(np.full(10, 30.0), current.old_normals, normals(50, seed=1, shift=2.0))
+    got = verdict(current, shifted)
+    assert not got.promote
+    assert "false alarms on new normals above" in got.why
+
+
+def test_after_a_drift_better_is_enough(current):
+    """The current model alarms on every new normal; the candidate on far fewer, still too many."""
+    drifted = Held(np.full(10, 30.0), normals(200), normals(50, seed=1, shift=9.0))
+    better = Held(np.full(10, 30.0), normals(200), normals(50, seed=1, shift=1.5))
+    got = verdict(drifted, better)
+    assert got.numbers["false_alarms_new_candidate"] > got.numbers["false_alarms_new_bound"]
+    assert got.promote
+
+
+def test_alarms_of_the_candidate_are_counted_on_normals_its_thresholds_have_not_seen():
+    """In-sample, split conformal never exceeds the rate; two halves that differ show it."""
+    old = np.where(np.arange(200) % 2 == 0, 0.0, 5.0) + normals(200) * 0.01
+    got = verdict(Held(np.full(5, 9.0), old, np.empty(0)), Held(np.full(5, 9.0), old, np.empty(0)))
+    assert got.numbers["false_alarms_old_candidate"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_without_known_defects_the_gate_says_so(current):
+    none = Held(np.empty(0), current.old_normals, current.new_normals)
+    got = verdict(none, none)
+    assert got.promote
+    assert "no known defects" in got.why
