@@ -85,7 +85,8 @@ class RunningMargin(nn.Module):
     def margin(self) -> Tensor:
         """The present margin, a scalar; 0 before the first update."""
         median, high = self.quantiles
-        return high + self.slack * (high - median)
+        margin: Tensor = high + self.slack * (high - median)
+        return margin
 
 
 # Bridge, literal: for the ablation only -----------------------------------------------------
