@@ -24,14 +24,14 @@ _DEADLINE_S = 180.0
 
 def record(cache_dir: Path, say: Callable[[str], None]) -> Path | None:
     """Make the cache if it is not there: 15 s. None when it cannot be made; Kafka runs without."""
-    classes = jvm.class_path(cache_dir, say)
-    archive = jvm.archive_path(cache_dir, classes)
+    jvm.class_path(cache_dir, say)
+    archive = jvm.archive_path(cache_dir)
     if archive.exists():
         return archive
     say("recording a start of Apache Kafka, so that the next ones are faster (once)")
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix="recording-") as scratch:
         made = Path(scratch) / "kafka.aot"
-        _run_once(_trial_place(Path(scratch), cache_dir), classes, made)
+        _run_once(_trial_place(Path(scratch), cache_dir), made)
         if not made.exists():
             say("that failed: Kafka runs as well without, and starts slower")
             return None
@@ -55,10 +55,11 @@ def _trial_place(home: Path, cache_dir: Path) -> Place:
     )
 
 
-def _run_once(place: Place, classes: str, made: Path) -> None:
+def _run_once(place: Place, made: Path) -> None:
     """One start, one client and one stop of a broker, at whose end the JVM writes `made`."""
     broker = Kafka()
-    command = broker.command(place, classes, [f"-XX:AOTCacheOutput={made}"])
+    broker.lay_out(place, jvm.command(place.cache_dir, place.say))
+    command = broker.run(place, jvm.command(place.cache_dir, place.say, record_to=made))
     deadline = time.monotonic() + _DEADLINE_S
     record_path = place.home / "record.json"
     guard = spawn(

@@ -34,35 +34,34 @@ class Kafka:
     grace_s = 15.0
 
     def prepare(self, place: Place) -> Command:
-        classes = jvm.class_path(place.cache_dir, place.say)
-        archive = jvm.archive_path(place.cache_dir, classes)
-        options = [f"-XX:AOTCache={archive}"] if archive.exists() else []
-        return self.command(place, classes, options)
+        java = jvm.command(place.cache_dir, place.say)
+        self.lay_out(place, java)
+        return self.run(place, java)
 
-    def command(self, place: Place, classes: str, options: list[str]) -> Command:
-        """Configuration and storage in place.home, and the broker's command on these jars."""
-        home = place.home
-        (home / "tmp").mkdir(exist_ok=True)
-        properties = home / "server.properties"
+    def run(self, place: Place, java: list[str]) -> Command:
+        """The broker on what lay_out() has laid out."""
+        argv = [*java, "kafka.Kafka", str(place.home / "server.properties")]
+        return Command(argv, place.home, plain_environment())
+
+    def lay_out(self, place: Place, java: list[str]) -> None:
+        """Write the configuration; the first time also the storage, with the clients' credential.
+
+        Raises ServiceUnavailable with what Kafka's own tool says.
+        """
+        properties = place.home / "server.properties"
         write_private(properties, _properties(place))
-        java = [str(jvm.program()), *jvm.OPTIONS, f"-Djava.io.tmpdir={home / 'tmp'}", *options]
-        if not (home / "data" / "meta.properties").exists():
-            self._format(properties, classes, place)
-        argv = [*java, "-Xmx512m", "-cp", classes, "kafka.Kafka", str(properties)]
-        return Command(argv, home, plain_environment())
-
-    def _format(self, properties: Path, classes: str, place: Place) -> None:
-        """Prepare the storage, with the clients' SCRAM credential in it."""
+        if (place.home / "data" / "meta.properties").exists():
+            return
         credential = f"{_SCRAM}=[name={USER},password={place.secrets['password']}]"
         words = ["format", "-t", place.secrets["cluster_id"], "-c", str(properties)]
         words += ["--standalone", "--ignore-formatted", "--add-scram", credential]
+        arguments = place.home / "format.args"
         # "@file" is read by the tool itself, so that the password is on no command line.
         arguments = place.home / "format.args"
         write_private(arguments, "\n".join(words))
         try:
             done = subprocess.run(
-                [str(jvm.program()), *jvm.OPTIONS, "-cp", classes]
-                + ["kafka.tools.StorageTool", f"@{arguments}"],
+                [*java, "kafka.tools.StorageTool", f"@{arguments}"],
                 capture_output=True,
                 text=True,
                 env=plain_environment(),
