@@ -1,0 +1,35 @@
+"""Methods to hold DPDL against, on the same trunk, resolution and splits.
+
+None of them knows how images are read or results are kept; `make` is the way in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dpdl_core.baselines.base import Baseline, Judgement
+from dpdl_core.baselines.devnet import DevNet
+from dpdl_core.baselines.dra import Dra
+from dpdl_core.baselines.frozen import BaselineConfig, FrozenTrunk
+from dpdl_core.baselines.knn import NearestPatches
+from dpdl_core.baselines.mahalanobis import Mahalanobis
+from dpdl_core.baselines.tails import Tails
+
+__all__ = ["BASELINES", "Baseline", "BaselineConfig", "FrozenTrunk", "Judgement", "make"]
+
+_MAKERS: dict[str, Callable[[FrozenTrunk], Baseline]] = {
+    "mahalanobis": lambda trunk: Mahalanobis(trunk, all_stages=False),
+    "mahalanobis-all": lambda trunk: Mahalanobis(trunk, all_stages=True),
+    "knn": NearestPatches,
+    "tails": Tails,
+    "devnet": DevNet,
+    "dra": Dra,
+}
+BASELINES = tuple(_MAKERS)
+
+
+def make(name: str, trunk: FrozenTrunk) -> Baseline:
+    """An unfitted baseline on a trunk that several may share. Raises ValueError for a bad name."""
+    if name not in _MAKERS:
+        raise ValueError(f"method={name!r}: one of {', '.join(BASELINES)}")
+    return _MAKERS[name](trunk)
