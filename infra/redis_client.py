@@ -16,7 +16,9 @@ Keys, below the prefix (`dpdl`):
     dead                                 hash: reason of dead letters -> count
     progress:<group>:<topic>:<partition> the next offset
 
-Works on Redis 6.2 or newer and Valkey; one primary, no cluster mode.
+Works on Redis 6.2 or newer and Valkey; one primary, no cluster mode. A user of its own needs:
+    ACL SETUSER dpdl on >PASSWORD ~dpdl:* \\
+        +@read +@write +@scripting +@transaction +@connection
 """
 
 from __future__ import annotations
@@ -327,12 +329,13 @@ class ResultStore:
     def cameras(self) -> list[CameraState]:
         """Every camera ever seen or configured, the latest seen first."""
         with redis_errors(self._where):
-            names = cast("list[str]", self._redis.zrevrange(self._key("cameras"), 0, -1))
+            names = cast("list[str]", self._redis.zrange(self._key("cameras"), 0, -1))
             pipeline = self._redis.pipeline(transaction=False)
             for name in names:
                 pipeline.hgetall(self._key(f"camera:{name}"))
             hashes = cast("list[dict[str, str]]", pipeline.execute())
-        return [_camera_state(name, found) for name, found in zip(names, hashes, strict=True)]
+        states = [_camera_state(name, found) for name, found in zip(names, hashes, strict=True)]
+        return sorted(states, key=lambda state: (-(state.last_captured_at_ns or 0), state.camera))
 
     def camera(self, camera: str) -> CameraState | None:
         """One camera's state, or None for a camera that nobody has seen or configured."""
