@@ -19,7 +19,16 @@ def open_stack(
 ) -> Stack:
     """The stack of the state folder, with the services that nobody configured elsewhere."""
     wanted = [name for name in SERVICE_NAMES if not settings.is_external(name)]
-    return Stack(settings.state_dir, services=wanted, detached=detached, say=say)
+    own = settings.embedded
+    fixed = {"kafka": own.kafka_port, "s3": own.s3_port, "redis": own.redis_port}
+    return Stack(
+        settings.state_dir,
+        services=wanted,
+        detached=detached,
+        ports={name: port for name, port in fixed.items() if port},
+        cache_dir=own.cache_dir,
+        say=say,
+    )
 
 
 def up(settings: Settings, console: Console | None = None) -> None:

@@ -155,6 +155,17 @@ class ServeSettings(_Group):
     """Asked of every HTTP caller that is not on loopback."""
 
 
+class EmbeddedSettings(_Group):
+    """Of the services that `dpdl up` and `dpdl demo` start on this machine."""
+
+    kafka_port: Port | None = None
+    """A port that must be used; where unset a free one is chosen and remembered."""
+    s3_port: Port | None = None
+    redis_port: Port | None = None
+    cache_dir: Path = Path.home() / ".cache" / "dpdl"
+    """Kafka's jars, fetched once."""
+
+
 class Settings(_Group):
     """Everything configurable, validated once. Build it with load_settings()."""
 
@@ -164,6 +175,7 @@ class Settings(_Group):
     s3: S3Settings = S3Settings()
     stream: StreamSettings = StreamSettings()
     serve: ServeSettings = ServeSettings()
+    embedded: EmbeddedSettings = EmbeddedSettings()
 
     _config_file: Path | None = PrivateAttr(default=None)
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)

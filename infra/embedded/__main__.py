@@ -6,11 +6,11 @@
 import sys
 
 from infra.embedded import aot
-from infra.embedded.stack import DEFAULT_CACHE_DIR
 from infra.errors import DpdlError
+from infra.settings import load_settings
 
 if __name__ == "__main__":
     try:
-        aot.record(DEFAULT_CACHE_DIR, print)
+        aot.record(load_settings().embedded.cache_dir, print)
     except (DpdlError, OSError) as error:
         sys.exit(f"dpdl: {error}")

@@ -18,7 +18,7 @@ _ADVICE = (
     ),
     (r"permission denied|AccessDenied", "the state folder must be writable by you alone"),
     (
-        r"corrupt|bad file format|checksum|inconsistent",
+        r"cluster\.?id|corrupt|bad file format|checksum|inconsistent",
         "its data is damaged: set DPDL_STATE_DIR to a new folder, or remove this one",
     ),
 )

@@ -77,8 +77,11 @@ def class_path(cache_dir: Path, say: Callable[[str], None], jars: list[Jar] | No
         missing = [jar for jar in wanted if _sha256(folder / jar.file_name) != jar.sha256]
         if missing:
             say(f"fetching {len(missing)} jars of Apache Kafka (45 MB in all, once)")
-            with ThreadPoolExecutor(_NUM_DOWNLOADS) as pool:
+            pool = ThreadPoolExecutor(_NUM_DOWNLOADS)
+            try:
                 list(pool.map(lambda jar: _fetch(jar, folder), missing))
+            finally:
+                pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C the rest is not
     return os.pathsep.join(str(folder / jar.file_name) for jar in wanted)
 
 

@@ -5,8 +5,10 @@ Clients authenticate by SASL/SCRAM, the controller listener by SASL/PLAIN; both 
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from infra.embedded import jvm
@@ -33,6 +35,10 @@ class Kafka:
     secret_names = ("password", "controller_password", "cluster_id")
     grace_s = 15.0
 
+    def fetch(self, cache_dir: Path, say: Callable[[str], None]) -> None:
+        jvm.program()
+        jvm.class_path(cache_dir, say)
+
     def prepare(self, place: Place) -> Command:
         java = jvm.command(place.cache_dir, place.say)
         self.lay_out(place, java)
@@ -40,7 +46,9 @@ class Kafka:
 
     def run(self, place: Place, java: list[str]) -> Command:
         """The broker on what lay_out() has laid out."""
-        argv = [*java, "kafka.Kafka", str(place.home / "server.properties")]
+        # Its native libraries unpack there; kill -9 would leave them in /tmp.
+        temporary = f"-Djava.io.tmpdir={place.home / 'tmp'}"
+        argv = [java[0], temporary, *java[1:], "kafka.Kafka", str(place.home / "server.properties")]
         return Command(argv, place.home, plain_environment())
 
     def lay_out(self, place: Place, java: list[str]) -> None:
@@ -50,8 +58,11 @@ class Kafka:
         """
         properties = place.home / "server.properties"
         write_private(properties, _properties(place))
-        if (place.home / "data" / "meta.properties").exists():
+        formatted = place.home / "formatted"
+        if formatted.exists():
             return
+        shutil.rmtree(place.home / "data", ignore_errors=True)  # left by a format that was killed
+        (place.home / "tmp").mkdir(exist_ok=True)
         credential = f"{_SCRAM}=[name={USER},password={place.secrets['password']}]"
         words = ["format", "-t", place.secrets["cluster_id"], "-c", str(properties)]
         words += ["--standalone", "--ignore-formatted", "--add-scram", credential]
@@ -72,6 +83,7 @@ class Kafka:
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
             raise ServiceUnavailable(f"Apache Kafka cannot prepare {place.home}: {' '.join(said)}")
+        formatted.touch()
 
     def probe(self, place: Place) -> None:
         from kafka import KafkaAdminClient

@@ -46,7 +46,7 @@ class Process:
         """Signal it; False when it is gone. Race-free: the pidfd is checked before it is used."""
         try:
             handle = os.pidfd_open(self.pid)
-        except (ProcessLookupError, OSError):
+        except OSError:
             return False
         try:
             if not self.alive():

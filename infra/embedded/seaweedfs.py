@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -35,6 +36,9 @@ class SeaweedFs:
     secret_names = ("access_key", "secret_key")
     # It waits for its own open streams and never ends by itself; kill -9 loses nothing.
     grace_s = 1.0
+
+    def fetch(self, cache_dir: Path, say: Callable[[str], None]) -> None:
+        _program()
 
     def prepare(self, place: Place) -> Command:
         data = place.home / "data"
@@ -67,6 +71,7 @@ class SeaweedFs:
             # let a laptop have hundreds of buckets. Objects are chunked, so none is limited by it.
             "-master.volumeSizeLimitMB=128",
             "-volume.max=0",
+            "-volume.minFreeSpace=1GiB",  # the default, 1 % of the disk, can be more than is free
             "-master.electionTimeout=1s",
         ]
         # One volume to begin a bucket with, not seven.

