@@ -12,6 +12,7 @@ its retention, and because a note in Redis survives the loss of this machine.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import logging
 import threading
@@ -215,7 +216,13 @@ class EvidenceBucket:
 
     def put(self, key: str, data: bytes, content_type: str) -> None:
         with s3_errors(self._s3):
-            s3_client.put(self._client, self._s3.evidence_bucket, key, data, content_type)
+            self._client.put_object(
+                self._s3.evidence_bucket,
+                key,
+                io.BytesIO(data),
+                len(data),
+                content_type=content_type,
+            )
 
     def get(self, key: str) -> bytes | None:
         """None where there is no such object."""

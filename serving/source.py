@@ -21,7 +21,7 @@ from kafka.errors import KafkaError, OffsetOutOfRangeError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from infra.errors import DpdlError, ServiceUnavailable
-from infra.kafka_client import kafka_errors
+from infra.kafka_client import kafka_errors, partitions_of
 from infra.messages import KafkaRecord
 from infra.settings import Settings
 from serving.batch import Partition, Polled, Span
@@ -57,6 +57,10 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
         self._positions: dict[Partition, int] = {}
         self._unplaced: set[Partition] = set()
         consumer.subscribe([settings.kafka.topic], listener=self)
+        with kafka_errors(settings.kafka):
+            # Before joining: kafka-python 3.0.12 forgets to ask for the topic when a metadata
+            # request is in flight, and its assignor then gives nobody anything for minutes.
+            partitions_of(consumer, settings.kafka.topic)
 
     # Called by kafka-python inside poll(), so in the loop's thread. Nothing that can fail or wait
     # is done here: placing needs Redis, and an error would be lost inside the client.

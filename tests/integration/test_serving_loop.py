@@ -1,0 +1,342 @@
+"""The loop on real Kafka, Redis and S3: crashes between steps, a zombie, faults of each service.
+
+The scorer here is a few lines of NumPy (brightness), so that the oracle is known in advance; the
+model and Ray Serve are in test_serving_app.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections import defaultdict
+from concurrent.futures import Future
+
+import cv2
+import numpy as np
+import pytest
+from kafka import TopicPartition
+
+from infra.kafka_client import end_offsets, ensure_topics, make_consumer, make_producer
+from infra.messages import evidence_key, frame_headers
+from infra.redis_client import ResultStore
+from infra.s3_client import ensure_buckets
+from serving.archive import EvidenceBucket, open_archive
+from serving.batch import Polled, Scored, Span
+from serving.decode import Decoder
+from serving.loop import Loop
+from serving.publish import StreamSink
+from serving.source import KafkaSource
+
+pytestmark = pytest.mark.integration
+
+SIZE = 16
+NUM_CAMERAS = 4
+THRESHOLD = 200.0
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+class Brightness:
+    """serving.batch.Score: mean of the pixels; bright frames are anomalies."""
+
+    def image_size(self):
+        return SIZE
+
+    def submit(self, images, cameras):
+        score = images.mean(axis=(1, 2, 3)).astype(np.float32)
+        future = Future()
+        future.set_result(
+            Scored(
+                model="brightness",
+                version="v1",
+                image_size=SIZE,
+                score=score,
+                energy=score,
+                threshold=np.full(len(score), THRESHOLD, np.float32),
+                maps={
+                    int(i): np.ones((4, 4), np.float32) for i in np.flatnonzero(score > THRESHOLD)
+                },
+            )
+        )
+        return future
+
+
+class Life:
+    """One consumer process: everything real but the scorer. `trap(step, moment)` may raise."""
+
+    def __init__(self, settings, trap=None):
+        self.settings = settings
+        self.ends = contextlib.ExitStack()
+        producer = make_producer(settings)
+        self.ends.callback(producer.close, timeout=1)
+        archive = open_archive(settings)
+        self.ends.callback(archive.close)
+        decoder = Decoder(2)
+        self.ends.callback(decoder.close)
+        consumer = make_consumer(settings, group=settings.kafka.group)
+        self.results = ResultStore(settings)
+        self.source = KafkaSource(consumer, self.results, settings)
+        self.ends.callback(self.source.close, 2)
+        self.sink = StreamSink(self.results, archive, producer, settings.kafka)
+        self.reports = []
+        if trap:
+            self._trapped(self.source, ["poll", "commit"], trap)
+            self._trapped(self.sink, ["set_aside", "keep_evidence", "publish"], trap)
+        self.loop = Loop(
+            self.source, decoder, Brightness(), self.sink, report=self.reports.append, drain_s=2
+        )
+
+    def _trapped(self, part, names, trap):
+        for name in names:
+            real = getattr(part, name)
+
+            def step(*args, real=real, name=name):
+                trap(name, "before")
+                value = real(*args)
+                trap(name, "after")
+                return value
+
+            setattr(part, name, step)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.ends.close()
+
+    def run_to_the_end(self, deadline_s=60.0):
+        """Until Redis stands at Kafka's end."""
+        watcher = threading.Thread(target=self._stop_at_the_end, args=(deadline_s,))
+        watcher.start()
+        try:
+            self.loop.run()
+        finally:
+            self.loop.stop()
+            watcher.join()
+
+    def _stop_at_the_end(self, deadline_s):
+        kafka, until = self.settings.kafka, time.monotonic() + deadline_s
+        while time.monotonic() < until and not self.loop._stop.is_set():
+            with contextlib.suppress(Exception):  # one may be down: that is what is tested
+                end = end_offsets(self.settings, kafka.topic)
+                if self.results.progress(kafka.group, kafka.topic) == end:
+                    break
+            time.sleep(0.2)
+        self.loop.stop()
+
+
+@pytest.fixture
+def topic(settings):
+    ensure_topics(settings)
+    ensure_buckets(settings)
+    return settings.kafka.topic
+
+
+def frame(level):
+    return cv2.imencode(".png", np.full((8, 8, 3), level, np.uint8))[1].tobytes()
+
+
+def send(settings, num_frames, *, bad_every=0, bright_every=7):
+    """Frames of NUM_CAMERAS cameras, some bright; every bad_every-th record is no image."""
+    producer = make_producer(settings)
+    sent = []
+    for i in range(num_frames):
+        camera = f"cam-{i % NUM_CAMERAS}"
+        value = frame(250 if bright_every and i % bright_every == 0 else 20 + i % 100)
+        if bad_every and i % bad_every == bad_every - 1:
+            value = value[: len(value) // 2]
+        sent.append(
+            producer.send(
+                settings.kafka.topic,
+                key=camera.encode(),
+                value=value,
+                headers=frame_headers(time.time_ns(), "image/png"),
+            )
+        )
+    for each in sent:
+        each.get(timeout=30)
+    producer.close()
+
+
+def read_topic(settings, topic):
+    """Everything in a topic, by a plain consumer: the oracle's view."""
+    consumer = make_consumer(settings)
+    try:
+        places = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic)]
+        consumer.assign(places)
+        end = consumer.end_offsets(places)
+        for place in places:
+            consumer.seek(place, 0)
+        records = []
+        while any(consumer.position(place) < end[place] for place in places):
+            for got in consumer.poll(timeout_ms=500).values():
+                records += got
+        return records
+    finally:
+        consumer.close()
+
+
+def check_nothing_lost_nothing_twice(settings):
+    """Kafka's offsets against what is in Redis; none of the code under test counts."""
+    results = ResultStore(settings)
+    records = read_topic(settings, settings.kafka.topic)
+    dead = read_topic(settings, settings.kafka.dead_topic)
+    dead_ids = {dict(record.headers)["dead-frame"].decode() for record in dead}
+    want, alerts = defaultdict(list), []
+    for record in records:
+        frame_id = f"{record.topic}/{record.partition}/{record.offset}"
+        image = cv2.imdecode(np.frombuffer(record.value, np.uint8), cv2.IMREAD_COLOR)
+        if frame_id in dead_ids:
+            continue
+        want[record.key.decode()].append(frame_id)
+        if image.mean() > THRESHOLD:
+            alerts.append(frame_id)
+    for camera, frame_ids in want.items():
+        got = [each.result.frame_id for each in results.scores(camera, 10_000)][::-1]
+        assert got == frame_ids, f"{camera}: lost, doubled or out of order"
+    got = sorted(each.result.frame_id for each in results.alerts("0", 10_000))
+    assert got == sorted(alerts)
+    kafka = settings.kafka
+    assert results.progress(kafka.group, kafka.topic) == end_offsets(settings, kafka.topic)
+    return dead_ids, alerts
+
+
+def test_bad_records_among_good_ones(settings, topic):
+    send(settings, 120, bad_every=10)
+    with Life(settings) as life:
+        life.run_to_the_end()
+    dead_ids, alerts = check_nothing_lost_nothing_twice(settings)
+    assert len(dead_ids) == 12
+    assert ResultStore(settings).dead_letters() == {"truncated": 12}
+    bucket = EvidenceBucket(settings)
+    for frame_id in alerts:
+        assert bucket.get(f"{evidence_key(frame_id)}/frame") == frame(250)
+        assert bucket.get(f"{evidence_key(frame_id)}/heat.png").startswith(b"\x89PNG")
+
+
+def test_a_crash_between_every_two_steps(settings, topic):
+    """Each life dies at another step of the second batch that it carries; the last one ends."""
+    send(settings, 600, bad_every=25)
+    steps = ["poll", "set_aside", "keep_evidence", "publish", "commit"]
+    died = []
+    for step, moment in itertools.product(steps, ["before", "after"]):
+        calls = itertools.count()
+
+        def trap(name, now, step=step, moment=moment, calls=calls):
+            if (name, now) == (step, moment) and next(calls) == 1:
+                died.append(name)
+                raise Crash(f"{moment} {name}")
+
+        with Life(settings, trap) as life, contextlib.suppress(Crash):
+            life.run_to_the_end(20)
+    assert died == [step for step in steps for _ in range(2)]
+    with Life(settings) as life:
+        life.run_to_the_end()
+    dead_ids, _ = check_nothing_lost_nothing_twice(settings)
+    assert len(dead_ids) == 24
+    assert ResultStore(settings).dead_letters() == {"truncated": 24}  # counted once each
+
+
+def test_two_consumers_share_and_one_takes_over(settings, topic):
+    send(settings, 400)
+    with Life(settings) as first, Life(settings) as second:
+        threads = [threading.Thread(target=life.run_to_the_end) for life in (first, second)]
+        threads[0].start()
+        time.sleep(1)
+        threads[1].start()
+        time.sleep(1)
+        send(settings, 400)
+        threads[0].join()
+        threads[1].join()
+    with Life(settings) as last:
+        last.run_to_the_end()
+    check_nothing_lost_nothing_twice(settings)
+
+
+def test_a_zombie_is_fenced(settings, topic):
+    """A consumer that sleeps while its partitions go to another: what it publishes is refused."""
+    send(settings, 64)
+    slept = []
+
+    def trap(name, now):
+        if (name, now) == ("publish", "before") and not slept:
+            slept.append(name)
+            for partition in list(zombie.source._leases):
+                publish_behind_its_back(settings, zombie, partition, num_records=5)
+
+    with Life(settings, trap) as zombie:
+        zombie.run_to_the_end()
+    assert sum(report.dropped_spans for report in zombie.reports) > 0
+    check_nothing_lost_nothing_twice(settings)
+
+
+def publish_behind_its_back(settings, life, partition, num_records):
+    """What the partition's new owner would publish first."""
+    records = [r for r in read_topic(settings, partition.topic) if r.partition == partition.number]
+    start = life.results.next_offset(settings.kafka.group, *partition)
+    records = [record for record in records if record.offset >= start][:num_records]
+    span = Span(partition, start, start + len(records), lease=0)
+    batch = Decoder(1)(Polled(records, [span]), SIZE)
+    results, _ = life.loop._judge(batch, Brightness().submit(batch.images, []).result())
+    type(life.sink).publish(life.sink, span, results, {})
+
+
+def test_redis_away_stops_the_stream_and_it_goes_on(settings, topic, stack):
+    send(settings, 200)
+    killed = []
+
+    def trap(name, now):
+        if (name, now) == ("publish", "before") and not killed:
+            killed.append(name)
+            stack.kill("redis")
+            threading.Timer(1.5, stack.start_service, ["redis"]).start()
+
+    with Life(settings, trap) as life:
+        life.run_to_the_end()
+    assert killed
+    check_nothing_lost_nothing_twice(settings)
+
+
+def test_kafka_away_and_back(settings, topic, stack):
+    send(settings, 200)
+    killed = []
+
+    def trap(name, now):
+        if (name, now) == ("commit", "after") and not killed:
+            killed.append(name)
+            stack.kill("kafka")
+            stack.start_service("kafka")
+
+    with Life(settings, trap) as life:
+        life.run_to_the_end()
+    assert killed
+    check_nothing_lost_nothing_twice(settings)
+
+
+def test_s3_away_scoring_goes_on_and_evidence_is_paid_later(settings, topic, stack, monkeypatch):
+    monkeypatch.setattr("serving.archive.BREATHER_S", 0.5)
+    send(settings, 60)
+    stack.kill("s3")
+    try:
+        with Life(settings) as life:
+            life.run_to_the_end()
+        _, alerts = check_nothing_lost_nothing_twice(settings)
+        assert len(alerts) == 9
+    finally:
+        stack.start_service("s3")
+    bucket, until = EvidenceBucket(settings), time.monotonic() + 20
+    archive = open_archive(settings)  # of another replica, or after a restart
+    try:
+        while time.monotonic() < until and not all(
+            bucket.get(f"{evidence_key(frame_id)}/frame") for frame_id in alerts
+        ):
+            time.sleep(0.3)
+    finally:
+        archive.close()
+    for frame_id in alerts:
+        assert bucket.get(f"{evidence_key(frame_id)}/frame") == frame(250)
+        assert bucket.get(f"{evidence_key(frame_id)}/heat.png").startswith(b"\x89PNG")
