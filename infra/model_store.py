@@ -18,7 +18,9 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from infra.errors import DataError, NotFound, PointerConflict, VersionBroken, VersionExists
 from infra.s3_client import conditional_put, get, make_minio, s3_errors, sha256
@@ -27,7 +29,7 @@ from infra.settings import Settings
 FORMAT = 1
 MANIFEST = "manifest.json"
 MOVES_KEPT = 200
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,22 @@ class Pointer:
     etag: str
     moves: tuple[Move, ...]
     """Oldest first, this one last; the last MOVES_KEPT."""
+
+
+class _File(BaseModel):
+    object: Annotated[str, Field(pattern=_NAME.pattern + "$")]
+    """Its object beside the manifest: its own name, or one with its digest (see _put_file)."""
+    bytes: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """Our part of a manifest; what else is in it belongs to who stored it."""
+
+    format: int
+    model: str
+    version: str
+    files: dict[str, _File]
 
 
 def new_version_id(kind: str = "v") -> str:
@@ -143,14 +161,17 @@ class ModelStore:
             ) from None
         where = f"{name} {version}: {MANIFEST}"
         content = _read_json(data, where)
-        if content.get("format", FORMAT + 1) > FORMAT:
-            raise VersionBroken(
-                f"{where} has format {content.get('format')}, known up to {FORMAT}: update dpdl"
-            )
-        if (content.get("model"), content.get("version")) != (name, version):
-            raise VersionBroken(
-                f"{where} is of {content.get('model')} {content.get('version')}: it was copied"
-            )
+        found = content.get("format")
+        if isinstance(found, int) and found > FORMAT:
+            raise VersionBroken(f"{where} has format {found}, known up to {FORMAT}: update dpdl")
+        try:
+            known = _Manifest.model_validate(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise VersionBroken(f"{where}: {key}: {first['msg']}") from None
+        if (known.model, known.version) != (name, version):
+            raise VersionBroken(f"{where} is of {known.model} {known.version}: it was copied")
         return content
 
     def fetch(self, name: str, version: str) -> dict[str, bytes]:

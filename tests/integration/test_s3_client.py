@@ -1,0 +1,133 @@
+"""S3 clients on a real server: conditions, buckets, credentials, deadlines."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+import pytest
+from pydantic import SecretStr
+
+from infra.errors import AuthFailed, NotFound, PointerConflict, ServiceUnavailable, SettingsError
+from infra.s3_client import (
+    conditional_put,
+    ensure_buckets,
+    get,
+    make_filesystem,
+    make_minio,
+    s3_errors,
+)
+from infra.settings import Settings
+
+pytestmark = pytest.mark.integration
+
+
+def changed(settings: Settings, **fields: Any) -> Settings:
+    return settings.model_copy(update={"s3": settings.s3.model_copy(update=fields)})
+
+
+def test_buckets_are_made_once_and_evidence_expires(settings: Settings) -> None:
+    ensure_buckets(settings)
+    ensure_buckets(settings)
+    client, s3 = make_minio(settings), settings.s3
+    for bucket in (s3.data_bucket, s3.models_bucket, s3.evidence_bucket):
+        assert client.bucket_exists(bucket)
+    lifecycle = client.get_bucket_lifecycle(s3.evidence_bucket)
+    assert lifecycle is not None
+    assert [rule.expiration.days for rule in lifecycle.rules if rule.expiration] == [30]
+    assert client.get_bucket_lifecycle(s3.models_bucket) is None
+
+
+def test_two_processes_may_make_the_buckets(settings: Settings) -> None:
+    errors: list[Exception] = []
+
+    def make() -> None:
+        try:
+            ensure_buckets(settings)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+
+
+def test_a_conditional_put_holds_its_condition(settings: Settings) -> None:
+    ensure_buckets(settings)
+    client, bucket = make_minio(settings), settings.s3.models_bucket
+    first = conditional_put(client, bucket, "key", b"1")
+    for condition in (None, "0" * 32):
+        with pytest.raises(PointerConflict, match="look at it again"):
+            conditional_put(client, bucket, "key", b"2", if_match=condition)
+    assert get(client, bucket, "key") == (b"1", first)
+    second = conditional_put(client, bucket, "key", b"2", if_match=first)
+    assert get(client, bucket, "key") == (b"2", second)
+    with pytest.raises(PointerConflict):
+        conditional_put(client, bucket, "key", b"3", if_match=first)
+    with pytest.raises(PointerConflict):
+        conditional_put(client, bucket, "no such key", b"3", if_match=first)
+    with s3_errors(settings.s3), pytest.raises(Exception, match="NoSuchKey"):
+        get(client, bucket, "no such key")
+
+
+def test_parquet_goes_through_pyarrow(settings: Settings) -> None:
+    ensure_buckets(settings)
+    filesystem, bucket = make_filesystem(settings), settings.s3.data_bucket
+    table = pa.table({"image": [b"a", b"b"], "label": [0, 1]})
+    pq.write_table(table, f"{bucket}/set/train/part-0.parquet", filesystem=filesystem)
+    assert pq.read_table(f"{bucket}/set/train", filesystem=filesystem).equals(table)
+    with pytest.raises(NotFound, match=r"nowhere\.parquet"), s3_errors(settings.s3):
+        filesystem.open_input_file(f"{bucket}/nowhere.parquet")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"secret_key": SecretStr("wrong-secret")}, {"access_key": "nobody"}]
+)
+def test_wrong_keys_are_one_line(settings: Settings, fields: dict[str, Any]) -> None:
+    ensure_buckets(settings)
+    wrong = changed(settings, **fields)
+    with pytest.raises(AuthFailed, match=r"s3\.access_key") as by_minio:
+        ensure_buckets(wrong)
+    everything = pyarrow.fs.FileSelector(settings.s3.data_bucket)
+    with pytest.raises(AuthFailed, match=r"s3\.access_key") as by_arrow, s3_errors(wrong.s3):
+        make_filesystem(wrong).get_file_info(everything)
+    for raised in (by_minio, by_arrow):
+        assert "\n" not in str(raised.value)
+        assert "wrong-secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"endpoint": "127.0.0.1:1"}, {"endpoint": "nowhere.invalid:9"}, {"secure": True}]
+)
+def test_no_s3_there_is_an_error_in_time(settings: Settings, fields: dict[str, Any]) -> None:
+    elsewhere = changed(settings, **fields)
+    started = time.monotonic()
+    with pytest.raises(ServiceUnavailable, match="dpdl status") as by_minio:
+        ensure_buckets(elsewhere)
+    with pytest.raises(ServiceUnavailable) as by_arrow, s3_errors(elsewhere.s3):
+        make_filesystem(elsewhere).get_file_info("bucket/key")
+    assert time.monotonic() - started < 20
+    assert "\n" not in str(by_minio.value) + str(by_arrow.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"endpoint": ""}, "DPDL_S3_ENDPOINT"),
+        ({"secret_key": None}, r"s3\.secret_key"),
+        ({"tls_ca": "/nowhere/ca.pem"}, "no such file"),
+    ],
+)
+def test_what_is_missing_is_named(settings: Settings, fields: dict[str, Any], found: str) -> None:
+    values = {**settings.s3.model_dump(), **fields}
+    incomplete = settings.model_copy(update={"s3": type(settings.s3)(**values)})
+    for make in (make_minio, make_filesystem):
+        with pytest.raises(SettingsError, match=found):
+            make(incomplete)
