@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 
 import ray
 
@@ -26,6 +28,7 @@ def connect(*, dashboard: bool = False) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             object_store_memory=OBJECT_STORE_BYTES,
@@ -36,3 +39,6 @@ def connect(*, dashboard: bool = False) -> None:
     except ValueError:
         # Ray refuses sizes when it joins a cluster that runs already: that one has its own.
         ray.init(**quiet)
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler dumps a stack and dies at once: nothing would be ended in order.
+        signal.signal(signal.SIGTERM, on_sigterm)
