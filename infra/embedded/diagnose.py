@@ -13,7 +13,7 @@ _ADVICE = (
     (r"address already in use|failed to bind|already in use", "a port is taken: start again"),
     (r"no space left|disk full|quota exceeded", "the disk is full: free some space"),
     (
-        r"out of ?memory|cannot allocate|insufficient memory|could not reserve",
+        r"out ?of ?memory|cannot allocate|insufficient memory|could not reserve",
         "memory is short: end other programs",
     ),
     (r"permission denied|AccessDenied", "the state folder must be writable by you alone"),

@@ -25,6 +25,7 @@ _OPTIONS = (
     "-XX:TieredStopAtLevel=1",
     "-XX:+ExitOnOutOfMemoryError",
     "-XX:-UsePerfData",
+    "--sun-misc-unsafe-memory-access=allow",  # Kafka needs it; else four lines of warning
     "-Djava.awt.headless=true",
     f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}",
 )
