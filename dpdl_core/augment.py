@@ -119,15 +119,16 @@ def _jitter(
 ) -> Tensor:
     """Brightness, contrast about the rectangle's mean, and saturation, each times
     U(1 - amount, 1 + amount), in this order; clipped to [0, 1]."""
-    low = _uniform((3, len(images), 1, 1, 1), generator, images.device).to(images.dtype)
-    brightness, contrast, saturation = 1 + amount * (2 * low - 1)
-    images = images * brightness
+    draw = _uniform((3, len(images), 1, 1, 1), generator, images.device).to(images.dtype)
+    brightness, contrast, saturation = 1 + amount * (2 * draw - 1)
     grey = images.mean(1, keepdim=True)
     within = inside[:, None].to(images.dtype)
     mean = (grey * within).sum((2, 3), keepdim=True) / within.sum((2, 3), keepdim=True)
-    images = mean + contrast * (images - mean)
-    grey = images.mean(1, keepdim=True)
-    return (grey + saturation * (images - grey)).clamp(0, 1)
+    # The three in one go: each is linear in the pixel, its grey and the rectangle's mean.
+    gain = brightness * contrast
+    shift = gain * (1 - saturation) * grey + brightness * (1 - contrast) * mean
+    jittered: Tensor = (gain * saturation * images + shift).clamp(0, 1)
+    return jittered
 
 
 def _start(draw: Tensor, room: Tensor) -> Tensor:

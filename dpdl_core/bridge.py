@@ -178,8 +178,8 @@ class Bridge(nn.Module):
         Eq. 14 mended: the sum over prototypes stands inside the log. t in [0, 1], a float or
         (B,); regular at both ends.
         """
-        x = self._admit(x)
-        moments = torch.as_tensor(t, device=x.device)
+        x = self._admit(x, order=3)
+        moments = torch.as_tensor(t, dtype=torch.float64, device=x.device)
         if moments.dim() and moments.shape != x.shape[:1]:
             raise ValueError(f"t has shape {tuple(moments.shape)}: give a float or one per row")
         if not ((moments >= 0) & (moments <= 1)).all():
@@ -256,12 +256,13 @@ class Bridge(nn.Module):
             log_pi.logsumexp(0),
         )
 
-    def _admit(self, x: Tensor) -> Tensor:
+    def _admit(self, x: Tensor, order: int = 2) -> Tensor:
         """x, checked, in the type computed in, and drawn in along its ray if it is too long.
 
-        The bound on the norm is 1e-3 sqrt(max min(eps, 1) / max(eps / Gam, 1)), so that costs
-        summed over a batch do not overflow: in float32 with eps = 1e-4, 1.8e14 sqrt(Gam / eps).
-        Scaling by the largest coordinate cannot overflow itself.
+        The bound keeps costs, |x|^2 / eps, and their gradients finite when summed over a batch
+        (order 2), or a drift's gradient, which is of order |x|^3 / eps: in float32 with
+        eps = 1e-4 norms up to 1.8e14 sqrt(Gam / eps) are left alone. Scaling by the largest
+        coordinate cannot overflow itself.
         """
         if x.dim() != 2 or x.shape[1] != self.means.shape[1]:
             raise ValueError(
@@ -270,10 +271,12 @@ class Bridge(nn.Module):
             )
         wider = torch.promote_types(x.dtype, self.means.dtype)
         x = x.to(torch.promote_types(wider, torch.float32))
-        limit = 1e-3 * math.sqrt(torch.finfo(x.dtype).max * min(self.eps, 1.0) / x.shape[1])
-        soft = (self.log_ratio.detach().amin().clamp_max(0.0) / 2).exp()
+        limit = (torch.finfo(x.dtype).max * min(self.eps, 1.0)) ** (1 / order)
+        softest = self.log_ratio.detach().amin().clamp_max(0.0)  # log min(Gam / eps, 1)
+        limit = limit * 1e-3 / math.sqrt(x.shape[1])
         peak = torch.linalg.vector_norm(x.detach(), ord=math.inf, dim=1, keepdim=True)
-        admitted: Tensor = x * (limit * soft / peak).clamp_max(1.0)
+        share = limit * (softest * (order - 1) / order).exp() / peak
+        admitted: Tensor = x * share.clamp_max(1.0)
         return admitted
 
     def _chosen(self, winner: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
