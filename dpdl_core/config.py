@@ -1,0 +1,163 @@
+"""Everything that can be chosen about a model, in one frozen value, and the two recipes.
+
+Knows no tensors. Saved beside every model's weights; read by fit.py and model.py.
+"""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DpdlConfig:
+    """One model's choices. Stages are numbered from 1, shallow to deep."""
+
+    recipe: str = "edge"
+    """The name of the recipe these choices started from; says nothing to the code."""
+
+    # the trunk
+    trunk: str = "tf_efficientnet_lite0"
+    """A timm model's name. Lite0 has stages 1-7, a ResNet 1-4."""
+    weights: str = "package"
+    """Where its ImageNet weights come from: package, hub, random, or a path (features.py)."""
+    image_size: int = 224
+    """Side in pixels of the square every image is squashed to."""
+
+    # prototypes in the whitened space of pooled features (mean and deviation per channel)
+    pooled_spaces: tuple[str, ...] = ("7", "1-7")
+    """One energy per entry; an entry lists stages: `7`, `5+7`, `1-7`."""
+    pooled_prototypes: int = 1
+    """Prototypes of each; dimension decides there, not their number (docs/accuracy.md)."""
+
+    # prototypes in the space of unit-norm patches
+    patch_spaces: tuple[str, ...] = ("5+7", "3-7")
+    """One energy per entry; stages are L2-normalised each, joined and projected."""
+    patch_prototypes: int = 1024
+    """C, capped at a third of the patches. The paper's 32 are far too few for patches."""
+    patch_dims: int = 128
+    """Leading principal directions kept of a patch."""
+    patch_side: int = 14
+    """Patches per side of an image; maps of other sizes are resampled to it."""
+    patch_worst: float = 0.05
+    """Share of an image's patches, the worst, whose mean energy is the image's."""
+    eps: float = 0.001
+    """Entropy of the bridge in squared units of a unit-norm patch (paper: 0.001)."""
+
+    # what is known of anomalies
+    pseudo_normals: int = 512
+    """At most so many training normals are spoiled by cut-paste to weigh the parts."""
+    folds: int = 5
+    """Cross-fitting folds: no normal is calibrated by a fit that has seen it."""
+
+    # bounds
+    max_maps: int = 2048
+    """Training normals whose feature maps are kept for prototypes (141 kB each in Lite0)."""
+    batch_size: int = 32
+    """Images per forward pass in fitting."""
+    trim: float = 0.0
+    """Share of new normals set aside in a refresh at the least, by energy."""
+
+    def __post_init__(self) -> None:
+        for name, low in _AT_LEAST.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}={getattr(self, name)}: need at least {low}")
+        for name in ("patch_worst",):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: need a share above 0, at most 1")
+        if not self.eps > 0:
+            raise ValueError(f"eps={self.eps}: need a number above 0")
+        for space in self.pooled_spaces + self.patch_spaces:
+            stage_numbers(space)
+
+
+_AT_LEAST = {
+    "image_size": 32,
+    "pooled_prototypes": 1,
+    "patch_prototypes": 1,
+    "patch_dims": 1,
+    "patch_side": 1,
+    "folds": 2,
+    "max_maps": 8,
+    "batch_size": 1,
+}
+
+
+def recipe(name: str) -> DpdlConfig:
+    """`edge`: Lite0 at 224 px for a CPU. `paper`: ResNet-18 at 448 px, trunk fine-tuned."""
+    if name == "edge":
+        return DpdlConfig()
+    if name == "paper":
+        return DpdlConfig(
+            recipe="paper",
+            trunk="resnet18",
+            weights="hub",
+            image_size=448,
+            pooled_spaces=("4", "1-4"),
+            patch_spaces=("3+4", "2-4"),
+        )
+    raise ValueError(f"recipe={name!r}: there are `edge` and `paper`")
+
+
+def override(config: DpdlConfig, values: Mapping[str, str]) -> DpdlConfig:
+    """The config with fields set from text, as `--set key=value` gives them.
+
+    Lists are comma-separated. Raises ValueError that lists the keys for an unknown one.
+    """
+    types = typing.get_type_hints(DpdlConfig)
+    changes: dict[str, Any] = {}
+    for key, text in values.items():
+        if key not in types:
+            raise ValueError(f"{key}: no such setting; there are {', '.join(sorted(types))}")
+        changes[key] = _parse(key, text, types[key])
+    return replace(config, **changes)
+
+
+def _parse(key: str, text: str, kind: Any) -> Any:
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{key}={text}: need true or false")
+        return text.lower() == "true"
+    if typing.get_origin(kind) is tuple:
+        return tuple(part for part in (p.strip() for p in text.split(",")) if part)
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{key}={text}: need {wanted}") from None
+
+
+def to_json(config: DpdlConfig) -> str:
+    return json.dumps(asdict(config), indent=2)
+
+
+def from_json(text: str) -> DpdlConfig:
+    """Raises ValueError for text that is no config or has fields of another version."""
+    try:
+        values = json.loads(text)
+        known = {f.name for f in fields(DpdlConfig)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown settings {', '.join(unknown)}: saved by a newer version?")
+        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return DpdlConfig(**lists)
+    except (TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"not a config: {error}") from error
+
+
+def stage_numbers(space: str) -> list[int]:
+    """Stage indices from 0 of a space's name: `5+7` -> [4, 6], `1-3` -> [0, 1, 2]."""
+    stages: list[int] = []
+    for part in space.split("+"):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f"space {space!r}: list stages as 7, 5+7 or 1-7")
+        stages.extend(range(int(first) - 1, int(last or first)))
+    if not stages or min(stages) < 0 or stages != sorted(set(stages)):
+        raise ValueError(f"space {space!r}: stages start at 1 and go up")
+    return stages

@@ -1,0 +1,225 @@
+"""Energies from the features of normals: whitening, patch axes, prototypes.
+
+Knows features and parts; nothing of anomalies, scores or files. Collective: under
+torch.distributed every rank calls it with its own maps and the same pooled features.
+Letters: n images, P pooled features, D features of a space, C prototypes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpdl_core import distributed
+from dpdl_core.bridge import Bridge
+from dpdl_core.codebook import Codebook, kmeans, refresh
+from dpdl_core.config import DpdlConfig, stage_numbers
+from dpdl_core.observe import Features
+from dpdl_core.parts import Energies, PatchEnergy, PatchSpace, PooledEnergy, whitening
+
+PATCH_SAMPLE = 60_000
+"""Most patches, over all ranks, that prototypes are fitted to."""
+_SLICE = 128
+"""Images whose patches are written out at a time."""
+
+
+def blank_energies(config: DpdlConfig, channels: list[int], sizes: dict[str, int]) -> Energies:
+    """Energies of the right shapes with nothing learnt; sizes as Energies.sizes."""
+    return Energies(
+        {
+            space: PooledEnergy(pooled_columns(channels, space), sizes[f"pooled {space}"])
+            for space in config.pooled_spaces
+        },
+        {
+            space: PatchEnergy(
+                patch_space(config, channels, space),
+                sizes[f"patch {space}"],
+                config.eps,
+                config.patch_worst,
+            )
+            for space in config.patch_spaces
+        },
+    )
+
+
+def fit_energies(
+    config: DpdlConfig,
+    channels: list[int],
+    pooled: Tensor,
+    features: Features,
+    *,
+    generator: torch.Generator,
+    start: Energies | None = None,
+    iterations: int = 10,
+) -> Energies:
+    """Whitening, axes and prototypes from normals.
+
+    pooled (N, P) is the same on every rank, features are this rank's. With `start`, patch axes
+    are taken over and prototypes start from its, which keeps folds cheap and their energies
+    comparable.
+    """
+    patches: dict[str, PatchEnergy] = {}
+    for space in config.patch_spaces:
+        before = start.patches[space] if start is not None else None
+        assert before is None or isinstance(before, PatchEnergy)
+        if before is None:
+            axes = fit_axes(patch_space(config, channels, space), features)
+        else:
+            axes = before.space
+        rows = sample_patches(axes, features, generator)
+        book = fit_codes(
+            rows,
+            config.patch_prototypes,
+            before.bridge.means.detach() if before is not None else None,
+            iterations,
+            generator,
+        )
+        patches[space] = PatchEnergy(axes, len(book.means), config.eps, config.patch_worst)
+        patches[space].bridge = bridge_to(book, config.eps)
+    return Energies(
+        {s: fit_pooled(config, channels, s, pooled, generator) for s in config.pooled_spaces},
+        patches,
+    )
+
+
+def fit_pooled(
+    config: DpdlConfig, channels: list[int], space: str, pooled: Tensor, generator: torch.Generator
+) -> PooledEnergy:
+    """One pooled space: whitened by its shrunk covariance, then prototypes of unit variance."""
+    columns = pooled_columns(channels, space)
+    mean, whitener = whitening(pooled[:, columns])
+    codes = min(config.pooled_prototypes, max(1, len(pooled) // 10))
+    part = PooledEnergy(columns, codes)
+    part.mean.copy_(mean)
+    part.whitener.copy_(whitener)
+    if codes > 1:
+        white = part.whiten(pooled)
+        shard = white.tensor_split(distributed.world_size())[distributed.rank()]
+        book = kmeans(shard, codes, iterations=20, generator=generator)
+        part.bridge = Bridge(book.means, torch.ones(1, len(columns)), book.log_weights, eps=1.0)
+    return part
+
+
+def fit_axes(space: PatchSpace, features: Features) -> PatchSpace:
+    """Principal axes of the joined patches, from sums over all ranks."""
+    in_dims = len(space.center)
+    first = torch.zeros(in_dims, dtype=torch.float64)
+    second = torch.zeros(in_dims, in_dims, dtype=torch.float64)
+    count = torch.zeros((), dtype=torch.float64)
+    for _, maps in features.batches(_SLICE):
+        rows = space.join(maps).flatten(0, 1)
+        first += rows.sum(0, dtype=torch.float64)
+        second += (rows.T @ rows).double()
+        count += len(rows)
+    first, second, count = (distributed.all_sum(t) for t in (first, second, count))
+    mean = first / count
+    covariance = second / count - torch.outer(mean, mean)
+    _, axes = torch.linalg.eigh(covariance)
+    axes = axes[:, -space.axes.shape[1] :].flip(1)
+    # eigh leaves signs open; fix them, so that two machines agree.
+    signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    space.center.copy_(mean)
+    space.axes.copy_(axes * signs)
+    return space
+
+
+def sample_patches(space: PatchSpace, features: Features, generator: torch.Generator) -> Tensor:
+    """This rank's share of at most PATCH_SAMPLE patches, evenly from its images, (n, D)."""
+    counts = distributed.row_counts(features.pooled)
+    per_image = min(space.side**2, max(1, PATCH_SAMPLE // max(1, sum(counts))))
+    # One draw of places per image, over all ranks, so that shards do not change the sample.
+    noise = torch.rand(sum(counts), space.side**2, generator=generator)
+    places = distributed.broadcast(noise.argsort(1)[:, :per_image].contiguous())
+    start = sum(counts[: distributed.rank()])
+    places = places[start : start + len(features)]
+    parts = [torch.empty(0, space.axes.shape[1])]
+    for i, (_, maps) in enumerate(features.batches(_SLICE)):
+        rows = space(maps)
+        chosen = places[i * _SLICE : i * _SLICE + len(rows)]
+        parts.append(rows.gather(1, chosen[..., None].expand(-1, -1, rows.shape[2])).flatten(0, 1))
+    return torch.cat(parts)
+
+
+def fit_codes(
+    rows: Tensor,
+    num_codes: int,
+    init: Tensor | None,
+    iterations: int,
+    generator: torch.Generator,
+) -> Codebook:
+    """k-means on this rank's rows; never more codes than a third of all rows."""
+    total = sum(distributed.row_counts(rows))
+    num_codes = min(num_codes if init is None else len(init), max(1, total // 3))
+    init = None if init is None else init[:num_codes]
+    return kmeans(
+        rows, num_codes, restarts=1, iterations=iterations, init=init, generator=generator
+    )
+
+
+def bridge_to(book: Codebook, eps: float) -> Bridge:
+    """A bridge to the codes; all share the pooled variance within clusters."""
+    counts = book.counts.to(book.means.dtype).unsqueeze(1)
+    variances = (counts * book.variances).sum(0, keepdim=True) / counts.sum()
+    return Bridge(book.means, variances.clamp_min(1e-8), book.log_weights, eps)
+
+
+def renew_energies(
+    config: DpdlConfig,
+    channels: list[int],
+    pooled: Tensor,
+    features: Features,
+    before: Energies,
+    *,
+    generator: torch.Generator,
+) -> tuple[Energies, dict[str, int]]:
+    """Energies on the present normals, every prototype under its old number where it lives on.
+
+    Whitening is computed anew, patch axes are kept (prototypes live in them). Also returns how
+    many prototypes there are and how many were kept, replaced and revived.
+    """
+    counts = {"prototypes": 0, "kept": 0, "replaced": 0, "revived": 0}
+    patches: dict[str, PatchEnergy] = {}
+    for space in config.patch_spaces:
+        old = before.patches[space]
+        assert isinstance(old, PatchEnergy)
+        rows = sample_patches(old.space, features, generator)
+        new = refresh(
+            rows,
+            old.bridge.means,
+            old.bridge.variances[:1],
+            old.bridge.log_weights,
+            blend=1.0,
+            generator=generator,
+        )
+        patches[space] = PatchEnergy(old.space, len(new.means), config.eps, config.patch_worst)
+        patches[space].bridge = Bridge(new.means, new.variances, new.log_weights, config.eps)
+        counts["prototypes"] += len(new.means)
+        for name in ("kept", "replaced", "revived"):
+            counts[name] += int(getattr(new, name).sum())
+    pooled_parts = {
+        s: fit_pooled(config, channels, s, pooled, generator) for s in config.pooled_spaces
+    }
+    return Energies(pooled_parts, patches), counts
+
+
+def pooled_columns(channels: list[int], space: str) -> list[int]:
+    """Where a space's stages lie among the columns of pool()."""
+    columns: list[int] = []
+    for stage in _stages(channels, space):
+        start = 2 * sum(channels[:stage])
+        columns.extend(range(start, start + 2 * channels[stage]))
+    return columns
+
+
+def patch_space(config: DpdlConfig, channels: list[int], space: str) -> PatchSpace:
+    """An empty patch space of the right shapes."""
+    stages = _stages(channels, space)
+    in_dims = sum(channels[s] for s in stages)
+    return PatchSpace(stages, in_dims, min(config.patch_dims, in_dims), config.patch_side)
+
+
+def _stages(channels: list[int], space: str) -> list[int]:
+    stages = stage_numbers(space)
+    if stages[-1] >= len(channels):
+        raise ValueError(f"space {space!r}: this trunk has stages 1-{len(channels)}")
+    return stages

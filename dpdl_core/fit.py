@@ -1,0 +1,253 @@
+"""Normals and a few anomalies to a fitted model; old and new normals to a renewed one.
+
+Knows the method and torch.distributed; nothing of files, Ray, or where images come from.
+Runs in one process, or on every rank with its shard of the normals and all anomalies: trunk
+passes and patches stay where the images are, sums and bounded samples travel, and every rank
+ends with the same model.
+
+Held in memory: pooled vectors of all normals (6 kB each in Lite0), the maps of at most
+config.max_maps of them (half precision, 141 kB each), the anomalies. Never the normals' pixels.
+Letters: N normals, K of them with maps kept, M anomalies, P pooled features, V parts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dpdl_core import calibrate, distributed
+from dpdl_core.config import DpdlConfig, stage_numbers
+from dpdl_core.estimate import fit_energies, renew_energies
+from dpdl_core.features import Trunk
+from dpdl_core.images import ImageSource
+from dpdl_core.model import Dpdl
+from dpdl_core.observe import Features, Normals, look_at_all, observe
+from dpdl_core.parts import Energies
+
+Progress = Callable[[str, float, dict[str, float]], None]
+"""progress(stage, share done 0..1, figures)."""
+MIN_NORMALS = 10
+
+
+@dataclass(frozen=True)
+class RenewReport:
+    """What a refresh did."""
+
+    new_normals: int
+    set_aside: list[int]
+    """Places in new_normals (all ranks', in rank order) not learnt from: too anomalous."""
+    prototypes: int
+    kept: int
+    replaced: int
+    revived: int
+    score_shift: float
+    """Mean change of the score of the old normals, in units of its deviation there."""
+    seconds: float
+
+
+def fit(
+    config: DpdlConfig,
+    normals: ImageSource,
+    anomalies: Tensor | npt.NDArray[np.uint8],
+    *,
+    seed: int,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> Dpdl:
+    """A model from normals and M >= 0 seen anomalies, uint8 (M, S, S, 3).
+
+    Under torch.distributed every rank calls it with its shard of the normals and the same
+    anomalies; the data set is the shards in rank order. Raises ValueError for too few or wrong
+    images, WeightsUnavailable without a trunk.
+    """
+    tell = progress or _silent
+    trunk = Trunk(config.trunk, config.weights).fuse().to(device)
+    generator = torch.Generator().manual_seed(seed)
+    found = _observe(config, trunk, normals, seed, generator, tell)
+    seen = _look_at_anomalies(config, trunk, anomalies)
+    tell("prototypes", 0.0, {})
+    energies = fit_energies(
+        config, trunk.channels, found.pooled, found.features, generator=generator
+    )
+    return _calibrated(config, trunk, energies, found, seen, generator, tell)
+
+
+def renew(
+    model: Dpdl,
+    old_normals: ImageSource,
+    new_normals: ImageSource,
+    anomalies: Tensor | npt.NDArray[np.uint8],
+    *,
+    seed: int,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> tuple[Dpdl, RenewReport]:
+    """A model renewed on old and new normals; trunk and heads stay, the given model too.
+
+    New normals that look anomalous to the present model are not learnt from. Collective as fit().
+    """
+    started = time.monotonic()
+    tell = progress or _silent
+    config, trunk = model.config, model.trunk.to(device)
+    aside = set_aside(model, new_normals)
+    source = _Joined(old_normals, new_normals, aside)
+    generator = torch.Generator().manual_seed(seed)
+    found = _observe(config, trunk, source, seed, generator, tell)
+    seen = _look_at_anomalies(config, trunk, anomalies)
+    tell("prototypes", 0.0, {})
+    energies, counts = renew_energies(
+        config, trunk.channels, found.pooled, found.features, model.energies, generator=generator
+    )
+    renewed = _calibrated(config, trunk, energies, found, seen, generator, tell)
+    report = RenewReport(
+        new_normals=len(everywhere := distributed.gather_rows(aside)),
+        set_aside=everywhere.nonzero().squeeze(1).tolist(),
+        score_shift=_score_shift(model, renewed, found),
+        seconds=time.monotonic() - started,
+        **counts,
+    )
+    return renewed, report
+
+
+def _observe(
+    config: DpdlConfig,
+    trunk: Trunk,
+    source: ImageSource,
+    seed: int,
+    generator: torch.Generator,
+    tell: Progress,
+) -> Normals:
+    total = sum(distributed.row_counts(torch.empty(source.num_images, 0)))
+    if total < MIN_NORMALS:
+        raise ValueError(f"{total} normal images: need at least {MIN_NORMALS} to fit a model")
+    started = time.monotonic()
+
+    def report(share: float) -> None:
+        rate = share * source.num_images / max(time.monotonic() - started, 1e-9)
+        tell("features", share, {"images_per_second": rate})
+
+    return observe(
+        trunk,
+        source,
+        stages=sorted({s for space in config.patch_spaces for s in stage_numbers(space)}),
+        max_kept=config.max_maps,
+        max_spoiled=config.pseudo_normals,
+        spoilers=calibrate.make_spoilers(seed),
+        batch_size=config.batch_size,
+        generator=generator,
+        tell=report,
+    )
+
+
+def _look_at_anomalies(
+    config: DpdlConfig, trunk: Trunk, anomalies: Tensor | npt.NDArray[np.uint8]
+) -> Features:
+    images = torch.as_tensor(anomalies)
+    size = config.image_size
+    if len(images) == 0:
+        images = torch.zeros(0, size, size, 3, dtype=torch.uint8)
+    if images.dtype != torch.uint8 or images.shape[1:] != (size, size, 3):
+        raise ValueError(
+            f"anomalies are {images.dtype} {tuple(images.shape)}: need uint8 (M, {size}, {size}, 3)"
+        )
+    stages = sorted({s for space in config.patch_spaces for s in stage_numbers(space)})
+    return look_at_all(trunk, images, stages, config.batch_size)
+
+
+def _calibrated(
+    config: DpdlConfig,
+    trunk: Trunk,
+    energies: Energies,
+    normals: Normals,
+    seen: Features,
+    generator: torch.Generator,
+    tell: Progress,
+) -> Dpdl:
+    """The whole model: parts, tails and weights from cross-fitted values."""
+    tell("calibration", 0.0, {})
+    cross = calibrate.cross_fit(
+        config, trunk.channels, normals, seen, energies, generator=generator
+    )
+    model = Dpdl(config, trunk, energies)
+    model.seen.copy_(calibrate.Directions(normals.pooled, seen.pooled).all())
+    model.tails.fit(cross.normals)
+    model.weights.copy_(calibrate.weigh(cross, len(energies.names)))
+    share = (model.tails(cross.normals) * model.weights)[:, : len(energies.names)].sum(1)
+    model.energy_limit.copy_(share.quantile(0.995))
+    _calibrate_maps(model, normals)
+    tell("calibration", 1.0, {})
+    return model.eval().requires_grad_(False).to(trunk.mean_255.device)
+
+
+@torch.no_grad()
+def _calibrate_maps(model: Dpdl, normals: Normals) -> None:
+    """Heat maps: 0 at the median patch of normals, 1 at their 99th percentile."""
+    sample = normals.features.take(torch.arange(min(256, len(normals.features))))
+    grids = [model.energies(pooled, maps)[1] for pooled, maps in sample.batches(128)]
+    flat = distributed.gather_rows(torch.cat(grids).transpose(0, 1).flatten(1).T.contiguous())
+    ordered = flat.sort(0).values
+    median, high = ordered[len(ordered) // 2], ordered[int(0.99 * (len(ordered) - 1))]
+    model.map_median.copy_(median)
+    model.map_scale.copy_((high - median).clamp_min(1e-12))
+
+
+def _silent(stage: str, share: float, figures: dict[str, float]) -> None:
+    pass
+
+
+# Refresh ------------------------------------------------------------------------------------
+
+
+class _Joined:
+    """Old normals, then those new ones that are not set aside."""
+
+    def __init__(self, old: ImageSource, new: ImageSource, aside: Tensor) -> None:
+        self._old, self._new, self._learn = old, new, ~aside
+
+    @property
+    def num_images(self) -> int:
+        return self._old.num_images + int(self._learn.sum())
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        yield from self._old.batches(batch_size)
+        at = 0
+        for images in self._new.batches(batch_size):
+            kept = images[self._learn[at : at + len(images)]]
+            at += len(images)
+            if len(kept):
+                yield kept
+
+
+def set_aside(model: Dpdl, new: ImageSource) -> Tensor:
+    """Which of this rank's new normals not to learn from, (n,) bool.
+
+    Those whose energy under the present model is beyond what it finds in normals it has not
+    seen, and beyond the bulk of the new ones: if all have drifted, drift is what is to be learnt;
+    if some stand out, they are taken for anomalies that slipped in. Median and deviation from
+    it, so that up to half of the new may be poison.
+    """
+    energies = [model.score(b).energy.cpu() for b in new.batches(model.config.batch_size)]
+    mine = torch.cat([torch.zeros(0), *energies])
+    everyone = distributed.gather_rows(mine)
+    if not len(everyone):
+        return torch.zeros(0, dtype=torch.bool)
+    median = everyone.median()
+    spread = 1.4826 * (everyone - median).abs().median()
+    return mine > torch.maximum(model.energy_limit.cpu(), median + 3.5 * spread)
+
+
+@torch.no_grad()
+def _score_shift(before: Dpdl, after: Dpdl, normals: Normals) -> float:
+    """Mean change of the kept normals' scores, in deviations of theirs under `before`."""
+    pairs = [
+        torch.stack([before.judge(pooled, maps).score, after.judge(pooled, maps).score], 1)
+        for pooled, maps in normals.features.batches(128)
+    ]
+    old, new = distributed.gather_rows(torch.cat(pairs)).T
+    return float((new - old).mean() / old.std().clamp_min(1e-12))

@@ -1,0 +1,113 @@
+"""DPDL: frozen or tuned trunk, prototypes reached by bridges, heads, and one calibrated score.
+
+Knows tensors; made by fit.py, kept by artifact.py.
+Paper: DPDL, eqs. 12-14, 20-24; what was mended is in bridge.py, losses.py and heads.py.
+Letters: B batch, S image side, V parts, h w map sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpdl_core.config import DpdlConfig
+from dpdl_core.features import Trunk
+from dpdl_core.parts import Energies, Tails, pool
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of B images; float32, on the model's device."""
+
+    score: Tensor
+    """(B,) weighted sum of -log tail probabilities; higher is more anomalous."""
+    energy: Tensor
+    """(B,) the share of the score that the bridges' energies have, without any head."""
+    maps: Tensor
+    """(B, h, w) heat map on the patch grid: 0 is as normal as the median normal patch."""
+    parts: dict[str, Tensor]
+    """(B,) -log tail probability of every part, before weights."""
+
+
+class Dpdl(nn.Module):
+    """A fitted model. Make one with fit() or artifact.load(), not by hand."""
+
+    weights: Tensor
+    map_median: Tensor
+    map_scale: Tensor
+    seen: Tensor
+    energy_limit: Tensor
+
+    def __init__(self, config: DpdlConfig, trunk: Trunk, energies: Energies) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = trunk
+        self.energies = energies
+        dims = sum(2 * c for c in trunk.channels)
+        self.register_buffer("seen", torch.zeros(dims))
+        self.tails = Tails(len(self.part_names))
+        self.register_buffer("weights", torch.ones(len(self.part_names)))
+        spaces = len(config.patch_spaces)
+        self.register_buffer("map_median", torch.zeros(spaces))
+        self.register_buffer("map_scale", torch.ones(spaces))
+        # Scores.energy that one normal in two hundred exceeds when the model has not seen it.
+        self.register_buffer("energy_limit", torch.zeros(()))
+
+    @property
+    def part_names(self) -> list[str]:
+        """Names of the V parts; the energies come first."""
+        return [*self.energies.names, "seen"]
+
+    @torch.inference_mode()
+    def score(self, images: Tensor) -> Scores:
+        """uint8 (B, H, W, 3) RGB -> Scores. Any H and W: resized on the device when not S.
+
+        Deterministic; a batch gives what its images give alone, to float tolerance. Raises
+        ValueError for anything but uint8 RGB.
+        """
+        if images.dim() != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
+            raise ValueError(
+                f"images are {images.dtype} {tuple(images.shape)}: need uint8 (B, H, W, 3) RGB"
+            )
+        images = images.to(self.weights.device)
+        size = self.config.image_size
+        if images.shape[1:3] != (size, size):
+            images = resize(images, size)
+        maps = self.trunk(images)
+        return self.judge(pool(maps), maps)
+
+    def judge(self, pooled: Tensor, maps: list[Tensor]) -> Scores:
+        """Scores of images whose features are at hand: pool()'s (B, P) and the trunk's maps."""
+        values, grids = self.part_values(pooled, maps)
+        tails = self.tails(values)
+        weighted = tails * self.weights
+        num_energies = len(self.energies.names)
+        heat = (grids - self.map_median[:, None, None]) / self.map_scale[:, None, None]
+        return Scores(
+            score=weighted.sum(1),
+            energy=weighted[:, :num_energies].sum(1),
+            maps=heat.mean(1).clamp_min(0),
+            parts=dict(zip(self.part_names, tails.unbind(1), strict=True)),
+        )
+
+    def part_values(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Raw values of all parts (B, V) and the patch energies (B, patch spaces, h, w)."""
+        values, grids = self.energies(pooled, maps)
+        return torch.cat([values, (pooled @ self.seen).unsqueeze(1)], 1), grids
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """uint8 (B, H, W, 3) -> uint8 (B, size, size, 3), antialiased, without crop."""
+    x = images.permute(0, 3, 1, 2).float()
+    x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    return x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def upsample_map(heat: Tensor, size: int) -> Tensor:
+    """(h, w) heat map -> (size, size), bilinear; only for what is reported."""
+    return F.interpolate(
+        heat[None, None].float(), size=(size, size), mode="bilinear", align_corners=False
+    )[0, 0]

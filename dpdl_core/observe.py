@@ -1,0 +1,132 @@
+"""One pass of the trunk over the images, and what is kept of it.
+
+Knows the trunk and image sources; nothing of prototypes, heads or scores.
+Letters: N normals over all ranks, K of them with maps kept, B batch, P pooled features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpdl_core import distributed
+from dpdl_core.features import Trunk
+from dpdl_core.images import ImageSource
+from dpdl_core.parts import pool
+
+Spoil = Callable[[Tensor, Tensor], Tensor]
+"""uint8 images (B, S, S, 3) and their global numbers (B,) -> spoiled images."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Pooled features (n, P) float32 and, per stage, maps (n, c, h, w) float16, of n images."""
+
+    pooled: Tensor
+    maps: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Slices of at most `size` images."""
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            yield self.pooled[rows], [m[rows] for m in self.maps]
+
+    def take(self, rows: Tensor) -> Features:
+        return Features(self.pooled[rows], [m[rows] for m in self.maps])
+
+
+@dataclass(frozen=True)
+class Normals:
+    """What is kept of the normals. Global numbers run over all ranks' images in rank order."""
+
+    pooled: Tensor
+    """(N, P) float32 of all normals, the same on every rank."""
+    kept: Tensor
+    """(K,) global numbers of the normals whose maps are kept, ascending; same on every rank."""
+    mine: Tensor
+    """(k,) places in `kept` of this rank's images."""
+    features: Features
+    """Of this rank's k kept normals."""
+    spoiled: list[Features]
+    """Per level of difficulty, cut-paste variants of some of `features`."""
+    spoiled_rows: Tensor
+    """Rows of `features` that every level's variants were made of."""
+
+
+def observe(
+    trunk: Trunk,
+    source: ImageSource,
+    *,
+    stages: list[int],
+    max_kept: int,
+    max_spoiled: int,
+    spoilers: list[Spoil],
+    batch_size: int,
+    generator: torch.Generator,
+    tell: Callable[[float], None],
+) -> Normals:
+    """Read this rank's shard once. Maps of stages outside `stages` are dropped at once.
+
+    Which normals are kept and spoiled depends on N and the generator only, not on the shards.
+    """
+    counts = distributed.row_counts(torch.empty(source.num_images, 0))
+    total, start = sum(counts), sum(counts[: distributed.rank()])
+    order = distributed.broadcast(torch.randperm(total, generator=generator))
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[order[:max_kept]] = True
+    to_spoil = torch.zeros(total, dtype=torch.bool)
+    to_spoil[order[: min(max_kept, max_spoiled)]] = True
+
+    pooled: list[Tensor] = []
+    kept: list[Features] = []
+    spoiled: list[list[Features]] = [[] for _ in spoilers]
+    at = start
+    for images in source.batches(batch_size):
+        numbers = torch.arange(at, at + len(images))
+        at += len(images)
+        found = look(trunk, images, stages)
+        pooled.append(found.pooled)
+        kept.append(found.take(chosen[numbers].nonzero().squeeze(1)))
+        rows = to_spoil[numbers].nonzero().squeeze(1)
+        for level, spoil in enumerate(spoilers):
+            if len(rows):
+                spoiled[level].append(look(trunk, spoil(images[rows], numbers[rows]), stages))
+        tell((at - start) / max(1, source.num_images))
+    everywhere = chosen.nonzero().squeeze(1)
+    mine = ((everywhere >= start) & (everywhere < at)).nonzero().squeeze(1)
+    return Normals(
+        pooled=distributed.gather_rows(torch.cat(pooled)),
+        kept=everywhere,
+        mine=mine,
+        features=_join(kept),
+        spoiled=[_join(level) for level in spoiled if level],
+        spoiled_rows=to_spoil[everywhere[mine]].nonzero().squeeze(1),
+    )
+
+
+@torch.no_grad()
+def look(trunk: Trunk, images: Tensor, stages: list[int]) -> Features:
+    """Features of one batch of uint8 images (B, S, S, 3), on the CPU."""
+    device = trunk.mean_255.device
+    maps = trunk(images.to(device))
+    empty = maps[0].new_empty((len(images), 0), dtype=torch.float16).cpu()
+    keep = [m.half().cpu() if i in stages else empty for i, m in enumerate(maps)]
+    return Features(pool(maps).cpu(), keep)
+
+
+def look_at_all(trunk: Trunk, images: Tensor, stages: list[int], batch_size: int) -> Features:
+    """Features of images in memory, uint8 (M, S, S, 3)."""
+    return _join([look(trunk, batch, stages) for batch in images.split(batch_size)])
+
+
+def _join(parts: list[Features]) -> Features:
+    return Features(
+        torch.cat([p.pooled for p in parts]),
+        [torch.cat(level) for level in zip(*(p.maps for p in parts), strict=True)],
+    )

@@ -1,0 +1,230 @@
+"""The parts of a score: energies in three kinds of space, and tails that make them comparable.
+
+Knows feature maps and bridges; nothing of trunks, files or training.
+Letters: B batch, P = 2 * all channels, D features of a space, V parts, K knots, h w map sides.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpdl_core.bridge import Bridge
+
+TAIL_KNOTS = 256
+TAIL_SHARE = 0.2
+"""The upper share of normal values that the exponential beyond them is fitted to."""
+
+
+def pool(maps: list[Tensor]) -> Tensor:
+    """Mean and standard deviation over places of every channel of every stage, (B, P).
+
+    Order: stage by stage, its means, then its deviations.
+    """
+    parts: list[Tensor] = []
+    for m in maps:
+        flat = m.float().flatten(2)
+        mean = flat.mean(2)
+        # One pass over the map; features are of order 1, so the difference does not cancel.
+        variance = flat.square().mean(2) - mean.square()
+        parts += [mean, variance.clamp_min(0).sqrt()]
+    return torch.cat(parts, 1)
+
+
+class PooledEnergy(nn.Module):
+    """Bridge energy of whitened pooled features: a soft-min Mahalanobis distance.
+
+    Whitened by the normals' shrinkage covariance, "variances = identity" (paper, section 3.1)
+    is true and the plan stays in closed form.
+    """
+
+    columns: Tensor
+    mean: Tensor
+    whitener: Tensor
+
+    def __init__(self, columns: list[int], num_prototypes: int) -> None:
+        super().__init__()
+        dims = len(columns)
+        self.register_buffer("columns", torch.tensor(columns))
+        self.register_buffer("mean", torch.zeros(dims))
+        self.register_buffer("whitener", torch.eye(dims))
+        self.bridge = Bridge(
+            torch.zeros(num_prototypes, dims),
+            torch.ones(1, dims),
+            torch.zeros(num_prototypes),
+            eps=1.0,
+        )
+
+    def whiten(self, pooled: Tensor) -> Tensor:
+        """(B, P) -> (B, D), normals with zero mean and unit covariance."""
+        return (pooled[:, self.columns] - self.mean) @ self.whitener
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Energy (B,) per dimension of pooled features (B, P)."""
+        return self.bridge.energy(self.whiten(pooled)) / len(self.mean)
+
+
+class PatchSpace(nn.Module):
+    """Unit-norm patches of one or several stages, joined and projected, on a common grid."""
+
+    center: Tensor
+    axes: Tensor
+
+    def __init__(self, stages: list[int], in_dims: int, dims: int, side: int) -> None:
+        super().__init__()
+        self.stages, self.side = stages, side
+        self.register_buffer("center", torch.zeros(in_dims))
+        self.register_buffer("axes", torch.zeros(in_dims, dims))
+
+    def join(self, maps: list[Tensor]) -> Tensor:
+        """Maps of all stages -> unit-norm patches, joined, (B, side * side, in_dims)."""
+        return torch.cat([self._patches(maps[s]) for s in self.stages], -1)
+
+    def _patches(self, m: Tensor) -> Tensor:
+        return F.normalize(resample(m.float(), self.side).flatten(2).transpose(1, 2), dim=-1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Maps of all stages -> (B, side * side, dims)."""
+        return (self.join(maps) - self.center) @ self.axes
+
+
+class PatchEnergy(nn.Module):
+    """Bridge energy of every patch; an image's is the mean over its worst ones."""
+
+    def __init__(self, space: PatchSpace, num_prototypes: int, eps: float, worst: float) -> None:
+        super().__init__()
+        dims = space.axes.shape[1]
+        self.space, self.worst = space, worst
+        self.bridge = Bridge(
+            torch.zeros(num_prototypes, dims),
+            torch.ones(1, dims),
+            torch.zeros(num_prototypes),
+            eps=eps,
+        )
+
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Energy (B,) and its map (B, side, side)."""
+        patches = self.space(maps)
+        energies = self.bridge.energy(patches.flatten(0, 1)).view(patches.shape[:2])
+        return self.image_energy(energies), energies.unflatten(1, (self.space.side, -1))
+
+    def image_energy(self, energies: Tensor) -> Tensor:
+        """(B, patches) -> (B,)."""
+        worst = max(1, round(self.worst * energies.shape[1]))
+        return energies.topk(worst, dim=1).values.mean(1)
+
+
+class Energies(nn.Module):
+    """All bridge energies of a model: those of pooled features first, then those of patches."""
+
+    def __init__(self, pooled: dict[str, PooledEnergy], patches: dict[str, PatchEnergy]) -> None:
+        super().__init__()
+        self.pooled, self.patches = nn.ModuleDict(pooled), nn.ModuleDict(patches)
+
+    @property
+    def names(self) -> list[str]:
+        return [f"pooled {s}" for s in self.pooled] + [f"patch {s}" for s in self.patches]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of prototypes behind every energy."""
+        parts = [*self.pooled.values(), *self.patches.values()]
+        bridges = [part.bridge for part in parts]
+        return dict(zip(self.names, (b.num_prototypes for b in bridges), strict=True))
+
+    def forward(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(B, P) and the maps -> energies (B, E) and patch energies (B, patch spaces, h, w)."""
+        values = [part(pooled) for part in self.pooled.values()]
+        grids: list[Tensor] = []
+        for part in self.patches.values():
+            energy, grid = part(maps)
+            values.append(energy)
+            grids.append(grid)
+        return torch.stack(values, 1), torch.stack(grids, 1)
+
+
+def resample(m: Tensor, side: int) -> Tensor:
+    """(B, c, h, w) -> (B, c, side, side): area means down, bilinear up."""
+    if m.shape[-1] == side:
+        return m
+    if m.shape[-1] > side:
+        return F.adaptive_avg_pool2d(m, side)
+    return F.interpolate(m, size=(side, side), mode="bilinear", align_corners=False)
+
+
+class Tails(nn.Module):
+    """Values of V parts to -log P(value or more | normal), from values of normals.
+
+    Within the normals' range the empirical tail, interpolated; above their TAIL_SHARE quantile
+    an exponential with the mean excess, so that what is far out keeps its order.
+    """
+
+    knots: Tensor
+    logs: Tensor
+    start: Tensor
+    scale: Tensor
+
+    def __init__(self, num_parts: int) -> None:
+        super().__init__()
+        self.register_buffer("knots", torch.zeros(num_parts, TAIL_KNOTS))
+        self.register_buffer("logs", torch.zeros(TAIL_KNOTS))
+        self.register_buffer("start", torch.zeros(num_parts))
+        self.register_buffer("scale", torch.ones(num_parts))
+
+    def fit(self, values: Tensor) -> None:
+        """values (N, V) of normals that the parts have not seen."""
+        values = values.double()
+        levels = torch.linspace(0, 1 - TAIL_SHARE, TAIL_KNOTS, dtype=torch.float64)
+        knots = torch.quantile(values, levels, dim=0)
+        excess = (values - knots[-1]).clamp_min(0).sum(0) / (values > knots[-1]).sum(0).clamp_min(1)
+        tiny = 1e-6 * (knots[-1] - knots[0]).clamp_min(1e-12)
+        self.knots.copy_(knots.T)
+        self.logs.copy_(-torch.log1p(-levels))
+        self.start.copy_(knots[-1])
+        self.scale.copy_(torch.maximum(excess, tiny))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B, V) -> (B, V), 0 for the most normal, growing without bound."""
+        columns = values.T.contiguous()
+        right = torch.searchsorted(self.knots, columns).clamp(1, TAIL_KNOTS - 1)
+        low, high = self.knots.gather(1, right - 1), self.knots.gather(1, right)
+        share = ((columns - low) / (high - low).clamp_min(1e-30)).clamp(0, 1)
+        inside = torch.lerp(self.logs[right - 1], self.logs[right], share)
+        beyond = (columns - self.start[:, None]).clamp_min(0) / self.scale[:, None]
+        return (inside + beyond).T
+
+
+def shrinkage(centred: Tensor) -> float:
+    """Ledoit-Wolf's share of the scaled identity for (N, D) rows of zero mean.
+
+    Ledoit and Wolf, J. Multivariate Analysis 88 (2004), lemma 3.3 and theorem 3.2.
+    """
+    n, dims = centred.shape
+    gram = centred @ centred.T if n < dims else centred.T @ centred
+    second = gram.square().sum() / n**2
+    target = centred.square().sum() / n / dims
+    distance = second - dims * target**2
+    noise = centred.square().sum(1).square().sum() / n**2 - second / n
+    if distance <= 0:
+        return 1.0
+    return float((noise / distance).clamp(0, 1))
+
+
+def whitening(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and symmetric whitener (D, D) of (N, D) rows, computed in float64.
+
+    The shrunk covariance never loses rank, so N below D is fine.
+    """
+    x = rows.double()
+    mean = x.mean(0)
+    x = x - mean
+    share = shrinkage(x)
+    base = max(share * float(x.square().sum() / x.numel()), torch.finfo(torch.float32).tiny)
+    _, singular, axes = torch.linalg.svd(x / math.sqrt(len(x)), full_matrices=False)
+    spectrum = (1 - share) * singular.square() + base
+    gain = spectrum.rsqrt() - base**-0.5
+    whitener = (axes.T * gain) @ axes + torch.eye(x.shape[1], dtype=x.dtype) * base**-0.5
+    return mean, whitener
