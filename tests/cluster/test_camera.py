@@ -1,0 +1,40 @@
+"""Frames from folders, and what a frame is called."""
+
+import pytest
+
+from cluster.camera import content_type, folder_frames
+from infra.errors import DataError
+
+
+def test_a_folder_is_read_in_the_order_of_names_and_byte_for_byte(tmp_path):
+    (tmp_path / "b.jpg").write_bytes(b"\xff\xd8\xffb")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.PNG").write_bytes(b"a")
+    (tmp_path / "notes.txt").write_text("no image")
+    frames = list(folder_frames(tmp_path, "line-1"))
+    assert [(f.source, f.image, f.camera) for f in frames] == [
+        ("b.jpg", b"\xff\xd8\xffb", "line-1"),
+        ("sub/a.PNG", b"a", "line-1"),
+    ]
+
+
+def test_a_folder_without_images_says_what_it_looked_for(tmp_path):
+    with pytest.raises(DataError, match=r"no images found; wanted files ending in .*\.jpg"):
+        list(folder_frames(tmp_path, "line-1"))
+
+
+def test_a_camera_id_that_cannot_be_a_key_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="control characters"):
+        list(folder_frames(tmp_path, "line\n1"))
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (b"\xff\xd8\xff\xe0", "image/jpeg"),
+        (b"\x89PNG\r\n\x1a\n", "image/png"),
+        (b"plain text", "application/octet-stream"),
+    ],
+)
+def test_content_type_goes_by_the_first_bytes(start, name):
+    assert content_type(start) == name

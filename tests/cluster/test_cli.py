@@ -1,0 +1,71 @@
+"""The command line: reports, key=value pairs, exit codes. No services, no network."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cluster.cli import key_values, write_report
+
+
+def dpdl(*args, cwd, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli", *args],
+        cwd=cwd,
+        env={k: v for k, v in os.environ.items() if not k.startswith("DPDL_")} | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_key_values_keeps_what_follows_the_first_equals_sign():
+    assert key_values(["a=1", "b = x=y"]) == {"a": "1", "b": "x=y"}
+    assert key_values(None) == {}
+
+
+def test_key_values_names_the_pair_that_is_none():
+    with pytest.raises(ValueError, match="--set eps: wanted key=value"):
+        key_values(["eps"])
+
+
+def test_a_report_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "deep" / "report.json"
+    write_report(path, {"a": 1.5})
+    assert json.loads(path.read_text()) == {"a": 1.5}
+    with pytest.raises(TypeError):
+        write_report(path, {("not", "a key"): 1})
+    assert json.loads(path.read_text()) == {"a": 1.5}
+
+
+def test_an_expected_failure_is_one_line_and_exit_code_1(tmp_path):
+    done = dpdl("alerts", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "dpdl up" in done.stderr
+
+
+def test_a_misspelt_setting_is_named(tmp_path):
+    done = dpdl("config", cwd=tmp_path, DPDL_REDIS_PROT="1")
+    assert done.returncode == 1
+    assert "DPDL_REDIS_PROT" in done.stderr
+    assert "DPDL_REDIS_PORT" in done.stderr
+
+
+def test_config_hides_secrets(tmp_path):
+    done = dpdl(
+        "config", cwd=tmp_path, DPDL_REDIS_HOST="redis.example", DPDL_REDIS_PASSWORD="open-sesame"
+    )
+    assert done.returncode == 0
+    assert "redis.example" in done.stdout
+    assert "open-sesame" not in done.stdout + done.stderr
+
+
+def test_every_command_in_the_readme_exists(tmp_path):
+    done = dpdl("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for name in ("demo", "up", "down", "status", "train", "refresh", "serve", "stream", "alerts"):
+        assert name in done.stdout
