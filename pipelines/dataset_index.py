@@ -18,7 +18,6 @@ from infra.errors import DataError, NotFound
 from infra.s3_client import get, make_minio, s3_errors
 from infra.settings import Settings
 
-SPLITS = ("train", "calibration", "test")
 SCHEMA = pa.schema(
     [
         pa.field("image", pa.binary(), nullable=False),
@@ -33,6 +32,7 @@ SCHEMA = pa.schema(
 Progress = Callable[[str, float, dict[str, Any]], None]
 """progress(stage, fraction 0..1, figures)"""
 Split = Literal["train", "calibration", "test"]
+SPLITS: tuple[Split, ...] = ("train", "calibration", "test")
 
 
 @dataclass(frozen=True)

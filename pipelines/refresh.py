@@ -29,7 +29,7 @@ import numpy as np
 
 from dpdl_core import artifact
 from dpdl_core.artifact import LoadedVersion
-from dpdl_core.fit import RenewReport, renew
+from dpdl_core.fit import RenewReport, renew, set_aside
 from infra.errors import DataError, DpdlError, VersionExists
 from infra.model_store import ModelStore
 from infra.settings import Settings
@@ -246,7 +246,12 @@ def _build(
     model, report = renew(
         current.model, old, new, defects, seed=inputs.seed, device="cpu", progress=progress
     )
-    suspects = [new.rows[i] for i in report.set_aside]
+    # The held-out share goes through the same sieve: a defect in it would lift the thresholds.
+    unseen = images(
+        settings, inputs.new, size, lambda row: is_held_out(row) and row.digest not in aside
+    )
+    doubtful = set_aside(current.model, unseen).nonzero().flatten().tolist()
+    suspects = [new.rows[i] for i in report.set_aside] + [unseen.rows[i] for i in doubtful]
     data = {
         "dataset": index.name,
         "split_sha256": index.split_sha256,
@@ -272,7 +277,7 @@ def _build(
         "data": data,
         "false_alarm_rate": parent["false_alarm_rate"],
         "code": code_version(),
-        "new_normals": new.num_images,
+        "new_normals": new.num_images + unseen.num_images,
         "new_set_aside": len(suspects),
         "renewal": _plain(report),
         "thresholds": thresholds,

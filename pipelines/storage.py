@@ -39,7 +39,7 @@ class _LateS3(pafs.FileSystemHandler):  # type: ignore[misc]
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def get_type_name(self) -> str:
         return "s3"

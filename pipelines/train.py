@@ -158,8 +158,7 @@ def _job(
     settings: Settings, options: TrainOptions, config: DpdlConfig, index: DatasetIndex
 ) -> tuple[TrainJob, int]:
     normals = row_groups(settings, index.keys("train", 0))
-    resources = ray.cluster_resources()
-    cpus, gpus = resources.get("CPU", 1.0), int(resources.get("GPU", 0))
+    cpus, gpus = _cluster("CPU"), int(_cluster("GPU"))
     workers = options.workers or gpus or min(2, int(cpus))
     workers = min(workers, len(normals))  # a worker with no data would have no part in the fit
     if workers * (WORKER_CPUS + DECODE_CPUS) > cpus:
@@ -179,13 +178,19 @@ def _job(
         test=row_groups(settings, index.keys("test")),
         # Half of what is spare at most, so that one worker's tasks never crowd out another's.
         decode_tasks=max(1, int(spare / DECODE_CPUS / 2)),
-        board=ProgressBoard.remote(),
+        board=ray.remote(num_cpus=0)(ProgressBoard).remote(),
     )
     return job, workers
 
 
+def _cluster(resource: str) -> float:
+    """How much of a resource the Ray cluster has, used or not."""
+    found = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return float(found.get(resource, 0.0))
+
+
 def _run(settings: Settings, model: str, run: str, job: TrainJob, workers: int) -> Any:
-    use_gpu = workers <= int(ray.cluster_resources().get("GPU", 0))
+    use_gpu = workers <= int(_cluster("GPU"))
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"job": job},

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -59,9 +58,8 @@ class TrainJob:
     """Handle of the ProgressBoard."""
 
 
-@ray.remote(num_cpus=0)
 class ProgressBoard:
-    """Where rank 0 writes how far it is, and the driver reads it."""
+    """A Ray actor where rank 0 writes how far it is, and the driver reads it."""
 
     def __init__(self) -> None:
         self._entries: list[tuple[str, float, Figures]] = []

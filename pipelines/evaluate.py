@@ -1,0 +1,340 @@
+"""Train and test a method on a data set, seed by seed, and say how well it did.
+
+One run is one seed (and, in the hard setting, one seen class). Each run's scores are written
+beside the report as soon as they are there, under a hash of all that they depend on: the split,
+the pixels, the method's settings, the seed and the source of dpdl_core. A second call with the
+same options goes on where the first was stopped, and a changed option starts anew.
+Letters: N images of the data set, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import dpdl_core
+from dpdl_core import protocol
+from dpdl_core.images import Pixels
+from dpdl_core.metrics import auroc, average_precision
+from dpdl_core.protocol import Dataset, Rejected, Sample, Setting, Split
+from pipelines.evaluate_methods import Method, make_method
+from pipelines.evaluate_report import RunPictures, draw_report
+
+Progress = Callable[[str, float, dict[str, Any]], None]
+"""progress(what is done now, share of the whole 0..1, figures)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What `dpdl evaluate` was asked."""
+
+    data: str
+    """"elpv" or a folder in a layout that protocol.load_dataset reads."""
+    protocol: Setting = "general"
+    shots: int = 10
+    """Anomalies that a method may see, M."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    method: str = "dpdl"
+    """dpdl or one of dpdl_core.baselines.BASELINES."""
+    recipe: str = "edge"
+    """Also gives a baseline its trunk, weights and resolution."""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """Fields of DpdlConfig, or of BaselineConfig for a baseline, as text."""
+    report: Path | None = None
+    """JSON file; a picture and the runs are put beside it. None: nothing is written or resumed."""
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds={self.seeds}: need one or more, each once")
+        if self.protocol not in ("general", "hard"):
+            raise ValueError(f"protocol={self.protocol!r}: general or hard")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Scores of one run's test images; a JSON file each."""
+
+    seed: int
+    seen_class: str | None
+    split_sha256: str
+    sources: list[str]
+    defects: list[str]
+    """Class of each test image, "" for a normal one."""
+    scores: list[float]
+    train_seconds: float
+    score_seconds: float
+
+    @property
+    def labels(self) -> list[int]:
+        return [int(bool(defect)) for defect in self.defects]
+
+    @property
+    def auroc(self) -> float:
+        return auroc(self.labels, self.scores)
+
+    @property
+    def ap(self) -> float:
+        return average_precision(self.labels, self.scores)
+
+
+def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict[str, Any]:
+    """Run every seed that has no result yet; returns the report, and writes it if asked to.
+
+    Raises ValueError (DatasetError and others are such) in one line for what cannot be done.
+    """
+    tell: Progress = progress or (lambda stage, share, figures: None)
+    method = make_method(options.method, options.recipe, options.overrides, options.device)
+    dataset = protocol.load_dataset(options.data)
+    plan = _plan(dataset, options)  # before anything slow: too few images are said at once
+    with tempfile.TemporaryFile() as file:
+        images, dataset, rejected = _decode(dataset, method.image_size, file, tell)
+        if rejected:
+            plan = _plan(dataset, options)
+        runs = _run_all(options, plan, images, dataset, method, tell)
+    report = _summary(options, dataset, rejected, method, [run for run, _ in runs])
+    if options.report is not None:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        picture = options.report.with_suffix(".png")
+        curves = [(run.labels, run.scores) for run, _ in runs]
+        draw_report(picture, title=_title(options, report), curves=curves, shown=runs[0][1])
+        report["picture"] = picture.name
+        _write(options.report, json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _plan(dataset: Dataset, options: EvaluateOptions) -> list[Split]:
+    classes = dataset.defects if options.protocol == "hard" else [None]
+    return [
+        protocol.split(
+            dataset, setting=options.protocol, shots=options.shots, seed=seed, seen_class=seen
+        )
+        for seed in options.seeds
+        for seen in classes or [None]
+    ]
+
+
+def _decode(
+    dataset: Dataset, size: int, file: Any, tell: Progress
+) -> tuple[Pixels, Dataset, list[Rejected]]:
+    """All images once, in a memory map: five seeds share them, and no set outgrows memory."""
+    samples = [*dataset.normals, *(dataset.test_normals or []), *dataset.anomalies]
+    out = np.memmap(file, np.uint8, "w+", shape=(len(samples), size, size, 3))
+
+    def decoded(done: int, total: int) -> None:
+        if done % 50 == 0 or done == total:
+            tell("decoding images", 0.0, {"images": done, "of": total})
+
+    images, kept, rejected = protocol.decode_samples(samples, size, out=out, progress=decoded)
+    names = {sample.source for sample in kept}
+
+    def usable(part: list[Sample]) -> list[Sample]:
+        return [sample for sample in part if sample.source in names]
+
+    return (
+        images,
+        replace(
+            dataset,
+            normals=usable(dataset.normals),
+            test_normals=None if dataset.test_normals is None else usable(dataset.test_normals),
+            anomalies=usable(dataset.anomalies),
+        ),
+        rejected,
+    )
+
+
+def _run_all(
+    options: EvaluateOptions,
+    plan: Sequence[Split],
+    images: Pixels,
+    dataset: Dataset,
+    method: Method,
+    tell: Progress,
+) -> list[tuple[Run, RunPictures]]:
+    rows = {
+        sample.source: row
+        for row, sample in enumerate(
+            [*dataset.normals, *(dataset.test_normals or []), *dataset.anomalies]
+        )
+    }
+    pixels = hashlib.blake2b(images.data).hexdigest()
+    folder = None if options.report is None else options.report.with_suffix(".runs")
+    done: list[tuple[Run, RunPictures]] = []
+    for number, split in enumerate(plan):
+        name = f"seed {split.seed}" + (f", {split.seen_class} seen" if split.seen_class else "")
+
+        def tell_run(stage: str, share: float, figures: dict[str, Any], n: int = number) -> None:
+            aurocs = [run.auroc for run, _ in done]
+            mean = {"auroc": round(float(np.mean(aurocs)), 4)} if aurocs else {}
+            tell(f"{name}: {stage}", (n + share) / len(plan), {**mean, **figures})  # noqa: B023
+
+        stem = None if folder is None else folder / _key(split, pixels, method)
+        found = None if stem is None else _resume(stem)
+        if found is None:
+            found = _run(split, images, rows, method, tell_run)
+            if stem is not None:
+                _keep(stem, split, *found)
+        done.append(found)
+        tell_run("done", 1.0, {"auroc": round(float(np.mean([r.auroc for r, _ in done])), 4)})
+    return done
+
+
+def _run(
+    split: Split, images: Pixels, rows: Mapping[str, int], method: Method, tell: Progress
+) -> tuple[Run, RunPictures]:
+    def index(samples: Sequence[Sample]) -> list[int]:
+        return [rows[sample.source] for sample in samples]
+
+    fitted = method.fit(
+        images, index(split.train_normals), index(split.train_anomalies), split.seed, tell
+    )
+    test = index(split.test)
+    scores = np.empty(len(test))
+    maps: list[npt.NDArray[np.float32]] = []
+    started = time.perf_counter()
+    spared = fitted.saved_seconds()
+    for start in range(0, len(test), method.batch_size):
+        part = test[start : start + method.batch_size]
+        judged, heat = fitted.judge(torch.from_numpy(images[part]))
+        scores[start : start + len(part)] = judged
+        maps += [] if heat is None else [heat]
+        tell("scoring", 0.9 + 0.1 * (start + len(part)) / len(test), {})
+    score_seconds = time.perf_counter() - started + fitted.saved_seconds() - spared
+    run = Run(
+        split.seed,
+        split.seen_class,
+        split.sha256,
+        [sample.source for sample in split.test],
+        [sample.defect for sample in split.test],
+        scores.tolist(),
+        fitted.train_seconds,
+        score_seconds,
+    )
+    heat_maps = np.concatenate(maps) if maps else None
+    return run, RunPictures.choose(images, test, run.labels, scores, heat_maps)
+
+
+def _key(split: Split, pixels: str, method: Method) -> str:
+    """Of everything a run's scores depend on."""
+    parts = [split.sha256, pixels, method.settings, _code_sha256()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _code_sha256() -> str:
+    root = Path(dpdl_core.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _resume(stem: Path) -> tuple[Run, RunPictures] | None:
+    record = stem.with_suffix(".json")
+    if not record.exists():
+        return None
+    return Run(**json.loads(record.read_text())), RunPictures.load(stem.with_suffix(".npz"))
+
+
+def _keep(stem: Path, split: Split, run: Run, pictures: RunPictures) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    split.save(stem.with_suffix(".split.json"))
+    pictures.save(stem.with_suffix(".npz"))
+    _write(stem.with_suffix(".json"), json.dumps(asdict(run)))  # last: it says that all is there
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all, also when the process dies in between."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _summary(
+    options: EvaluateOptions,
+    dataset: Dataset,
+    rejected: Sequence[Rejected],
+    method: Method,
+    runs: Sequence[Run],
+) -> dict[str, Any]:
+    def by_seed(value: Callable[[Run], float]) -> list[float]:
+        """One figure per seed: in the hard setting the mean over the seen classes."""
+        return [
+            float(np.mean([value(run) for run in runs if run.seed == seed]))
+            for seed in options.seeds
+        ]
+
+    seen = sorted({run.seen_class for run in runs if run.seen_class})
+    return {
+        "data": dataset.name,
+        "protocol": options.protocol,
+        "shots": options.shots,
+        "seeds": list(options.seeds),
+        "method": options.method,
+        "recipe": options.recipe,
+        "settings": json.loads(method.settings),
+        "auroc": _spread(by_seed(lambda run: run.auroc)),
+        "ap": _spread(by_seed(lambda run: run.ap)),
+        "by_defect": {d: _spread(_of_defect(runs, d)) for d in dataset.defects},
+        "by_seen_class": {
+            c: _spread([run.auroc for run in runs if run.seen_class == c]) for c in seen
+        },
+        "train_seconds": float(np.mean([run.train_seconds for run in runs])),
+        "score_images_per_second": float(
+            sum(len(run.scores) for run in runs) / sum(run.score_seconds for run in runs)
+        ),
+        "splits_sha256": [run.split_sha256 for run in runs],
+        "normals": len(dataset.normals) + len(dataset.test_normals or []),
+        "anomalies": len(dataset.anomalies),
+        "rejected": [asdict(r) for r in rejected],
+        "code_sha256": _code_sha256(),
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "torch_threads": torch.get_num_threads(),
+            "device": options.device,
+        },
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation over the values as they are (not of the mean), and the values."""
+    if not values:
+        return {"mean": None, "sd": None, "per_seed": []}
+    return {
+        "mean": float(np.mean(values)),
+        "sd": float(np.std(values)),
+        "per_seed": [float(v) for v in values],
+    }
+
+
+def _of_defect(runs: Sequence[Run], defect: str) -> list[float]:
+    """AUROC of one class against all test normals, of every run that tests it."""
+    values = []
+    for run in runs:
+        chosen = [i for i, d in enumerate(run.defects) if d in ("", defect)]
+        labels = [run.labels[i] for i in chosen]
+        if any(labels):
+            values.append(auroc(labels, [run.scores[i] for i in chosen]))
+    return values
+
+
+def _title(options: EvaluateOptions, report: Mapping[str, Any]) -> str:
+    spread = report["auroc"]
+    return (
+        f"{options.method} on {report['data']}, {options.protocol}, M = {options.shots}: "
+        f"AUROC {spread['mean']:.3f} +- {spread['sd']:.3f} over {len(options.seeds)} seeds"
+    )

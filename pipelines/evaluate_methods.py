@@ -1,0 +1,140 @@
+"""DPDL and the baselines behind one face for evaluate.py: settings, fit, judge."""
+
+from __future__ import annotations
+
+import json
+import time
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dpdl_core import baselines
+from dpdl_core.baselines import BaselineConfig, FrozenTrunk
+from dpdl_core.config import DpdlConfig, override, recipe, to_json
+from dpdl_core.fit import fit
+from dpdl_core.images import ArraySource, Pixels
+
+Progress = Callable[[str, float, dict[str, Any]], None]
+Judged = tuple[npt.NDArray[np.float64], npt.NDArray[np.float32] | None]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    train_seconds: float
+    judge: Callable[[Tensor], Judged]
+    """uint8 (B, S, S, 3) -> scores (B,) and heat maps (B, h, w) or None."""
+    saved_seconds: Callable[[], float] = lambda: 0.0
+    """Time spared so far by features that an earlier seed had computed."""
+
+
+class Method(Protocol):
+    image_size: int
+    batch_size: int
+    settings: str
+    """JSON of all that the result depends on, the method's name included."""
+
+    def fit(
+        self,
+        images: Pixels,
+        normals: Sequence[int],
+        anomalies: Sequence[int],
+        seed: int,
+        tell: Progress,
+    ) -> Fitted:
+        """Train on rows of images uint8 (N, S, S, 3)."""
+        ...
+
+
+def make_method(name: str, recipe_name: str, overrides: Mapping[str, str], device: str) -> Method:
+    """Raises ValueError for an unknown method, recipe, key or value."""
+    if name == "dpdl":
+        return _Dpdl(override(recipe(recipe_name), overrides), device)
+    if name not in baselines.BASELINES:
+        known = ", ".join(("dpdl", *baselines.BASELINES))
+        raise ValueError(f"method={name!r}: one of {known}")
+    return _Baseline(name, _baseline_config(recipe(recipe_name), overrides), device)
+
+
+def _baseline_config(config: DpdlConfig, overrides: Mapping[str, str]) -> BaselineConfig:
+    kinds = typing.get_type_hints(BaselineConfig)
+    values: dict[str, Any] = {}
+    for key, text in overrides.items():
+        if key not in kinds:
+            raise ValueError(f"{key}: no setting of a baseline; there are {', '.join(kinds)}")
+        try:
+            values[key] = kinds[key](text)
+        except ValueError:
+            raise ValueError(f"{key}={text}: need a whole number") from None
+    start = BaselineConfig(trunk=config.trunk, weights=config.weights, image_size=config.image_size)
+    return replace(start, **values)
+
+
+class _Dpdl:
+    def __init__(self, config: DpdlConfig, device: str) -> None:
+        self._config, self._device = config, device
+        self.image_size, self.batch_size = config.image_size, config.batch_size
+        self.settings = json.dumps({"method": "dpdl", **json.loads(to_json(config))})
+
+    def fit(
+        self,
+        images: Pixels,
+        normals: Sequence[int],
+        anomalies: Sequence[int],
+        seed: int,
+        tell: Progress,
+    ) -> Fitted:
+        started = time.perf_counter()
+        model = fit(
+            self._config,
+            ArraySource(images, normals),
+            images[list(anomalies)],
+            seed=seed,
+            device=self._device,
+            progress=lambda stage, share, figures: tell(stage, 0.9 * share, dict(figures)),
+        )
+
+        def judge(batch: Tensor) -> Judged:
+            found = model.score(batch)
+            return found.score.double().cpu().numpy(), found.maps.cpu().numpy()
+
+        return Fitted(time.perf_counter() - started, judge)
+
+
+class _Baseline:
+    def __init__(self, name: str, config: BaselineConfig, device: str) -> None:
+        self._name = name
+        self._trunk = FrozenTrunk(config, device)
+        self.image_size, self.batch_size = config.image_size, config.batch_size
+        self.settings = json.dumps({"method": name, **asdict(config)})
+
+    def fit(
+        self,
+        images: Pixels,
+        normals: Sequence[int],
+        anomalies: Sequence[int],
+        seed: int,
+        tell: Progress,
+    ) -> Fitted:
+        trunk = self._trunk
+        method = baselines.make(self._name, trunk)
+        started, spared = time.perf_counter(), trunk.saved_seconds
+        method.fit(
+            ArraySource(images, normals),
+            torch.from_numpy(images[list(anomalies)]),
+            seed=seed,
+            progress=lambda share: tell("training", 0.9 * share, {}),
+        )
+        seconds = time.perf_counter() - started + trunk.saved_seconds - spared
+
+        def judge(batch: Tensor) -> Judged:
+            found = method.score(batch)
+            maps = None if found.maps is None else found.maps.float().numpy()
+            return found.score.double().numpy(), maps
+
+        return Fitted(seconds, judge, lambda: trunk.saved_seconds)

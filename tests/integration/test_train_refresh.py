@@ -1,0 +1,358 @@
+"""Training on a real Ray with two workers, and refreshes that die, race and are poisoned.
+
+The images are 64 px noise plates, defects carry a bright square, so that the right verdict is
+known. Refresh needs no Ray: its tests start from a version that was fitted once, in this process.
+"""
+
+import io
+import json
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from dpdl_core import artifact
+from dpdl_core.config import override, recipe
+from dpdl_core.fit import fit
+from infra.errors import DataError, PointerConflict
+from infra.model_store import ModelStore
+from pipelines import decisions, refresh
+from pipelines.dataset_index import load_index, snapshot
+from pipelines.datasets import NewImage, import_dataset, put_incoming
+from pipelines.held_out import images
+from pipelines.promotion import load
+from pipelines.refresh import RefreshOptions, refresh_every, refresh_once
+from pipelines.registry import Registry
+from pipelines.scoring import calibrate, score_images
+from pipelines.sources import stack
+from pipelines.train import TrainOptions, train
+
+pytestmark = pytest.mark.integration
+
+SMALL = {
+    "image_size": "64",
+    "pooled_spaces": "7",
+    "patch_spaces": "5+7",
+    "patch_prototypes": "16",
+    "patch_side": "4",
+    "pseudo_normals": "16",
+    "folds": "2",
+}
+RATE = 0.1
+OPTIONS = RefreshOptions(model_name="plates", min_new=8)
+
+
+def plate(seed, *, spot=False, light=0):
+    """A 64 x 64 PNG of grey noise; with a bright square where it is a defect."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.normal(110 + light, 12, (64, 64))
+    if spot:
+        x, y = rng.integers(4, 40, 2)
+        pixels[y : y + 20, x : x + 20] = 250
+    out = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def new_plates(count, first=5000, **kinds):
+    return [NewImage(plate(first + i, **kinds), "cam-1") for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "plates"
+    for kind, count, spot in (("normal", 80, False), ("anomaly/spot", 16, True)):
+        (root / kind).mkdir(parents=True)
+        for i in range(count):
+            (root / kind / f"{i:03}.png").write_bytes(plate(i + 1000 * spot, spot=spot))
+    return root
+
+
+@pytest.fixture
+def dataset(settings, folder):
+    import_dataset(settings, folder, "plates", shots=6, calibration_share=0.4)
+    return load_index(settings, "plates")
+
+
+@pytest.fixture(scope="session")
+def fitted():
+    """Files of a version, filled by the first test that needs it: the data is the same in each."""
+    return {}
+
+
+@pytest.fixture
+def deployed(settings, dataset, fitted):
+    """A current version of model "plates", fitted on the data set without Ray."""
+    if not fitted:
+        config = override(recipe("edge"), SMALL)
+        normals = images(settings, dataset.keys("train", 0), 64)
+        defects = stack(images(settings, dataset.keys("train", 1), 64))
+        model = fit(config, normals, defects, seed=0)
+        held_out = images(settings, dataset.keys("calibration"), 64)
+        thresholds, _ = calibrate(score_images(model, held_out), [""] * held_out.num_images, RATE)
+        fitted.update(artifact.pack(model, thresholds=thresholds, metrics={}))
+    manifest = {
+        "kind": "train",
+        "created_at": "2026-01-01T00:00:00+00:00",
+        "parent": None,
+        "line": [],
+        "data": snapshot(dataset),
+        "false_alarm_rate": RATE,
+        "auroc": None,
+    }
+    store = ModelStore(settings)
+    store.put_version("plates", "train-0", fitted, manifest)
+    store.move_pointer("plates", "train-0", None, by="test", why="the first version")
+    return store
+
+
+def refreshes(store):
+    return [v for v in store.list_versions("plates") if v.startswith("refresh-")]
+
+
+def test_a_refresh_renews_calibrates_by_camera_and_moves_the_pointer(settings, deployed):
+    put_incoming(settings, "plates", new_plates(60))
+    report = refresh_once(settings, OPTIONS)
+    assert (report.decision, report.from_version) == ("promoted", "train-0"), report.why
+    pointer = deployed.current("plates")
+    assert (pointer.version, pointer.previous) == (report.to_version, "train-0")
+    assert pointer.why == report.why
+    assert report.new_normals == 60
+    assert report.renewal["kept"] + report.renewal["replaced"] > 0
+    loaded = load(deployed, "plates", report.to_version)
+    assert loaded.thresholds == report.thresholds_after
+    assert loaded.thresholds["false_alarm_rate"] == RATE
+    assert set(loaded.thresholds["cameras"]) == {"cam-1"}
+    assert refresh_once(settings, OPTIONS).decision == "none"
+
+
+def test_few_new_images_wait_for_company(settings, deployed):
+    put_incoming(settings, "plates", new_plates(5))
+    assert refresh_once(settings, OPTIONS).why == "5 new images, 8 are awaited"
+    put_incoming(settings, "plates", new_plates(5, first=6000))
+    assert refresh_once(settings, OPTIONS).new_normals == 10
+
+
+class Killed(BaseException):
+    """What a test raises where a process would be killed; nothing catches it."""
+
+
+STEPS = {
+    "before the version": ("store", "put_version", "before"),
+    "half way through the version": ("store", "_put_file", "after"),
+    "after the version": ("store", "put_version", "after"),
+    "before the pointer": ("store", "move_pointer", "before"),
+    "after the pointer": ("store", "move_pointer", "after"),
+    "after the record": ("decisions", "record", "after"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_refresh_killed_at_any_step_and_run_again_is_one_version_and_one_decision(
+    settings, deployed, monkeypatch, step
+):
+    put_incoming(settings, "plates", new_plates(20))
+    where, name, when = STEPS[step]
+    owner = ModelStore if where == "store" else decisions
+    real = getattr(owner, name)
+
+    def killed(*args, **kwargs):
+        if when == "after":
+            real(*args, **kwargs)
+        raise Killed(step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(Killed):
+            refresh_once(settings, OPTIONS)
+    refresh_once(settings, OPTIONS)
+    assert refresh_once(settings, OPTIONS).decision == "none"
+    (version,) = refreshes(deployed)
+    assert deployed.current("plates").version == version
+    assert [m.version for m in deployed.current("plates").moves] == ["train-0", version]
+    assert [d.candidate for d in decisions.recorded(settings, "plates")] == [version]
+    load(deployed, "plates", version)
+
+
+def test_two_refreshes_of_the_same_inputs_at_once_are_one(settings, deployed):
+    put_incoming(settings, "plates", new_plates(20))
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(lambda _: refresh_once(settings, OPTIONS), range(2)))
+    assert {report.decision for report in reports} <= {"promoted", "none"}
+    assert len(refreshes(deployed)) == 1
+    assert len(deployed.current("plates").moves) == 2
+
+
+def test_of_two_refreshes_with_different_inputs_one_wins_and_the_other_looks_again(
+    settings, deployed, monkeypatch
+):
+    put_incoming(settings, "plates", new_plates(20))
+    real = ModelStore.move_pointer
+
+    def another_is_quicker(self, *args, **kwargs):
+        monkeypatch.setattr(ModelStore, "move_pointer", real)
+        put_incoming(settings, "plates", new_plates(20, first=7000))
+        assert refresh_once(settings, OPTIONS).decision == "promoted"
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(ModelStore, "move_pointer", another_is_quicker)
+    with pytest.raises(PointerConflict):
+        refresh_once(settings, OPTIONS)
+    moves = deployed.current("plates").moves
+    assert len(moves) == 2
+    used = deployed.manifest("plates", moves[-1].version)["data"]["incoming"]
+    assert len(used) == 2  # the winner had seen both
+    assert refresh_once(settings, OPTIONS).decision == "none"
+
+
+def test_a_bad_candidate_is_held_and_its_inputs_do_not_come_again(settings, deployed, monkeypatch):
+    """The renewal is made to forget: all its energies in reverse."""
+    put_incoming(settings, "plates", new_plates(20))
+    real = refresh.renew
+
+    def spoiled(*args, **kwargs):
+        model, report = real(*args, **kwargs)
+        model.weights.neg_()
+        return model, report
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refresh, "renew", spoiled)
+        report = refresh_once(settings, OPTIONS)
+    assert report.decision == "held"
+    assert "AUROC falls" in report.why
+    assert deployed.current("plates").version == "train-0"
+    assert refresh_once(settings, OPTIONS).decision == "none"
+    assert Registry(settings, "plates").show(report.to_version)["decision"]["decision"] == "held"
+    put_incoming(settings, "plates", new_plates(20, first=8000))
+    second = refresh_once(settings, OPTIONS)
+    assert second.decision == "promoted"
+    assert len(deployed.manifest("plates", second.to_version)["data"]["incoming"]) == 1
+    assert refresh_once(settings, OPTIONS).decision == "none"
+
+
+def test_what_a_person_rolled_back_does_not_come_again(settings, deployed):
+    put_incoming(settings, "plates", new_plates(20))
+    promoted = refresh_once(settings, OPTIONS)
+    registry = Registry(settings, "plates")
+    assert [v.version for v in registry.list() if v.current] == [promoted.to_version]
+    assert registry.rollback("looks wrong").version == "train-0"
+    assert refresh_once(settings, OPTIONS).decision == "none"
+    with pytest.raises(DataError, match="no version before it"):
+        registry.rollback("further")
+    assert registry.promote(promoted.to_version, "was right").version == promoted.to_version
+
+
+def test_defects_among_the_new_normals_are_set_aside_and_listed(settings, deployed):
+    clean, poison = new_plates(40), new_plates(10, first=9000, spot=True)
+    put_incoming(settings, "plates", clean + poison)
+    report = refresh_once(settings, OPTIONS)
+    files = deployed.fetch("plates", report.to_version)
+    listed = {row["source"] for row in json.loads(files["set_aside.json"])}
+    spoiled = {f"incoming-{i}" for i in range(40, 50)}
+    assert len(listed & spoiled) >= 9
+    assert len(listed - spoiled) <= 6
+    assert report.set_aside == len(listed)
+    assert report.decision == "promoted", report.why
+    assert report.numbers["auroc_candidate"] >= report.numbers["auroc_current"] - 0.01
+
+
+def test_the_loop_goes_on_after_what_may_pass(settings, deployed, monkeypatch):
+    put_incoming(settings, "plates", new_plates(20))
+    real, failures = refresh.refresh_once, [PointerConflict("moved")]
+
+    def flaky(*args):
+        if failures:
+            raise failures.pop()
+        return real(*args)
+
+    monkeypatch.setattr(refresh, "refresh_once", flaky)
+    seen, stop = [], threading.Event()
+
+    def report(found):
+        seen.append(found)
+        if len(seen) == 2:
+            stop.set()
+
+    refresh_every(settings, OPTIONS, 0.01, report, stop)
+    assert isinstance(seen[0], PointerConflict)
+    assert seen[1].decision == "promoted"
+
+
+def test_without_a_model_refresh_says_what_to_do(settings, dataset):
+    with pytest.raises(DataError, match="dpdl train"):
+        refresh_once(settings, OPTIONS)
+
+
+# Training on Ray -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def ray_here():
+    import ray
+
+    from infra.ray_runtime import connect
+
+    connect()
+    yield
+    ray.shutdown()
+
+
+TRAIN = TrainOptions(
+    dataset="plates",
+    model_name="plates",
+    overrides=SMALL,
+    workers=2,
+    false_alarm_rate=RATE,
+)
+
+
+def test_two_workers_train_a_version_and_a_killed_one_is_started_again(settings, dataset, ray_here):
+    """kill -9 of a worker in the middle of the first attempt; the run ends in one version."""
+    stages, killed = [], []
+
+    def progress(stage, fraction, figures):
+        stages.append(stage)
+        if stage == "read" and not killed:
+            workers = [
+                p
+                for p in psutil.Process().children(recursive=True)
+                if any("RayTrainWorker" in part for part in p.cmdline())
+            ]
+            killed.append(workers[0].pid)
+            os.kill(workers[0].pid, signal.SIGKILL)
+
+    report = train(settings, TRAIN, progress)
+    assert killed
+    assert stages.count("read") > 2  # it began anew
+    assert (report.decision, report.why) == ("promoted", "the first version")
+    assert report.workers == 2
+    assert report.auroc > 0.9
+    assert 0 <= report.data_wait_share <= 1
+    store = ModelStore(settings)
+    assert store.list_versions("plates") == [report.version]
+    manifest = store.manifest("plates", report.version)
+    assert manifest["data"]["objects"] == snapshot(dataset)["objects"]
+    loaded = load(store, "plates", report.version)
+    held_out = images(settings, dataset.keys("calibration"), 64)
+    scores = score_images(loaded.model, held_out)
+    again, _ = calibrate(scores, [""] * len(scores), RATE)
+    assert again["default"] == pytest.approx(loaded.thresholds["default"], rel=1e-4)
+
+
+def test_training_again_goes_through_the_gate(settings, deployed, ray_here):
+    report = train(settings, TRAIN)
+    assert report.decision == "promoted", report.why
+    assert "AUROC on known defects" in report.why
+    assert deployed.current("plates").previous == "train-0"
+
+
+def test_a_worker_that_cannot_go_on_ends_the_run_in_one_line(settings, dataset, ray_here):
+    with pytest.raises(DataError, match="no such setting"):
+        train(settings, TrainOptions(dataset="plates", overrides={"nonsense": "1"}))
+    with pytest.raises(DataError, match="lower --workers"):
+        train(settings, TrainOptions(dataset="plates", overrides=SMALL, workers=64))
