@@ -26,6 +26,9 @@ def connect(*, dashboard: bool = False) -> None:
         return
     # Ray prints a paragraph on token authentication at every start, and usage hints.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray starts its workers at nice 15: on a busy machine the stream's scorer would then yield to
+    # everything else. Batch work makes itself nice instead (pipelines/train_worker.py).
+    os.environ.setdefault("RAY_worker_niceness", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     on_sigterm = signal.getsignal(signal.SIGTERM)

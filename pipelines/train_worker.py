@@ -37,6 +37,8 @@ from pipelines.sources import (
 )
 
 Figures = dict[str, Any]
+NICENESS = 5
+"""Training yields the cores to a stream that is scored on the same machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,7 @@ class _Worker:
     def __init__(self, job: TrainJob) -> None:
         context = ray.train.get_context()
         self.job = job
+        os.nice(NICENESS)
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         # Workers that share a machine share its cores: more threads than cores only thrash.
