@@ -244,12 +244,24 @@ def _security(kafka: KafkaSettings) -> dict[str, Any]:
 
 
 class _Manager(KafkaConnectionManager):  # type: ignore[misc]
-    """Remembers why the first connection failed.
+    """Remembers why the first connection failed, and hears a broker's last words.
 
-    kafka-python 3.0.12 only logs that, and reports a wrong password as a timeout.
+    kafka-python 3.0.12 only logs the first, and reports a wrong password as a timeout. It also
+    drops what arrives together with the end of a connection, and a refused login is just that.
     """
 
     failure: Exception | None = None
+
+    async def _build_transport(self, node: Any, **options: Any) -> Any:
+        transport = await super()._build_transport(node, **options)
+        receive = transport._sock_recv
+
+        def receive_all() -> tuple[bytes, Exception | None]:
+            data, error = receive()
+            return data, None if data else error  # the end is still there at the next read
+
+        transport._sock_recv = receive_all
+        return transport
 
     def get_connection(self, node_id: Any, **options: Any) -> Any:
         # Before the first metadata only: later, a broker that restarts may be not ready to

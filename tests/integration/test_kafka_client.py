@@ -1,0 +1,284 @@
+"""Kafka clients on a real broker: sizes, seeking, credentials, deadlines, a broker that dies."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import ConfigResource
+from kafka.errors import NoOffsetForPartitionError, OffsetOutOfRangeError
+from pydantic import SecretStr
+
+from infra.embedded import Stack
+from infra.errors import (
+    AuthFailed,
+    BadFrame,
+    DataError,
+    NotFound,
+    ServiceUnavailable,
+    SettingsError,
+)
+from infra.kafka_client import (
+    BOOTSTRAP_TIMEOUT_S,
+    MAX_RECORD_BYTES,
+    beginning_offsets,
+    end_offsets,
+    ensure_topics,
+    kafka_errors,
+    make_admin,
+    make_consumer,
+    make_producer,
+    send_dead,
+)
+from infra.messages import MAX_FRAME_BYTES, FrameRecord, frame_headers
+from infra.settings import Settings
+
+pytestmark = pytest.mark.integration
+MAKERS: list[Callable[[Settings], Any]] = [make_producer, make_consumer, make_admin]
+
+
+def changed(settings: Settings, **fields: Any) -> Settings:
+    return settings.model_copy(update={"kafka": settings.kafka.model_copy(update=fields)})
+
+
+def send(producer: KafkaProducer, settings: Settings, value: bytes, key: bytes = b"cam-1") -> int:
+    headers = frame_headers(5, "image/jpeg")
+    sent = producer.send(settings.kafka.topic, value=value, key=key, headers=headers)
+    return int(sent.get(timeout=60).offset)
+
+
+def read(consumer: KafkaConsumer, number: int, within_s: float = 30) -> list[Any]:
+    records: list[Any] = []
+    deadline = time.monotonic() + within_s
+    while len(records) < number and time.monotonic() < deadline:
+        for polled in consumer.poll(timeout_ms=500).values():
+            records += polled
+    return records
+
+
+def at(settings: Settings, partition: int, offset: int, topic: str = "") -> KafkaConsumer:
+    consumer = make_consumer(settings)
+    place = TopicPartition(topic or settings.kafka.topic, partition)
+    consumer.assign([place])
+    consumer.seek(place, offset)
+    return consumer
+
+
+def test_topics_are_made_once_as_the_settings_say(settings: Settings) -> None:
+    wanted = changed(settings, partitions=3, retention_hours=0.5, retention_mb=1024)
+    ensure_topics(wanted)
+    ensure_topics(changed(settings, partitions=5))  # what is there stays as it is
+    assert end_offsets(settings, settings.kafka.topic) == {0: 0, 1: 0, 2: 0}
+    assert end_offsets(settings, settings.kafka.dead_topic) == {0: 0}
+    admin = make_admin(settings)
+    found = admin.describe_configs([ConfigResource("topic", settings.kafka.topic)])
+    admin.close()
+    text = str(found)
+    for value in ("1800000", str(2**30), str(MAX_RECORD_BYTES)):
+        assert value in text
+
+
+def test_a_missing_topic_is_told(settings: Settings) -> None:
+    with pytest.raises(NotFound, match=f"no topic {settings.kafka.topic}"):
+        end_offsets(settings, settings.kafka.topic)
+
+
+def test_a_frame_arrives_and_is_read_from_a_given_offset(settings: Settings) -> None:
+    ensure_topics(changed(settings, partitions=1))
+    producer = make_producer(settings)
+    assert [send(producer, settings, b"image %d" % n) for n in range(5)] == list(range(5))
+    consumer = at(settings, 0, 3)
+    frames = [FrameRecord.from_kafka(record) for record in read(consumer, 2)]
+    assert [frame.image for frame in frames] == [b"image 3", b"image 4"]
+    assert frames[0].frame_id == f"{settings.kafka.topic}/0/3"
+    assert (frames[0].camera, frames[0].captured_at_ns) == ("cam-1", 5)
+    assert end_offsets(settings, settings.kafka.topic) == {0: 5}
+    assert beginning_offsets(settings, settings.kafka.topic) == {0: 0}
+    consumer.close()
+    producer.close()
+
+
+def test_a_camera_keeps_to_one_partition_in_order(settings: Settings) -> None:
+    ensure_topics(settings)
+    producer = make_producer(settings)
+    for n in range(40):
+        send(producer, settings, b"%d" % n, key=b"cam-%d" % (n % 4))
+    producer.close()
+    consumer = make_consumer(settings)
+    places = [TopicPartition(settings.kafka.topic, p) for p in range(settings.kafka.partitions)]
+    consumer.assign(places)
+    for place in places:
+        consumer.seek(place, 0)
+    by_camera: dict[bytes, list[Any]] = {}
+    for record in read(consumer, 40):
+        by_camera.setdefault(record.key, []).append(record)
+    consumer.close()
+    assert len(by_camera) == 4
+    for records in by_camera.values():
+        assert len({record.partition for record in records}) == 1
+        numbers = [int(record.value) for record in records]
+        assert numbers == sorted(numbers)
+        assert len(numbers) == 10
+
+
+def test_no_frame_is_skipped_in_silence(settings: Settings) -> None:
+    """A forgotten seek and a position that retention removed are errors, not a new position."""
+    ensure_topics(changed(settings, partitions=1))
+    producer = make_producer(settings)
+    for n in range(3):
+        send(producer, settings, b"%d" % n)
+    producer.close()
+    place = TopicPartition(settings.kafka.topic, 0)
+
+    forgetful = make_consumer(settings)
+    forgetful.assign([place])
+    with pytest.raises(NoOffsetForPartitionError):
+        read(forgetful, 1)
+    forgetful.close()
+
+    admin = make_admin(settings)
+    admin.delete_records({place: 2})
+    admin.close()
+    assert beginning_offsets(settings, settings.kafka.topic) == {0: 2}
+    late = at(settings, 0, 0)
+    with pytest.raises(OffsetOutOfRangeError):
+        read(late, 1)
+    late.seek(place, 2)
+    assert [record.offset for record in read(late, 1)] == [2]
+    late.close()
+
+
+def test_an_oversized_frame_arrives_and_becomes_a_dead_letter(settings: Settings) -> None:
+    ensure_topics(changed(settings, partitions=1))
+    producer = make_producer(settings)
+    large = bytes(MAX_FRAME_BYTES)
+    assert send(producer, settings, large) == 0
+    assert send(producer, settings, large + b"x") == 1
+    consumer = at(settings, 0, 0)
+    good, bad = read(consumer, 2)
+    assert len(FrameRecord.from_kafka(good).image) == MAX_FRAME_BYTES
+    with pytest.raises(BadFrame) as raised:
+        FrameRecord.from_kafka(bad)
+    dead_topic = settings.kafka.dead_topic
+    send_dead(producer, dead_topic, bad, raised.value.reason).get(timeout=60)
+    [dead] = read(at(settings, 0, 0, dead_topic), 1)
+    assert (dead.key, len(dead.value)) == (b"cam-1", MAX_FRAME_BYTES + 1)
+    headers = dict(dead.headers)
+    assert headers["dead-reason"] == b"too-large"
+    assert headers["dead-frame"] == f"{settings.kafka.topic}/0/1".encode()
+    assert headers["captured-at"] == b"5"
+    consumer.close()
+    producer.close()
+
+
+def test_a_record_with_no_key_and_no_value_is_kept_too(settings: Settings) -> None:
+    ensure_topics(changed(settings, partitions=1))
+    producer = make_producer(settings)
+    producer.send(settings.kafka.topic, value=None, key=b"cam", headers=[("h", b"")]).get(30)
+    [record] = read(at(settings, 0, 0), 1)
+    send_dead(producer, settings.kafka.dead_topic, record, "empty").get(timeout=30)
+    nothing = record._replace(key=None) if hasattr(record, "_replace") else record
+    send_dead(producer, settings.kafka.dead_topic, nothing, "no-key").get(timeout=30)
+    dead = read(at(settings, 0, 0, settings.kafka.dead_topic), 2)
+    assert [dict(each.headers)["dead-reason"] for each in dead] == [b"empty", b"no-key"]
+    producer.close()
+
+
+def test_a_record_beyond_kafkas_limit_is_a_data_error(settings: Settings) -> None:
+    ensure_topics(settings)
+    producer = make_producer(settings)
+    with pytest.raises(DataError, match="too large"), kafka_errors(settings.kafka):
+        producer.send(settings.kafka.topic, bytes(MAX_RECORD_BYTES + 2 * 2**20)).get(30)
+    producer.close()
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize(
+    "fields", [{"sasl_password": SecretStr("wrong-secret")}, {"sasl_username": "nobody"}]
+)
+def test_wrong_credentials_are_one_line_and_leave_no_thread(
+    settings: Settings, make: Callable[[Settings], Any], fields: dict[str, Any]
+) -> None:
+    before = set(threading.enumerate())
+    started = time.monotonic()
+    with pytest.raises(AuthFailed, match=r"kafka\.sasl_password") as raised:
+        make(changed(settings, **fields))
+    assert time.monotonic() - started < BOOTSTRAP_TIMEOUT_S
+    assert "\n" not in str(raised.value)
+    assert "wrong-secret" not in str(raised.value)
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bootstrap": "127.0.0.1:1"},
+        {"bootstrap": "nowhere.invalid:9092"},
+        {"security_protocol": "PLAINTEXT"},
+        {"security_protocol": "SASL_SSL"},
+    ],
+)
+def test_no_kafka_there_is_an_error_in_time_and_leaves_no_thread(
+    settings: Settings, fields: dict[str, Any]
+) -> None:
+    before = set(threading.enumerate())
+    started = time.monotonic()
+    with pytest.raises(ServiceUnavailable, match=r"dpdl status.*security_protocol") as raised:
+        make_consumer(changed(settings, **fields))
+    assert time.monotonic() - started < BOOTSTRAP_TIMEOUT_S + 3
+    assert "\n" not in str(raised.value)
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"bootstrap": ""}, "DPDL_KAFKA_BOOTSTRAP"),
+        ({"security_protocol": "SASL_SSL", "tls_ca": "/nowhere/ca.pem"}, "no such file"),
+    ],
+)
+def test_what_is_missing_is_named(settings: Settings, fields: dict[str, Any], found: str) -> None:
+    values = {**settings.kafka.model_dump(), **fields}
+    incomplete = settings.model_copy(update={"kafka": type(settings.kafka)(**values)})
+    with pytest.raises(SettingsError, match=found):
+        make_consumer(incomplete)
+
+
+def test_no_password_is_logged_even_when_debugging(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """kafka-python logs its whole configuration."""
+    caplog.set_level(logging.DEBUG)
+    for make in MAKERS:
+        make(settings).close()
+    secret = settings.kafka.sasl_password
+    assert secret is not None
+    assert "sasl_plain_password" in caplog.text
+    assert secret.get_secret_value() not in caplog.text
+
+
+def test_clients_outlive_a_broker_that_is_killed(settings: Settings, stack: Stack) -> None:
+    ensure_topics(changed(settings, partitions=1))
+    producer, consumer = make_producer(settings), at(settings, 0, 0)
+    send(producer, settings, b"before")
+    assert [record.value for record in read(consumer, 1)] == [b"before"]
+    stack.kill("kafka")
+    topic = settings.kafka.topic
+    late = [producer.send(topic, value=b"late %d" % n, key=b"cam-1") for n in range(3)]
+    try:
+        with pytest.raises(ServiceUnavailable):
+            end_offsets(settings, topic)
+    finally:
+        stack.start_service("kafka")
+    started = time.monotonic()
+    assert [future.get(timeout=60).offset for future in late] == [1, 2, 3]
+    assert [record.value for record in read(consumer, 3)] == [b"late 0", b"late 1", b"late 2"]
+    assert time.monotonic() - started < 30
+    assert end_offsets(settings, topic) == {0: 4}
+    consumer.close()
+    producer.close()
