@@ -45,7 +45,7 @@ from pipelines.dataset_index import (
 from pipelines.gate import GateLimits, Verdict
 from pipelines.held_out import HeldOut, images, is_held_out
 from pipelines.promotion import code_version, consider, load
-from pipelines.scoring import calibrate
+from pipelines.scoring import calibrate, yield_cores
 from pipelines.sources import RowRef, row_groups, stack
 
 
@@ -105,10 +105,12 @@ def refresh_once(
     """Bring the current model up to what is in incoming/ now.
 
     Raises DataError where there is no current version or its data set is gone, PointerConflict
-    (retryable) when another process moved the pointer meanwhile: nothing is used up then.
+    (retryable) when another process moved the pointer meanwhile: nothing is used up then. The
+    calling thread is nice from here on.
     """
     options = options or RefreshOptions()
     started = time.perf_counter()
+    yield_cores()
     store = ModelStore(settings)
     name = options.model_name
     pointer = store.current(name)

@@ -7,6 +7,8 @@ Letters: N images.
 from __future__ import annotations
 
 import math
+import os
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -19,6 +21,7 @@ from dpdl_core.model import Dpdl
 from pipelines.sources import RowRef
 
 SCORE_BATCH = 32
+NICENESS = 5
 
 Scores = npt.NDArray[np.float64]
 
@@ -80,3 +83,13 @@ def alarms(scores: Scores, cameras: Sequence[str], thresholds: dict[str, Any]) -
     """bool (N,): which scores would alert, each by its camera's threshold."""
     limits = np.array([thresholds["cameras"].get(c, thresholds["default"]) for c in cameras])
     return np.asarray(scores > limits)
+
+
+def yield_cores() -> None:
+    """Make this thread, and those that torch starts for it, yield to a stream on the same machine.
+
+    Linux keeps niceness by thread. Only ever upwards: going back needs privileges.
+    """
+    thread = threading.get_native_id()
+    if os.getpriority(os.PRIO_PROCESS, thread) < NICENESS:
+        os.setpriority(os.PRIO_PROCESS, thread, NICENESS)

@@ -26,7 +26,7 @@ from dpdl_core import artifact
 from dpdl_core.config import from_json
 from dpdl_core.fit import fit
 from dpdl_core.metrics import auroc, average_precision
-from pipelines.scoring import calibrate, score_images
+from pipelines.scoring import calibrate, score_images, yield_cores
 from pipelines.sources import (
     RowGroup,
     StreamedImages,
@@ -37,8 +37,6 @@ from pipelines.sources import (
 )
 
 Figures = dict[str, Any]
-NICENESS = 5
-"""Training yields the cores to a stream that is scored on the same machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +105,7 @@ class _Worker:
     def __init__(self, job: TrainJob) -> None:
         context = ray.train.get_context()
         self.job = job
-        os.nice(NICENESS)
+        yield_cores()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         # Workers that share a machine share its cores: more threads than cores only thrash.
