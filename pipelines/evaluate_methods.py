@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 import typing
@@ -106,10 +107,16 @@ class _Dpdl:
         return Fitted(time.perf_counter() - started, judge)
 
 
+@functools.lru_cache(maxsize=1)
+def _frozen_trunk(config: BaselineConfig, device: str) -> FrozenTrunk:
+    """One for all baselines that a process compares: they look at the same images."""
+    return FrozenTrunk(config, device)
+
+
 class _Baseline:
     def __init__(self, name: str, config: BaselineConfig, device: str) -> None:
         self._name = name
-        self._trunk = FrozenTrunk(config, device)
+        self._trunk = _frozen_trunk(config, device)
         self.image_size, self.batch_size = config.image_size, config.batch_size
         self.settings = json.dumps({"method": name, **asdict(config)})
 

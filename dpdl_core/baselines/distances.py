@@ -65,30 +65,24 @@ class PatchBank:
 class Tail:
     """-log P(value or more | normal), from values of normals the fit had not seen.
 
-    Empirical below the upper tenth, exponential above it: beyond the largest normal an empirical
-    tail is flat, and every anomaly would tie with every other.
+    Empirical up to the largest normal; linear beyond it, in units of its distance from the
+    median, since an empirical tail is flat there and every clear anomaly would tie.
     """
 
     sorted_values: Tensor
-    knee: float
-    excess: float
 
     @classmethod
     def fit(cls, held_out: Tensor) -> Tail:
-        values = held_out.double().sort().values
-        above = max(1, len(values) // 10)
-        knee = values[-above - 1] if len(values) > above else values[0]
-        excess = (values[-above:] - knee).mean().clamp_min(1e-12)
-        return cls(values, float(knee), float(excess))
+        """From values (N,)."""
+        return cls(held_out.double().sort().values)
 
     def __call__(self, value: Tensor) -> Tensor:
-        v = value.double()
-        n = len(self.sorted_values)
-        rank = torch.searchsorted(self.sorted_values, v, side="left")
-        at_knee = torch.searchsorted(self.sorted_values, torch.tensor(self.knee, dtype=v.dtype))
-        empirical = -torch.log((n - rank + 1).double() / (n + 1))
-        base = -torch.log((n - at_knee + 1).double() / (n + 1))
-        return torch.where(v > self.knee, base + (v - self.knee) / self.excess, empirical)
+        """(B,) -> (B,) float64, >= 0."""
+        v, known = value.double().contiguous(), self.sorted_values
+        n, top = len(known), known[-1]
+        at_least = n - torch.searchsorted(known, v, side="left")
+        spread = (top - known[n // 2]).clamp_min(1e-12)
+        return -torch.log((at_least + 1) / (n + 1)) + (v - top).clamp_min(0) / spread
 
 
 def cross_fitted(
