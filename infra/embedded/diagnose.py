@@ -10,7 +10,7 @@ _QUOTE_CHARS = 200
 _TROUBLE = re.compile(r"\b(FATAL|ERROR|F\d{4}|E\d{4})\b|error|exception|cannot|fail", re.IGNORECASE)
 _STACK_TRACE = re.compile(r"^\s+at |^\s*\.\.\. \d+ more|^\s*$")
 _ADVICE = (
-    (r"address already in use|failed to bind|already in use", "a port is taken: start again"),
+    (r"already in use|failed to bind|failed listening", "a port is taken: start again"),
     (r"no space left|disk full|quota exceeded", "the disk is full: free some space"),
     (
         r"out ?of ?memory|cannot allocate|insufficient memory|could not reserve",

@@ -27,8 +27,8 @@ _OPTIONS = (
     "-XX:-UsePerfData",
     "--sun-misc-unsafe-memory-access=allow",  # Kafka needs it; else four lines of warning
     "-Djava.awt.headless=true",
-    f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}",
 )
+_LOGGING = f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties')}"
 ARCHIVE_PREFIX = "kafka-"
 _NUM_DOWNLOADS = 6
 _TIMEOUT_S = 60
@@ -100,7 +100,7 @@ def command(
         aot = [f"-XX:AOTCacheOutput={record_to}"]
     else:
         aot = [f"-XX:AOTCache={archive}"] if archive.exists() else []
-    return [str(program()), "-Xmx512m", *aot, *_OPTIONS, "-cp", classes]
+    return [str(program()), "-Xmx512m", *aot, *_OPTIONS, _LOGGING, "-cp", classes]
 
 
 def archive_path(cache_dir: Path) -> Path:

@@ -227,17 +227,17 @@ class Stack:
         place = self._place(service, keep_ports=True)
         deadline = time.monotonic() + self._deadline_s
         while not self._cancel.is_set():
+            # Before the probe: if it is gone, somebody else may be answering on its port.
             guard = self._guards.get(name)
-            try:
-                service.probe(place)
-            except Exception as error:  # whatever the client raises while it does not serve
-                last = error
-            else:
-                return
             if (guard and guard.poll() is not None) or not (guard or self._record(name)):
                 raise ServiceUnavailable(
                     explain(f"{service.title} ended while it started", self.log_path(name))
                 )
+            try:
+                service.probe(place)
+                return
+            except Exception as error:  # whatever the client raises while it does not serve
+                last = error
             if time.monotonic() > deadline:
                 found = f"{service.title} does not serve after {self._deadline_s:.0f} s ({last})"
                 raise ServiceUnavailable(explain(found, self.log_path(name)))

@@ -48,6 +48,8 @@ class Valkey:
 
     def probe(self, place: Place) -> None:
         import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
 
         with redis.Redis(
             host=HOST,
@@ -55,6 +57,7 @@ class Valkey:
             password=place.secrets["password"],
             socket_timeout=PROBE_TIMEOUT_S,
             socket_connect_timeout=PROBE_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),  # the client's own ten tries would hide a dead server
         ) as client:
             client.ping()  # raises BusyLoadingError while it reads the append-only file
 
