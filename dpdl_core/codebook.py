@@ -121,9 +121,10 @@ class Refreshed:
     log_weights: Tensor
     """(C,), sum to one under exp."""
     overlap: Tensor
-    """(C,), members kept over the larger of old and new membership, in [0, 1]."""
+    """(C,), the share of a prototype's present members that were its own before, in [0, 1].
+    What it lost does not count: strangers may have stood nearest to it for want of another."""
     kept: Tensor
-    """(C,) bool: more than half of it goes on."""
+    """(C,) bool: overlap above `min_overlap`."""
     replaced: Tensor
     """(C,) bool: not kept; a new thing under an old number. Its optimiser moments are void."""
     revived: Tensor
@@ -161,7 +162,7 @@ def refresh(
     order = match(old, new, num_codes)
     old_counts, new_counts = together.sum(1), book.counts[order]
     shared = together[torch.arange(num_codes, device=x.device), order]
-    overlap = shared / torch.maximum(old_counts, new_counts).clamp_min(1)
+    overlap = shared / new_counts.clamp_min(1)
     kept = overlap > min_overlap
     dead_below = DEAD_SHARE * old_counts.sum() / num_codes
 
@@ -300,13 +301,15 @@ def _lloyd(x: Tensor, center: Tensor, codes: Tensor, iterations: int, tolerance:
         settled = not changed or best - inertia <= tolerance * inertia
         if not empty.any() and (settled or iteration >= iterations):
             break
-        before, best = step.nearest, inertia
-        codes = torch.where(
-            empty.unsqueeze(1), codes, (all_sum(step.sums) / counts.unsqueeze(1)).to(codes)
-        )
         if empty.any():
+            # Before any other code moves: strangers leave for the code set among them, and do
+            # not drag away the one they stood nearest to.
+            codes = codes.clone()
             codes[empty] = _largest(x, step.distances, empty.sum()) - center
-            best = float("inf")
+            before, best = None, float("inf")
+        else:
+            codes = (all_sum(step.sums) / counts.unsqueeze(1)).to(codes)
+            before, best = step.nearest, inertia
     return _Run(codes, step.nearest, counts, inertia)
 
 
