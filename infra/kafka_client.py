@@ -64,7 +64,7 @@ def make_producer(settings: Settings) -> KafkaProducer:
         max_block_ms=int(BOOTSTRAP_TIMEOUT_S * 1000),
         delivery_timeout_ms=60_000,
         linger_ms=2,  # lets small frames of one poll share a request; JPEG gains no compression
-        batch_size=512 * 1024,
+        batch_size=2**20,  # kafka-python's 16 KiB would make every frame a request of its own
     )
 
 

@@ -237,7 +237,7 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     state_dir = Path(values.get("state_dir", ".dpdl")).expanduser().absolute()
     values["state_dir"] = state_dir
     services = services_file(state_dir)
-    if services.exists():
+    if _exists(services):
         add(_embedded_only(_from_yaml(services), origins))
 
     try:
@@ -257,6 +257,13 @@ def _config_file(environ: Mapping[str, str]) -> Path | None:
     if named:
         raise SettingsError(f"{CONFIG_VARIABLE}={named}: no such file. Create it or unset it")
     return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a folder of another user
+        raise SettingsError(f"{path}: {error.strerror}. Set DPDL_STATE_DIR to your own") from None
 
 
 _Layer = dict[str, tuple[Any, str]]
