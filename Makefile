@@ -25,7 +25,7 @@ bench: setup  ## Measure scoring against the bare trunk
 
 setup: .venv/.installed  ## Make .venv with the packages and the embedded services (the other targets call it)
 
-.venv/.installed: pyproject.toml constraints.txt infra/embedded/requirements.txt infra/embedded/jars.lock
+.venv/.installed: pyproject.toml constraints.txt infra/embedded/requirements.txt infra/embedded/jars.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "dpdl: found $$($(PYTHON) --version 2>&1), want Python 3.11 or newer: install it, or make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
@@ -34,8 +34,8 @@ setup: .venv/.installed  ## Make .venv with the packages and the embedded servic
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r infra/embedded/requirements.txt && \
 	 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,demo,dev]' || \
 	  { echo "dpdl: the packages did not install (see above): a network and 8 GB of disk are needed once; then run make again"; exit 1; }
-	@echo "dpdl: fetching Apache Kafka's jars (44 MB) and checking their hashes"
-	@$(BIN)/python -m infra.embedded.jars
+	@echo "dpdl: preparing the embedded services: Apache Kafka (jars by hash), SeaweedFS, Valkey"
+	@$(BIN)/python -m infra.embedded
 	@touch $@
 
 clean:  ## Remove .venv and the demo's state (.dpdl)

@@ -19,11 +19,11 @@ from infra.embedded.kafka import Kafka
 from infra.embedded.process import Record, spawn
 from infra.embedded.service import Place
 
-_DEADLINE_S = 180.0
+_DEADLINE_S = 300.0
 
 
 def record(cache_dir: Path, say: Callable[[str], None]) -> Path | None:
-    """Make the cache if it is not there: 15 s. None when it cannot be made; Kafka runs without."""
+    """Make the cache if it is not there: 15 s on two idle cores. None when it cannot be made; Kafka runs without."""
     jvm.class_path(cache_dir, say)
     archive = jvm.archive_path(cache_dir)
     if archive.exists():
