@@ -30,6 +30,10 @@ def connect(*, dashboard: bool = False) -> None:
     # Ray starts its workers at nice 15: on a busy machine the stream's scorer would then yield to
     # everything else. Batch work makes itself nice instead (pipelines/train_worker.py).
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Serve gives its HTTP proxy five seconds to import everything, kills it, and tries again: on a
+    # busy machine for ever.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "30")
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     on_sigterm = signal.getsignal(signal.SIGTERM)

@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import ApplicationStatus
 
@@ -143,9 +144,15 @@ def deploy(
     if not _serve_runs():
         _check_port(host, port)
     say(f"starting the stream application on http://{host}:{port}/")
-    serve.start(
-        proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port)
-    )
+    try:
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port)
+        )
+    except (RayError, TimeoutError) as error:
+        raise ServiceUnavailable(
+            f"Ray Serve did not start ({type(error).__name__}): try again, and look at the logs "
+            "under /tmp/ray/session_latest/logs/serve"
+        ) from error
     app = build(AppArgs(model_name=model_name, consumers=consumers, device=device))
     serve.run_many(
         [serve.RunTarget(app, name=APP_NAME, route_prefix="/")],
