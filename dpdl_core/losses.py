@@ -95,7 +95,7 @@ class RunningMargin(nn.Module):
 def literal_normal_loss(bridge: Bridge, x: Tensor, bound: float = 10.0) -> Tensor:
     """Eq. 16 with only its formulas mended: mean log varpi(x) - mean_c log phi1(p_c), in units
     of eps, clamped to +-bound. Its minimum is not a bridge; expect it to diverge."""
-    return (_literal(bridge, x)).clamp(-bound, bound)
+    return _literal(bridge, x).clamp(-bound, bound)
 
 
 def literal_anomaly_loss(bridge: Bridge, x: Tensor, bound: float = 10.0) -> Tensor:
