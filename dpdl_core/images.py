@@ -10,7 +10,8 @@ What is done to an image, always and in this order:
    BMP, GIF, PPM, TIFF and WebP by Pillow;
 3. 16 bit becomes 8 bit by v / 257 rounded, grey is repeated, alpha is dropped, CMYK goes through
    Pillow's conversion, and EXIF orientation is ignored: a camera does not turn its head between
-   frames, and turning pixels by a tag would let a tag change a score;
+   frames, and turning pixels by a tag would let a tag change a score (TIFF's own orientation says
+   how its rows are stored, and is followed);
 4. it is squashed to S x S without a crop: linear up to a factor of 2, area means above it.
 """
 

@@ -108,16 +108,16 @@ class _Dpdl:
 
 
 @functools.lru_cache(maxsize=1)
-def _frozen_trunk(config: BaselineConfig, device: str) -> FrozenTrunk:
+def _frozen_trunk(name: str, weights: str, device: str) -> FrozenTrunk:
     """One for all baselines that a process compares: they look at the same images."""
-    return FrozenTrunk(config, device)
+    return FrozenTrunk(name, weights, device=device)
 
 
 class _Baseline:
     def __init__(self, name: str, config: BaselineConfig, device: str) -> None:
-        self._name = name
-        self._trunk = _frozen_trunk(config, device)
-        self.image_size, self.batch_size = config.image_size, config.batch_size
+        self._name, self._config = name, config
+        self._trunk = _frozen_trunk(config.trunk, config.weights, device)
+        self.image_size, self.batch_size = config.image_size, self._trunk.batch_size
         self.settings = json.dumps({"method": name, **asdict(config)})
 
     def fit(
@@ -129,7 +129,7 @@ class _Baseline:
         tell: Progress,
     ) -> Fitted:
         trunk = self._trunk
-        method = baselines.make(self._name, trunk)
+        method = baselines.make(self._name, trunk, self._config)
         started, spared = time.perf_counter(), trunk.saved_seconds
         method.fit(
             ArraySource(images, normals),

@@ -99,7 +99,7 @@ def draw_report(
     # Not pyplot: that would choose a backend for the whole process, and keep the figure.
     figure = Figure(figsize=(1.55 * columns, 9.6), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(4, columns, height_ratios=(2.2, 1, 1, 0.05))
+    grid = figure.add_gridspec(3, columns, height_ratios=(2.2, 1, 1))
     figure.suptitle(title)
     _draw_scores(figure.add_subplot(grid[0, : columns // 2]), *curves[0])
     _draw_roc(figure.add_subplot(grid[0, columns // 2 :]), curves)

@@ -17,9 +17,9 @@ from dpdl_core.baselines.tails import Tails
 
 __all__ = ["BASELINES", "Baseline", "BaselineConfig", "FrozenTrunk", "Judgement", "make"]
 
-_MAKERS: dict[str, Callable[[FrozenTrunk], Baseline]] = {
-    "mahalanobis": lambda trunk: Mahalanobis(trunk, all_stages=False),
-    "mahalanobis-all": lambda trunk: Mahalanobis(trunk, all_stages=True),
+_MAKERS: dict[str, Callable[[FrozenTrunk, BaselineConfig], Baseline]] = {
+    "mahalanobis": lambda trunk, config: Mahalanobis(trunk, all_stages=False),
+    "mahalanobis-all": lambda trunk, config: Mahalanobis(trunk, all_stages=True),
     "knn": NearestPatches,
     "tails": Tails,
     "devnet": DevNet,
@@ -28,8 +28,8 @@ _MAKERS: dict[str, Callable[[FrozenTrunk], Baseline]] = {
 BASELINES = tuple(_MAKERS)
 
 
-def make(name: str, trunk: FrozenTrunk) -> Baseline:
+def make(name: str, trunk: FrozenTrunk, config: BaselineConfig) -> Baseline:
     """An unfitted baseline on a trunk that several may share. Raises ValueError for a bad name."""
     if name not in _MAKERS:
         raise ValueError(f"method={name!r}: one of {', '.join(BASELINES)}")
-    return _MAKERS[name](trunk)
+    return _MAKERS[name](trunk, config)

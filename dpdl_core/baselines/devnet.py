@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpdl_core.baselines.base import Judgement, Progress, sample_images
 from dpdl_core.baselines.distances import mean_on_finest
-from dpdl_core.baselines.frozen import FrozenTrunk
+from dpdl_core.baselines.frozen import BaselineConfig, FrozenTrunk
 from dpdl_core.baselines.supervised import (
     BATCH,
     STEPS_PER_EPOCH,
@@ -29,15 +29,15 @@ EPOCHS = 50
 
 
 class DevNet:
-    def __init__(self, trunk: FrozenTrunk) -> None:
-        self._trunk = trunk
+    def __init__(self, trunk: FrozenTrunk, config: BaselineConfig) -> None:
+        self._trunk, self._config = trunk, config
 
     def fit(
         self, normals: ImageSource, anomalies: Tensor, *, seed: int, progress: Progress
     ) -> None:
         """anomalies uint8 (M, S, S, 3), M >= 1."""
         with seeded(seed) as generator:
-            pool = sample_images(normals, self._trunk.config.max_pool, generator)
+            pool = sample_images(normals, self._config.max_pool, generator)
             normal = two_scales(self._trunk, pool)
             seen = two_scales(self._trunk, anomalies)
             self._head = TopKHead(normal[0].shape[1])
@@ -54,7 +54,7 @@ class DevNet:
             train(
                 self._head,
                 loss,
-                self._trunk.config.iterations or EPOCHS * STEPS_PER_EPOCH,
+                self._config.iterations or EPOCHS * STEPS_PER_EPOCH,
                 progress,
             )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dpdl_core.augment import cut_paste
 from dpdl_core.baselines.base import Judgement, Progress, sample_images
 from dpdl_core.baselines.distances import mean_on_finest
-from dpdl_core.baselines.frozen import FrozenTrunk
+from dpdl_core.baselines.frozen import BaselineConfig, FrozenTrunk
 from dpdl_core.baselines.supervised import (
     BATCH,
     STEPS_PER_EPOCH,
@@ -70,15 +70,15 @@ def pseudo_anomalies(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Dra:
-    def __init__(self, trunk: FrozenTrunk) -> None:
-        self._trunk = trunk
+    def __init__(self, trunk: FrozenTrunk, config: BaselineConfig) -> None:
+        self._trunk, self._config = trunk, config
 
     def fit(
         self, normals: ImageSource, anomalies: Tensor, *, seed: int, progress: Progress
     ) -> None:
         """anomalies uint8 (M, S, S, 3), M >= 1."""
         with seeded(seed) as generator:
-            images = sample_images(normals, self._trunk.config.max_pool, generator)
+            images = sample_images(normals, self._config.max_pool, generator)
             kinds = [
                 two_scales(self._trunk, images),
                 two_scales(self._trunk, pseudo_anomalies(images, generator)),
@@ -100,7 +100,7 @@ class Dra:
                 references = rows(normal, draw(NUM_REFERENCES, len(images), generator))
                 return self._loss(self._judge(batch, references)[0], kind)
 
-            iterations = self._trunk.config.iterations or EPOCHS * STEPS_PER_EPOCH
+            iterations = self._config.iterations or EPOCHS * STEPS_PER_EPOCH
             train(self._heads, loss, iterations, progress)
 
     @staticmethod

@@ -29,8 +29,6 @@ class BaselineConfig:
     weights: str = "package"
     image_size: int = 224
     """Side S of the square image in pixels."""
-    batch_size: int = 32
-    """Images per forward pass of the frozen trunk."""
     bank: int = 10_000
     """Patches kept for a nearest-neighbour search, drawn at random over all normals."""
     iterations: int = 0
@@ -39,8 +37,8 @@ class BaselineConfig:
     """Normals that devnet and dra draw their batches from, and pseudo anomalies of dra."""
 
     def __post_init__(self) -> None:
-        if self.image_size < 32 or self.batch_size < 1 or self.bank < 1:
-            raise ValueError(f"{self}: need image_size >= 32, batch_size and bank >= 1")
+        if self.image_size < 32 or self.bank < 1:
+            raise ValueError(f"{self}: need image_size >= 32 and bank >= 1")
         if self.iterations < 0 or self.max_pool < 1:
             raise ValueError(f"{self}: need iterations >= 0 and max_pool >= 1")
 
@@ -89,11 +87,14 @@ class Views:
 class FrozenTrunk:
     """A pretrained trunk that never trains, with a memory of the images it has seen."""
 
-    def __init__(self, config: BaselineConfig, device: str = "cpu") -> None:
-        self.config = config
+    def __init__(
+        self, name: str, weights: str, *, batch_size: int = 32, device: str = "cpu"
+    ) -> None:
+        """Raises what features.Trunk raises for an unknown name or missing weights."""
+        self.batch_size = batch_size
         self.device = torch.device(device)
         # Batch norms folded: the trunk is only ever run forward here.
-        self._trunk = Trunk(config.trunk, config.weights).fuse().to(self.device)
+        self._trunk = Trunk(name, weights).fuse().to(self.device)
         self._kept: dict[bytes, tuple[Views, float]] = {}
         self._kept_bytes = 0
         self.saved_seconds = 0.0
@@ -101,7 +102,7 @@ class FrozenTrunk:
 
     def of(self, source: ImageSource) -> Views:
         """Views of all N images of a source."""
-        return Views.cat([self.views(batch) for batch in source.batches(self.config.batch_size)])
+        return Views.cat([self.views(batch) for batch in source.batches(self.batch_size)])
 
     def views(self, images: Tensor) -> Views:
         """uint8 (B, S, S, 3) -> Views."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpdl_core.baselines.base import Judgement, Progress
 from dpdl_core.baselines.distances import PatchBank, mean_on_finest
-from dpdl_core.baselines.frozen import FrozenTrunk, Views
+from dpdl_core.baselines.frozen import BaselineConfig, FrozenTrunk, Views
 from dpdl_core.heads import top_mean
 from dpdl_core.images import ImageSource
 
@@ -33,14 +33,14 @@ class Banks:
 
 
 class NearestPatches:
-    def __init__(self, trunk: FrozenTrunk) -> None:
-        self._trunk = trunk
+    def __init__(self, trunk: FrozenTrunk, config: BaselineConfig) -> None:
+        self._trunk, self._config = trunk, config
 
     def fit(
         self, normals: ImageSource, anomalies: Tensor, *, seed: int, progress: Progress
     ) -> None:
         """Anomalies are not used; seed draws the patches that are kept."""
-        self._banks = Banks.fit(self._trunk.of(normals), self._trunk.config.bank, seed)
+        self._banks = Banks.fit(self._trunk.of(normals), self._config.bank, seed)
         progress(1.0)
 
     @torch.inference_mode()

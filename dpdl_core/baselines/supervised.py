@@ -63,10 +63,9 @@ def half_size(images: Tensor) -> Tensor:
 def two_scales(trunk: FrozenTrunk, images: Tensor) -> Maps:
     """uint8 (B, S, S, 3) -> the last stage's maps of the full and of the halved images."""
     sizes = (images, half_size(images))
-    batches = (
-        [trunk.views(part).last for part in torch.split(x, trunk.config.batch_size)] for x in sizes
-    )
-    return [torch.cat(parts) for parts in batches]
+    batches = ([trunk.views(part).last for part in torch.split(x, trunk.batch_size)] for x in sizes)
+    # On the CPU: the heads are small, and their draws are then the same on every machine.
+    return [torch.cat(parts).cpu() for parts in batches]
 
 
 def rows(maps: Maps, index: Tensor) -> Maps:

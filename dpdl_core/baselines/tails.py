@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpdl_core.baselines.base import Judgement, Progress
 from dpdl_core.baselines.distances import Tail, Whitener, cross_fitted, mean_on_finest
-from dpdl_core.baselines.frozen import FrozenTrunk, Views
+from dpdl_core.baselines.frozen import BaselineConfig, FrozenTrunk, Views
 from dpdl_core.baselines.knn import Banks
 from dpdl_core.heads import top_mean
 from dpdl_core.images import ImageSource
@@ -56,8 +56,8 @@ class Parts:
 
 
 class Tails:
-    def __init__(self, trunk: FrozenTrunk) -> None:
-        self._trunk = trunk
+    def __init__(self, trunk: FrozenTrunk, config: BaselineConfig) -> None:
+        self._trunk, self._config = trunk, config
 
     def fit(
         self, normals: ImageSource, anomalies: Tensor, *, seed: int, progress: Progress
@@ -65,7 +65,7 @@ class Tails:
         """anomalies uint8 (M, S, S, 3), M >= 0; seed draws folds and patches."""
         views = self._trunk.of(normals)
         seen = self._trunk.views(anomalies) if len(anomalies) else None
-        bank = self._trunk.config.bank
+        bank = self._config.bank
         progress(0.5)
 
         def held_out(fit_rows: Tensor, rows: Tensor) -> Tensor:

@@ -1,0 +1,118 @@
+"""What scoring costs beyond the bare trunk: both in one run, in turns, at one batch size.
+
+The trunk is the model's own, batch norms folded: the fastest form there is here, so the ratio is
+not made to look good by a slow one. Turns are taken in alternating order, so that a machine that
+slows down slows both; rates are of the median turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpdl_core.config import DpdlConfig, override, recipe, to_json
+from dpdl_core.fit import fit
+from dpdl_core.images import ArraySource
+from dpdl_core.model import Dpdl
+
+Progress = Callable[[str, float, dict[str, Any]], None]
+FIT_NORMALS = 64
+"""Images of noise that the measured model is fitted on; what it costs does not depend on them as
+long as they give the recipe's number of prototypes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchScoreOptions:
+    """What `dpdl bench score` was asked."""
+
+    recipe: str = "edge"
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    batch_size: int = 32
+    repetitions: int = 20
+    """Turns of each; one more comes first and is not counted."""
+    device: str = "cpu"
+    report: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.repetitions < 1:
+            raise ValueError("batch_size and repetitions: need at least 1")
+
+
+def bench_score(options: BenchScoreOptions, progress: Progress | None = None) -> dict[str, Any]:
+    """Rates in images per second and their ratio; writes the report if asked to."""
+    tell: Progress = progress or (lambda stage, share, figures: None)
+    config = override(recipe(options.recipe), options.overrides)
+    tell("fitting", 0.0, {})
+    model = _any_model(config, options.device)
+    generator = torch.Generator().manual_seed(1)
+    batch = _noise(options.batch_size, config.image_size, generator).to(options.device)
+    trunk_s, score_s = _take_turns(model, batch, options.repetitions, tell)
+    trunk_rate = options.batch_size / statistics.median(trunk_s)
+    score_rate = options.batch_size / statistics.median(score_s)
+    report = {
+        "trunk_images_per_second": trunk_rate,
+        "score_images_per_second": score_rate,
+        "ratio": score_rate / trunk_rate,
+        "batch_size": options.batch_size,
+        "repetitions": options.repetitions,
+        "trunk_seconds": trunk_s,
+        "score_seconds": score_s,
+        "settings": json.loads(to_json(config)),
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "torch_threads": torch.get_num_threads(),
+            "device": options.device,
+        },
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if options.report is not None:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        options.report.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _any_model(config: DpdlConfig, device: str) -> Dpdl:
+    generator = torch.Generator().manual_seed(0)
+    normals = ArraySource(_noise(FIT_NORMALS, config.image_size, generator))
+    return fit(config, normals, _noise(2, config.image_size, generator), seed=0, device=device)
+
+
+def _noise(count: int, size: int, generator: torch.Generator) -> Tensor:
+    shape = (count, size, size, 3)
+    return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+
+
+@torch.inference_mode()
+def _take_turns(
+    model: Dpdl, batch: Tensor, repetitions: int, tell: Progress
+) -> tuple[list[float], list[float]]:
+    seconds: dict[str, list[float]] = {"trunk": [], "score": []}
+    calls: dict[str, Callable[[Tensor], Any]] = {"trunk": model.trunk, "score": model.score}
+    for turn in range(repetitions + 1):
+        for name in sorted(calls, reverse=turn % 2 == 0):
+            _wait(batch)
+            started = time.perf_counter()
+            calls[name](batch)
+            _wait(batch)
+            if turn > 0:  # the first pays for caches and memory
+                seconds[name].append(time.perf_counter() - started)
+        tell("measuring", turn / repetitions, {})
+    return seconds["trunk"], seconds["score"]
+
+
+def _wait(batch: Tensor) -> None:
+    """A GPU answers before it is done."""
+    if batch.is_cuda:
+        torch.cuda.synchronize(batch.device)

@@ -1,0 +1,221 @@
+"""Every layout on a small generated copy: counts, labels, classes, boxes; ELPV on the real one."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpdl_core.protocol import Dataset, DatasetError, decode_samples, load_dataset, split
+
+
+def draw(path: Path, width=24, height=20, value=90, marks=()) -> None:
+    """A grey picture with white boxes (left, top, right, bottom)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((height, width, 3), value, np.uint8)
+    for left, top, right, bottom in marks:
+        pixels[top:bottom, left:right] = 255
+    image = Image.fromarray(pixels)
+    (image.convert("L") if "mask" in path.stem or "label" in path.stem else image).save(path)
+
+
+def counts(data: Dataset) -> tuple[int, int | None, int, list[str]]:
+    tests = None if data.test_normals is None else len(data.test_normals)
+    return len(data.normals), tests, len(data.anomalies), data.defects
+
+
+def all_decode(data: Dataset) -> None:
+    samples = [*data.normals, *(data.test_normals or []), *data.anomalies]
+    assert {s.label for s in samples} == {0, 1}
+    assert all(bool(s.defect) == bool(s.label) for s in samples)
+    assert decode_samples(samples, 32)[2] == []
+
+
+def test_plain_folders(tmp_path):
+    for i in range(5):
+        draw(tmp_path / "normal" / f"{i}.PNG")
+    draw(tmp_path / "anomaly" / "crack" / "0.jpg")
+    draw(tmp_path / "anomaly" / "hole" / "0.jpg")
+    draw(tmp_path / "anomaly" / "loose.bmp")
+    (tmp_path / "normal" / "notes.txt").write_text("not an image")
+    (tmp_path / "normal" / ".hidden.png").write_text("")
+    data = load_dataset(tmp_path)
+    assert counts(data) == (5, None, 3, ["anomaly", "crack", "hole"])
+    all_decode(data)
+
+
+def test_mvtec_category(tmp_path):
+    for i in range(4):
+        draw(tmp_path / "carpet" / "train" / "good" / f"{i:03}.png")
+    for i in range(2):
+        draw(tmp_path / "carpet" / "test" / "good" / f"{i:03}.png")
+    for defect in ("cut", "hole"):
+        draw(tmp_path / "carpet" / "test" / defect / "000.png")
+        draw(tmp_path / "carpet" / "ground_truth" / defect / "000_mask.png")
+    data = load_dataset(tmp_path / "carpet")
+    assert counts(data) == (4, 2, 2, ["cut", "hole"])
+    all_decode(data)
+    with pytest.raises(DatasetError, match=r"1 MVTec AD categories; name one: .*carpet"):
+        load_dataset(tmp_path)
+
+
+def test_dagm_pools_its_classes(tmp_path):
+    for c in ("Class1", "Class2"):
+        for part in ("Train", "Test"):
+            for i in range(3):
+                draw(tmp_path / c / part / f"{i:04}.PNG")
+            draw(tmp_path / c / part / "Label" / "0001_label.PNG")
+    data = load_dataset(tmp_path)
+    assert counts(data) == (8, None, 4, ["defect"])
+    assert data.anomalies[0].source == "Class1/Test/0001.PNG"
+    all_decode(data)
+
+
+def test_kolektor_is_cut_in_three(tmp_path):
+    # 500 x 1250 in small: 50 x 125; the defect lies in the second third, 42..83
+    draw(tmp_path / "kos01" / "Part0.jpg", 50, 125)
+    draw(tmp_path / "kos01" / "Part0_label.bmp", 50, 125, 0, [(10, 50, 20, 60)])
+    draw(tmp_path / "kos02" / "Part0.jpg", 50, 125)
+    draw(tmp_path / "kos02" / "Part0_label.bmp", 50, 125, 0)
+    data = load_dataset(tmp_path)
+    assert counts(data) == (5, None, 1, ["defect"])
+    assert data.anomalies[0].crop == (0, 42, 50, 83)
+    assert data.anomalies[0].source == "kos01/Part0.jpg#0,42,50,83"
+    boxes = sorted(s.crop for s in data.normals if s.source.startswith("kos02"))
+    assert boxes == [(0, 0, 50, 42), (0, 42, 50, 83), (0, 83, 50, 125)]
+    all_decode(data)
+
+
+def test_kolektor_without_a_mask_says_which(tmp_path):
+    draw(tmp_path / "kos01" / "Part0.jpg", 50, 125)
+    with pytest.raises(DatasetError, match=r"Part0_label\.bmp"):
+        load_dataset(tmp_path)
+
+
+def test_aitex_is_cut_in_patches(tmp_path):
+    draw(tmp_path / "NODefect_images" / "2306881-210020u" / "0001_000_00.png", 4096, 256)
+    draw(tmp_path / "Defect_images" / "0002_019_00.png", 4096, 256)
+    draw(tmp_path / "Mask_images" / "0002_019_00_mask.png", 4096, 256, 0, [(500, 9, 600, 20)])
+    draw(tmp_path / "Defect_images" / "0044_030_04.png", 4096, 256)
+    draw(tmp_path / "Mask_images" / "0044_030_04_mask1.png", 4096, 256, 0, [(0, 0, 5, 5)])
+    draw(tmp_path / "Mask_images" / "0044_030_04_mask2.png", 4096, 256, 0, [(4090, 0, 4096, 5)])
+    draw(tmp_path / "Defect_images" / "0100_025_08.png", 4096, 256)  # has no mask
+    data = load_dataset(tmp_path)
+    assert counts(data) == (16, None, 3 + 2 - 1, ["019", "030"])
+    found = {(s.defect, s.crop) for s in data.anomalies}
+    assert found == {
+        ("019", (256, 0, 512, 256)),
+        ("019", (512, 0, 768, 256)),
+        ("030", (0, 0, 256, 256)),
+        ("030", (3840, 0, 4096, 256)),
+    }
+    all_decode(data)
+
+
+def test_a_broken_picture_among_crops_is_listed_not_lost(tmp_path):
+    draw(tmp_path / "kos01" / "Part0.jpg", 50, 125)
+    draw(tmp_path / "kos01" / "Part0_label.bmp", 50, 125, 0, [(10, 50, 20, 60)])
+    draw(tmp_path / "kos02" / "Part0.jpg", 50, 125)
+    draw(tmp_path / "kos02" / "Part0_label.bmp", 50, 125, 0)
+    (tmp_path / "kos02" / "Part0.jpg").write_bytes(b"gone")
+    data = load_dataset(tmp_path)
+    _, kept, rejected = decode_samples([*data.normals, *data.anomalies], 16)
+    assert [r.source for r in rejected] == ["kos02/Part0.jpg"]
+    assert len(kept) == 3
+
+
+def test_elpv_folder(tmp_path):
+    lines = []
+    for i, (probability, kind) in enumerate(
+        [("0.0", "mono"), ("0.0", "poly"), ("0.33", "mono"), ("0.67", "poly"), ("1.0", "mono")]
+    ):
+        draw(tmp_path / "images" / f"cell{i:04}.png")
+        lines.append(f"images/cell{i:04}.png  {probability}  {kind}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    data = load_dataset(tmp_path)
+    assert counts(data) == (2, None, 1, ["mono"])
+    all_decode(data)
+    (tmp_path / "labels.csv").write_text("images/cell0000.png yes mono\n")
+    with pytest.raises(DatasetError, match=r"labels\.csv:1: found"):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("elpv_dataset") is None, reason="pip: elpv-dataset")
+def test_the_real_elpv_has_the_counts_of_table_4():
+    data = load_dataset("elpv")
+    found = split(data, setting="general", shots=10, seed=0)
+    normals = sum(1 for s in found.test if s.label == 0)
+    assert (len(found.train_normals), normals, len(data.anomalies)) == (1131, 377, 715)
+    by_class = {d: sum(s.defect == d for s in data.anomalies) for d in data.defects}
+    assert by_class == {"mono": 313, "poly": 402}
+
+
+def test_mastcam_arrays_take_the_colour_bands(tmp_path):
+    def save(path: Path, bands: list[float]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.tile(np.array(bands, np.float32), (16, 16, 1)))
+
+    save(tmp_path / "train_typical" / "a.npy", [10, 20, 30, 99, 99, 99])
+    save(tmp_path / "test_typical" / "b.npy", [10, 20, 30, 99, 99, 99])
+    save(tmp_path / "test_novel" / "vein" / "c.npy", [200.4, 300, -5, 99, 99, 99])
+    save(tmp_path / "test_novel" / "all" / "c.npy", [0, 0, 0, 0, 0, 0])
+    data = load_dataset(tmp_path)
+    assert counts(data) == (1, 1, 1, ["vein"])
+    images, _, rejected = decode_samples([*data.normals, *data.anomalies], 8)
+    assert rejected == []
+    assert images[:, 0, 0].tolist() == [[10, 20, 30], [200, 255, 0]]
+
+
+def test_mastcam_arrays_that_are_none_are_listed(tmp_path):
+    for part in ("train_typical", "test_typical", "test_novel/vein"):
+        (tmp_path / part).mkdir(parents=True)
+    (tmp_path / "train_typical" / "a.npy").write_bytes(b"\x93NUMPY broken")
+    np.save(tmp_path / "train_typical" / "b.npy", np.zeros((4, 4)))
+    np.save(tmp_path / "train_typical" / "c.npy", np.array([{}], dtype=object))
+    rejected = decode_samples(load_dataset(tmp_path).normals, 8)[2]
+    assert [r.source for r in rejected] == [f"train_typical/{n}.npy" for n in "abc"]
+
+
+def test_hyper_kvasir_upper_tract(tmp_path):
+    tract = tmp_path / "labeled-images" / "upper-gi-tract"
+    for landmark in ("pylorus", "z-line", "retroflex-stomach"):
+        draw(tract / "anatomical-landmarks" / landmark / f"{landmark}.jpg")
+    for finding in ("barretts", "esophagitis-a"):
+        draw(tract / "pathological-findings" / finding / f"{finding}.jpg")
+    draw(tmp_path / "labeled-images" / "lower-gi-tract" / "x" / "polyps" / "p.jpg")
+    data = load_dataset(tmp_path)
+    assert counts(data) == (3, None, 2, ["barretts", "esophagitis-a"])
+    all_decode(data)
+
+
+def test_brain_mri(tmp_path):
+    draw(tmp_path / "no" / "1 no.jpeg")
+    draw(tmp_path / "no" / "No13.JPG".replace("JPG", "jpg"))
+    draw(tmp_path / "yes" / "Y1.jpg")
+    data = load_dataset(tmp_path)
+    assert counts(data) == (2, None, 1, ["tumor"])
+    all_decode(data)
+
+
+@pytest.mark.parametrize("nested", ["head_ct", "head_ct/head_ct"])
+def test_head_ct(tmp_path, nested):
+    for i in range(4):
+        draw(tmp_path / nested / f"{i:03}.png")
+    (tmp_path / "labels.csv").write_text("id, hemorrhage\n0,1\n1,0\n2,0\n3,1\n4,0\n")
+    data = load_dataset(tmp_path)
+    assert counts(data) == (3, None, 2, ["hemorrhage"])
+    _, kept, rejected = decode_samples([*data.normals, *data.anomalies], 8)
+    assert len(kept) == 4
+    assert [r.source for r in rejected] == ["head_ct/004.png"]  # named in the list, not on disk
+
+
+def test_what_is_no_data_set(tmp_path):
+    with pytest.raises(DatasetError, match="no such folder"):
+        load_dataset(tmp_path / "nowhere")
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(DatasetError, match="found pictures; wanted normal/"):
+        load_dataset(tmp_path)
+    (tmp_path / "normal").mkdir()
+    with pytest.raises(DatasetError, match="none of them normal"):
+        load_dataset(tmp_path)
