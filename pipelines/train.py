@@ -105,6 +105,8 @@ def train(
     index = load_index(settings, options.dataset)
     check_snapshot(settings, index)
     ensure_buckets(settings)
+    if progress is not None:
+        progress("start", 0.0, {"on": "Ray"})
     connect()
     job, workers = _job(settings, options, config, index)
     version = new_version_id("train")

@@ -1,0 +1,86 @@
+"""Dealing, Parquet and names, without a store."""
+
+import io
+
+import pyarrow.parquet as pq
+import pytest
+
+from dpdl_core.protocol import Sample, Split
+from infra.errors import DataError
+from pipelines.dataset_index import DatasetIndex, Part, check_name
+from pipelines.datasets import SCHEMA, _dealt, _parquet, _row
+
+
+def samples(count, label):
+    kind = "spot" if label else ""
+    return [Sample(label, kind, f"{kind or 'normal'}/{i}", data=b"x") for i in range(count)]
+
+
+def paper_split(normals=40):
+    return Split(
+        "plates", "general", 3, 7, None, samples(normals, 0), samples(3, 1), samples(5, 1)[3:]
+    )
+
+
+def test_a_share_of_the_training_normals_is_held_out_and_no_defect():
+    dealt = _dealt(paper_split(), 0.2, ())
+    assert len(dealt["calibration"]) == 8
+    names = {part: {s.source for s in some} for part, some in dealt.items()}
+    assert not names["train"] & names["calibration"]
+    assert {s.label for s in dealt["calibration"]} == {0}
+    assert sum(s.label for s in dealt["train"]) == 3
+    again = _dealt(paper_split(), 0.2, ())
+    assert again == dealt  # by the split's seed, not by chance
+
+
+def test_normals_that_are_to_arrive_later_are_left_out():
+    later = {"normal/3", "normal/4"}
+    dealt = _dealt(paper_split(), 0.25, later)
+    found = {s.source for s in dealt["train"] + dealt["calibration"]}
+    assert not found & later
+    assert len(found) == 38 + 3
+
+
+def test_too_few_normals_to_hold_any_out_are_refused():
+    with pytest.raises(DataError, match="more images"):
+        _dealt(paper_split(normals=2), 0.2, ())
+
+
+def test_the_same_rows_are_the_same_bytes_in_the_groups_given():
+    rows = [_row(bytes([i]) * 100, 0, "", "cam-1", 10**18 + i, f"{i}") for i in range(10)]
+    groups = [rows[:4], rows[4:8], rows[8:]]
+    data = _parquet(groups)
+    assert data == _parquet(groups)
+    file = pq.ParquetFile(io.BytesIO(data))
+    found = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    assert found == [4, 4, 2]
+    assert file.schema_arrow.equals(SCHEMA)
+    table = file.read().to_pylist()
+    assert [row["image"] for row in table] == [row["image"] for row in rows]
+    assert table[3]["captured_at"].value == 10**18 + 3
+
+
+def test_an_index_reads_back_as_it_was_written():
+    part = Part("plates/train/part-0.parquet", "etag", 4, 100, 0)
+    index = DatasetIndex(
+        name="plates",
+        origin="plates",
+        licence="",
+        setting="general",
+        shots=3,
+        seed=7,
+        seen_class=None,
+        split_sha256="ab",
+        calibration_share=0.2,
+        parts={"train": [part], "calibration": [], "test": []},
+        skipped=[{"source": "a", "reason": "empty"}],
+    )
+    assert DatasetIndex.from_json(index.to_json()) == index
+    assert index.counts()["train"] == {"normal": 4, "anomaly": 0}
+    assert index.keys("train", 1) == []
+
+
+@pytest.mark.parametrize("name", ["", "Plates", "a/b", "../up", ".hidden", "a" * 64])
+def test_names_that_would_leave_their_prefix_are_refused(name):
+    with pytest.raises(DataError, match="lower-case"):
+        check_name(name)

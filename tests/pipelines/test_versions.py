@@ -1,0 +1,97 @@
+"""What versions are called, what a rollback goes back to, and what travels to workers."""
+
+import dataclasses
+import pickle
+
+import pytest
+import yaml
+
+from infra.settings import load_settings
+from pipelines.held_out import HELD_OUT_OF, is_held_out
+from pipelines.refresh import _Inputs
+from pipelines.registry import version_before
+from pipelines.sources import RowRef, task_environment, task_settings
+from pipelines.storage import shared_filesystem
+from pipelines.train import TrainOptions
+
+
+@pytest.mark.parametrize(
+    ("moves", "before"),
+    [
+        (["a"], None),
+        (["a", "b"], "a"),
+        (["a", "b", "a"], None),  # rolled back: going on means before a, not to b again
+        (["a", "b", "c", "b"], "a"),
+        (["a", "b", "a", "c"], "a"),
+    ],
+)
+def test_rolling_back_twice_goes_back_twice(moves, before):
+    assert version_before(moves) == before
+
+
+INPUTS = _Inputs(
+    parent="train-0",
+    dataset="d",
+    objects={"d/a": "1"},
+    used={},
+    new={"d/n": "2"},
+    set_aside=[],
+    seed=0,
+)
+
+
+def test_a_candidate_is_named_by_all_of_its_inputs_and_nothing_else():
+    same = dataclasses.replace(INPUTS, objects=dict(INPUTS.objects))
+    assert same.candidate == INPUTS.candidate
+    others = {
+        dataclasses.replace(INPUTS, **change).candidate
+        for change in (
+            {"parent": "train-1"},
+            {"objects": {"d/a": "9"}},
+            {"used": {"d/m": "3"}},
+            {"new": {"d/n": "9"}},
+            {"set_aside": ["ab"]},
+            {"seed": 1},
+        )
+    }
+    assert len(others | {INPUTS.candidate}) == 7
+
+
+def test_about_one_in_five_is_held_out_by_its_content_alone():
+    rows = [RowRef("k", i, f"{i * 2654435761 % 2**32:08x}", 0, "", "", "") for i in range(5000)]
+    share = sum(map(is_held_out, rows)) / len(rows)
+    assert share == pytest.approx(1 / HELD_OUT_OF, abs=0.02)
+    moved = dataclasses.replace(rows[7], key="other", row=0, camera="cam-9", source="renamed")
+    assert is_held_out(moved) == is_held_out(rows[7])
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    path = tmp_path / "dpdl.yaml"
+    s3 = {"endpoint": "127.0.0.1:1", "access_key": "key", "secret_key": "hush-hush"}
+    path.write_text(yaml.safe_dump({"s3": s3}))
+    path.chmod(0o600)
+    monkeypatch.setenv("DPDL_CONFIG", str(path))
+    monkeypatch.setenv("DPDL_STATE_DIR", str(tmp_path / "state"))
+    return load_settings()
+
+
+def test_the_filesystem_that_travels_to_workers_carries_no_secret(settings):
+    filesystem = shared_filesystem(settings)
+    data = pickle.dumps(filesystem)
+    assert b"hush" not in data
+    assert pickle.loads(data) == filesystem
+    assert pickle.loads(data).handler.inner == filesystem.handler.inner
+
+
+def test_a_task_reads_the_same_settings_from_its_own_files(settings, monkeypatch):
+    environment = task_environment(settings)
+    assert "hush" not in str(environment)
+    monkeypatch.delenv("DPDL_CONFIG")
+    assert task_settings(environment).s3 == settings.s3
+
+
+@pytest.mark.parametrize("change", [{"workers": 0}, {"false_alarm_rate": 0.0}])
+def test_options_that_cannot_be_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        TrainOptions(dataset="d", **change)
