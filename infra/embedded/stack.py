@@ -76,7 +76,7 @@ class Stack:
         detached: bool = False,
         ports: Mapping[str, int] | None = None,
         cache_dir: Path | None = None,
-        deadline_s: float = 90.0,
+        deadline_s: float = 120.0,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """services: which kinds to run. ports: client ports that a person fixed, by name.
