@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 SHRINK_RANGE = (1e-3, 0.95)
 """Where `project_` keeps S: below, targets become points; above, the plan forgets prototypes."""
-_CHUNK_COSTS = 1 << 19
-"""Entries of the B x C cost matrix worked on at a time: 2 MB stay in a CPU's cache."""
+_CHUNK_COSTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+"""Entries of the B x C cost matrix in work at a time: 2 MB stay in a CPU's cache."""
 
 
 class Plan(NamedTuple):
@@ -271,11 +271,10 @@ class Bridge(nn.Module):
             )
         wider = torch.promote_types(x.dtype, self.means.dtype)
         x = x.to(torch.promote_types(wider, torch.float32))
-        limit = (torch.finfo(x.dtype).max * min(self.eps, 1.0)) ** (1 / order)
+        limit = 1e-3 * (torch.finfo(x.dtype).max * min(self.eps, 1.0)) ** (1 / order)
         softest = self.log_ratio.detach().amin().clamp_max(0.0)  # log min(Gam / eps, 1)
-        limit = limit * 1e-3 / math.sqrt(x.shape[1])
         peak = torch.linalg.vector_norm(x.detach(), ord=math.inf, dim=1, keepdim=True)
-        share = limit * (softest * (order - 1) / order).exp() / peak
+        share = limit / math.sqrt(x.shape[1]) * (softest * (order - 1) / order).exp() / peak
         admitted: Tensor = x * share.clamp_max(1.0)
         return admitted
 
@@ -348,7 +347,8 @@ def _softmin(x: Tensor, form: _Form) -> tuple[Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         weights, offset = form.linear()
         centred = x - form.center
-        for rows in torch.split(centred, max(1, _CHUNK_COSTS // len(offset))):
+        entries = _CHUNK_COSTS.get(x.device.type, 1 << 19)
+        for rows in torch.split(centred, max(1, entries // len(offset))):
             costs, least, winner = _costs(rows, form, weights, offset)
             soft.append(least.squeeze(1) - (least - costs).exp().sum(1).log())
             winners.append(winner)
