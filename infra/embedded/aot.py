@@ -23,7 +23,10 @@ _DEADLINE_S = 300.0
 
 
 def record(cache_dir: Path, say: Callable[[str], None]) -> Path | None:
-    """Make the cache if it is not there: 15 s on two idle cores. None when it cannot be made; Kafka runs without."""
+    """Make the cache if it is not there: 15 s on two idle cores.
+
+    None when it cannot be made; Kafka runs without.
+    """
     jvm.class_path(cache_dir, say)
     archive = jvm.archive_path(cache_dir)
     if archive.exists():
