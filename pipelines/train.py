@@ -96,7 +96,7 @@ def train(
 ) -> TrainReport:
     """Train on options.dataset and register the version; promoted if the gate lets it pass.
 
-    progress is called from a thread of its own. Raises DataError for data or options that cannot be
+    Raises DataError for data or options that cannot be
     trained on, DpdlError when the workers failed for good.
     """
     started = time.perf_counter()
@@ -110,9 +110,9 @@ def train(
     connect()
     job, workers = _job(settings, options, config, index)
     version = new_version_id("train")
-    stages: dict[str, dict[str, Any]] = {}
-    with _Followed(job.board, progress, stages):
-        result = _run(settings, options.model_name, version, job, workers)
+    run = _Run(_trainer(settings, options.model_name, version, job, workers))
+    stages = run.follow(job.board, progress)
+    result = run.result()
     figures = dict(result.metrics or {})
     with result.checkpoint.as_directory() as folder:
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
@@ -191,9 +191,9 @@ def _cluster(resource: str) -> float:
     return float(found.get(resource, 0.0))
 
 
-def _run(settings: Settings, model: str, run: str, job: TrainJob, workers: int) -> Any:
+def _trainer(settings: Settings, model: str, run: str, job: TrainJob, workers: int) -> TorchTrainer:
     use_gpu = workers <= int(_cluster("GPU"))
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
@@ -208,42 +208,63 @@ def _run(settings: Settings, model: str, run: str, job: TrainJob, workers: int) 
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
         ),
     )
-    try:
-        return trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise DpdlError(f"training failed {MAX_FAILURES + 1} times: {_cause(error)}") from error
 
 
-def _cause(error: BaseException) -> str:
-    """The worker's own last line, out of Ray's wrapping."""
-    failures = getattr(error, "worker_failures", None)
-    inner = next(iter(failures.values())) if failures else error
-    lines = [line for line in str(inner).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(inner).__name__
+def cause(error: BaseException) -> str:
+    """The worker's own last line, out of Ray's wrapping.
+
+    When one worker fails, the others fail too, for want of it: theirs is not the cause.
+    """
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    last = [_last_line(failure) for _, failure in sorted(failures.items())]
+    return next((line for line in last if "gloo" not in line and "NCCL" not in line), last[0])
 
 
-class _Followed:
-    """Passes the workers' progress on while the block runs, and keeps each stage's last figures."""
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
-    def __init__(
-        self, board: Any, progress: Progress | None, stages: dict[str, dict[str, Any]]
-    ) -> None:
-        self._board, self._progress, self._stages = board, progress, stages
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="train-progress", daemon=True)
 
-    def __enter__(self) -> None:
-        self._thread.start()
+class _Run(threading.Thread):
+    """trainer.fit() in a thread of its own, begun at once.
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=10)
+    In the main thread Ray Train would put its own Ctrl-C handler in place and leave it there: it
+    ends the process with exit code 0, also long after the training. Here Ctrl-C interrupts
+    whoever follows, and Ray ends the workers with the process, or at ray.shutdown().
+    """
 
-    def _follow(self) -> None:
-        last = False
-        while not last:
-            last = self._stop.wait(POLL_S)
-            for stage, fraction, figures in ray.get(self._board.take.remote()):
-                self._stages[stage] = self._stages.get(stage, {}) | figures
-                if self._progress is not None:
-                    self._progress(stage, fraction, figures)
+    def __init__(self, trainer: TorchTrainer) -> None:
+        super().__init__(name="train", daemon=True)
+        self._trainer = trainer
+        self._result: Any = None
+        self._error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._result = self._trainer.fit()
+        except Exception as error:
+            self._error = error
+
+    def follow(self, board: Any, progress: Progress | None) -> dict[str, dict[str, Any]]:
+        """Pass the workers' progress on until the run ends; the last figures of each stage."""
+        stages: dict[str, dict[str, Any]] = {}
+        alive = True
+        while alive:
+            self.join(POLL_S)
+            alive = self.is_alive()
+            for stage, fraction, figures in ray.get(board.take.remote()):
+                stages[stage] = stages.get(stage, {}) | figures
+                if progress is not None:
+                    progress(stage, fraction, figures)
+        return stages
+
+    def result(self) -> Any:
+        """Ray Train's result. DpdlError, in one line, where the workers failed for good."""
+        if isinstance(self._error, ray.train.TrainingFailedError):
+            raise DpdlError(
+                f"training failed {MAX_FAILURES + 1} times: {cause(self._error)}"
+            ) from self._error
+        if self._error is not None:
+            raise self._error
+        return self._result

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import yaml
+from ray.train import WorkerGroupError
 
 from infra.settings import load_settings
 from pipelines.held_out import HELD_OUT_OF, is_held_out
@@ -12,7 +13,7 @@ from pipelines.refresh import _Inputs
 from pipelines.registry import version_before
 from pipelines.sources import RowRef, task_environment, task_settings
 from pipelines.storage import shared_filesystem
-from pipelines.train import TrainOptions
+from pipelines.train import TrainOptions, cause
 
 
 @pytest.mark.parametrize(
@@ -95,3 +96,13 @@ def test_a_task_reads_the_same_settings_from_its_own_files(settings, monkeypatch
 def test_options_that_cannot_be_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         TrainOptions(dataset="d", **change)
+
+
+def test_the_cause_of_a_failed_run_is_the_worker_that_failed_first():
+    failures = {
+        0: RuntimeError("Traceback ...\nRuntimeError: [gloo/transport] Connection closed by peer"),
+        1: RuntimeError("Traceback ...\nValueError: space '9': the trunk has stages 1-7\n"),
+    }
+    error = WorkerGroupError("two workers failed", failures)
+    assert cause(error) == "ValueError: space '9': the trunk has stages 1-7"
+    assert cause(RuntimeError()) == "RuntimeError"

@@ -1,0 +1,42 @@
+"""The benchmark counts every turn, and its ratio is that of its own figures."""
+
+import json
+import statistics
+
+import pytest
+
+from pipelines.bench_score import BenchScoreOptions, bench_score
+
+SMALL = {
+    "trunk": "resnet18",
+    "weights": "random",
+    "image_size": "64",
+    "pooled_spaces": "4",
+    "patch_spaces": "3+4",
+    "patch_prototypes": "32",
+    "patch_dims": "16",
+    "patch_side": "4",
+}
+
+
+def test_report_is_what_was_timed(tmp_path):
+    path = tmp_path / "a" / "bench.json"
+    calls = []
+    report = bench_score(
+        BenchScoreOptions(overrides=SMALL, batch_size=4, repetitions=3, report=path),
+        lambda *call: calls.append(call),
+    )
+    assert json.loads(path.read_text()) == report
+    assert len(report["trunk_seconds"]) == len(report["score_seconds"]) == 3
+    rate = 4 / statistics.median(report["score_seconds"])
+    assert report["score_images_per_second"] == pytest.approx(rate)
+    both = report["score_images_per_second"] / report["trunk_images_per_second"]
+    assert report["ratio"] == pytest.approx(both)
+    assert report["ratio"] < 1.5  # scoring runs the trunk and more
+    assert calls[-1][1] == 1
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 0}, {"repetitions": 0}])
+def test_options_that_cannot_be(change):
+    with pytest.raises(ValueError, match="at least 1"):
+        BenchScoreOptions(**change)

@@ -1,0 +1,228 @@
+"""The harness end to end on a tiny generated set: figures, resumption, files, refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pipelines.evaluate
+from dpdl_core.metrics import auroc, average_precision
+from dpdl_core.protocol import DatasetError, Split, load_dataset
+from pipelines.evaluate import EvaluateOptions, evaluate
+from pipelines.evaluate_report import GROUPS, PER_GROUP, RunPictures, overlay
+
+SMALL = {"weights": "random", "trunk": "resnet18", "image_size": "64", "bank": "300"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """16 normals, two classes of 6 anomalies."""
+    root = tmp_path_factory.mktemp("data") / "tiles"
+    rng = np.random.default_rng(0)
+    for part, count in (("normal", 16), ("anomaly/blot", 6), ("anomaly/dot", 6)):
+        (root / part).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.clip(120 + rng.normal(0, 8, (64, 64, 3)), 0, 255).astype(np.uint8)
+            if part != "normal":
+                side = 24 if part.endswith("blot") else 10
+                top, left = rng.integers(0, 64 - side, 2)
+                pixels[top : top + side, left : left + side] = [240, 30, 30]
+            Image.fromarray(pixels).save(root / part / f"{i}.png")
+    return root
+
+
+def options(data: Path, **changes) -> EvaluateOptions:
+    chosen = {"method": "mahalanobis-all", "shots": 2, "seeds": (0, 1), "overrides": SMALL}
+    return EvaluateOptions(data=str(data), **{**chosen, **changes})
+
+
+def test_report_says_what_the_runs_found(data, tmp_path):
+    path = tmp_path / "out" / "report.json"
+    report = evaluate(options(data, report=path))
+    assert json.loads(path.read_text()) == report
+    assert (report["normals"], report["anomalies"], report["rejected"]) == (16, 12, [])
+    runs = [
+        json.loads(p.read_text())
+        for p in sorted(path.with_suffix(".runs").glob("*.json"))
+        if not p.name.endswith(".split.json")
+    ]
+    runs.sort(key=lambda run: run["seed"])
+    for key, metric in (("auroc", auroc), ("ap", average_precision)):
+        want = [metric([int(bool(d)) for d in r["defects"]], r["scores"]) for r in runs]
+        assert report[key]["per_seed"] == pytest.approx(want)
+        assert report[key]["mean"] == pytest.approx(np.mean(want))
+        assert report[key]["sd"] == pytest.approx(np.std(want))
+    assert report["auroc"]["mean"] > 0.7
+    assert set(report["by_defect"]) == {"blot", "dot"}
+    assert report["train_seconds"] > 0
+    assert report["score_images_per_second"] > 0
+    assert report["splits_sha256"] == [run["split_sha256"] for run in runs]
+    assert Image.open(path.with_suffix(".png")).size[0] > 800
+
+
+def test_splits_are_on_disk_and_fit_the_data(data, tmp_path):
+    path = tmp_path / "report.json"
+    report = evaluate(options(data, report=path, seeds=(4,)))
+    (saved,) = path.with_suffix(".runs").glob("*.split.json")
+    split = Split.load(saved, load_dataset(data))
+    assert split.sha256 == report["splits_sha256"][0]
+    assert split.seed == 4
+
+
+def test_hard_setting_runs_each_class_and_means(data):
+    report = evaluate(options(data, protocol="hard"))
+    by_class = report["by_seen_class"]
+    assert set(by_class) == {"blot", "dot"}
+    for seed in (0, 1):
+        mean = np.mean([by_class[c]["per_seed"][seed] for c in by_class])
+        assert report["auroc"]["per_seed"][seed] == pytest.approx(mean)
+    assert len(report["splits_sha256"]) == 4
+
+
+def test_a_stopped_evaluation_goes_on(data, tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    fits = []
+    real = pipelines.evaluate._run
+
+    def stopping(split, *rest):
+        if split.seed == 1 and len(fits) == 1:
+            raise KeyboardInterrupt
+        fits.append(split.seed)
+        return real(split, *rest)
+
+    monkeypatch.setattr(pipelines.evaluate, "_run", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(options(data, report=path))
+    assert not path.exists()
+    fits.append(None)  # lets seed 1 pass
+    resumed = evaluate(options(data, report=path))
+    assert fits == [0, None, 1]  # seed 0 was not run again
+    assert resumed["auroc"] == evaluate(options(data))["auroc"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"overrides": {**SMALL, "image_size": "48"}}, {"shots": 3}, {"method": "knn"}]
+)
+def test_another_question_is_not_answered_from_the_old_runs(data, tmp_path, monkeypatch, change):
+    path = tmp_path / "report.json"
+    fits = []
+    real = pipelines.evaluate._run
+    monkeypatch.setattr(pipelines.evaluate, "_run", lambda s, *r: fits.append(0) or real(s, *r))
+    evaluate(options(data, report=path, seeds=(0,)))
+    evaluate(options(data, report=path, seeds=(0,)))
+    assert len(fits) == 1
+    evaluate(options(data, report=path, seeds=(0,), **change))
+    assert len(fits) == 2
+
+
+def test_changed_pixels_under_the_same_names_are_seen(data, tmp_path, monkeypatch):
+    import shutil
+
+    copy = tmp_path / "tiles"
+    shutil.copytree(data, copy)
+    path = tmp_path / "report.json"
+    fits = []
+    real = pipelines.evaluate._run
+    monkeypatch.setattr(pipelines.evaluate, "_run", lambda s, *r: fits.append(0) or real(s, *r))
+    evaluate(options(copy, report=path, seeds=(0,)))
+    Image.new("RGB", (64, 64), (9, 9, 9)).save(copy / "normal" / "3.png")
+    evaluate(options(copy, report=path, seeds=(0,)))
+    assert len(fits) == 2
+
+
+def test_broken_files_are_left_out_and_listed(data, tmp_path):
+    import shutil
+
+    copy = tmp_path / "tiles"
+    shutil.copytree(data, copy)
+    (copy / "normal" / "2.png").write_bytes(b"scratched disk")
+    (copy / "anomaly" / "dot" / "0.png").write_bytes(b"")
+    report = evaluate(options(copy, seeds=(0,)))
+    assert (report["normals"], report["anomalies"]) == (15, 11)
+    assert [r["source"] for r in report["rejected"]] == ["normal/2.png", "anomaly/dot/0.png"]
+
+
+def test_progress_rises_to_one_and_names_the_seed(data):
+    calls = []
+    evaluate(options(data), lambda stage, share, figures: calls.append((stage, share, figures)))
+    shares = [share for _, share, _ in calls]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert any("seed 1" in stage for stage, _, _ in calls)
+    assert "auroc" in calls[-1][2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "magic"}, "one of dpdl, mahalanobis"),
+        ({"recipe": "soup"}, "edge"),
+        ({"overrides": {"flavour": "sweet"}}, "flavour"),
+        ({"overrides": {"bank": "many"}}, "whole number"),
+        ({"method": "dpdl", "overrides": {"flavour": "sweet"}}, "flavour"),
+        ({"shots": 12}, "no anomaly for the test"),
+        ({"protocol": "hard", "shots": 7}, "6 anomalies"),
+        ({"data": "/nowhere"}, "no such folder"),
+    ],
+)
+def test_refusals_come_in_one_line(data, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(options(**{"data": data, **changes}))
+    assert "\n" not in str(error.value)
+
+
+def test_too_few_classes_for_the_hard_setting(data, tmp_path):
+    import shutil
+
+    copy = tmp_path / "tiles"
+    shutil.copytree(data, copy)
+    shutil.rmtree(copy / "anomaly" / "dot")
+    with pytest.raises(DatasetError, match="two or more"):
+        evaluate(options(copy, protocol="hard"))
+
+
+def test_options_that_cannot_be():
+    with pytest.raises(ValueError, match="seeds"):
+        EvaluateOptions(data="elpv", seeds=())
+    with pytest.raises(ValueError, match="seeds"):
+        EvaluateOptions(data="elpv", seeds=(1, 1))
+    with pytest.raises(ValueError, match="general or hard"):
+        EvaluateOptions(data="elpv", protocol="soft")
+
+
+def test_pictures_are_of_the_best_and_the_worst():
+    images = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    labels = [0] * 5 + [1] * 7
+    scores = np.array([5, 1, 2, 3, 4, 10, 11, 12, 13, 14, 15, 0.5])
+    shown = RunPictures.choose(images, list(range(12)), labels, scores, None)
+    groups = {name: shown.scores[shown.groups == g].tolist() for g, name in enumerate(GROUPS)}
+    assert groups["anomalies found best"] == [15, 14, 13, 12]
+    assert groups["anomalies missed worst"] == [0.5, 10, 11]
+    assert groups["normals nearest to an alarm"] == [5, 4, 3, 2]
+    assert groups["normals most normal"] == [1]
+    assert shown.images[0, 0, 0, 0] == 10  # the image that scored 15
+    assert len(shown.scores) <= len(GROUPS) * PER_GROUP
+
+
+def test_pictures_survive_the_disk(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (9, 4, 4, 3), dtype=np.uint8)
+    maps = rng.random((9, 2, 2), dtype=np.float32)
+    shown = RunPictures.choose(images, list(range(9)), [0] * 4 + [1] * 5, np.arange(9.0), maps)
+    shown.save(tmp_path / "a.npz")
+    back = RunPictures.load(tmp_path / "a.npz")
+    assert np.array_equal(back.images, shown.images)
+    assert back.maps is not None
+    assert np.array_equal(back.maps, shown.maps)
+
+
+def test_overlay_leaves_cold_places_alone():
+    image = np.full((8, 8, 3), 100, np.uint8)
+    heat = np.zeros((2, 2), np.float32)
+    assert np.array_equal(overlay(image, heat, 1.0), image)
+    heat[0, 0] = 1
+    changed = overlay(image, heat, 1.0)
+    assert not np.array_equal(changed[0, 0], image[0, 0])
+    assert np.array_equal(changed[-1, -1], image[-1, -1])
