@@ -18,7 +18,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from dpdl_core.distributed import all_sum, broadcast, gather_rows, row_counts
+from dpdl_core.distributed import all_sum, broadcast, gather_rows, rank, row_counts, world_size
 from dpdl_core.seeding import bounded_sample, count_distinct, seed
 
 DEAD_SHARE = 0.1
@@ -67,7 +67,10 @@ def kmeans(
     generator: torch.Generator | None = None,
     init: Tensor | None = None,
 ) -> Codebook:
-    """Lloyd's k-means from k-means++ seeds, the best of `restarts`, or once from `init` (C, D).
+    """Lloyd's k-means from the best of `restarts` k-means++ seeds, or from `init` (C, D).
+
+    Seeds are drawn, refined and compared on a sample; the best goes on to all vectors, where
+    a pass is dear and few are left to do.
 
     x (N, D): this rank's rows; ranks' rows in rank order are the data. Stops when no vector
     changes its code or inertia falls by less than `tolerance` of itself. No code ends unused:
@@ -79,14 +82,18 @@ def kmeans(
     center = _mean(x)
     if init is None:
         sample = bounded_sample(x, num_codes, generator) - center
-        starts = [seed(sample, num_codes, generator) for _ in range(max(1, restarts))]
+        share = sample.tensor_split(world_size())[rank()]
+        seeds = [seed(sample, num_codes, generator) for _ in range(max(1, restarts))]
+        runs = [
+            _lloyd(share, 0 * center, broadcast(start), iterations, tolerance) for start in seeds
+        ]
+        start = min(runs, key=lambda run: run.inertia).codes
+    elif init.shape != (num_codes, x.shape[1]):
+        raise ValueError(f"init is {tuple(init.shape)}: want ({num_codes}, {x.shape[1]})")
     else:
-        if init.shape != (num_codes, x.shape[1]):
-            raise ValueError(f"init is {tuple(init.shape)}: want ({num_codes}, {x.shape[1]})")
-        starts = [init.to(x) - center]
-    runs = [_lloyd(x, center, broadcast(start), iterations, tolerance) for start in starts]
-    best = min(runs, key=lambda run: run.inertia)
-    return _describe(x, center, best)
+        start = init.to(x) - center
+    # Empty codes may need more rounds: two can land on copies of one vector.
+    return _describe(x, center, _lloyd(x, center, start, iterations, tolerance, num_codes))
 
 
 def assign(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,11 +295,13 @@ def _pass(x: Tensor, center: Tensor, codes: Tensor) -> _Step:
     return _Step(found, torch.cat(distances), sums, found.bincount(minlength=num_codes))
 
 
-def _lloyd(x: Tensor, center: Tensor, codes: Tensor, iterations: int, tolerance: float) -> _Run:
+def _lloyd(
+    x: Tensor, center: Tensor, codes: Tensor, iterations: int, tolerance: float, rescues: int = 0
+) -> _Run:
+    """At most `iterations`, and up to `rescues` more while a code has no member."""
     before: Tensor | None = None
     best = float("inf")
-    # Empty codes may need more rounds: two can land on copies of one vector.
-    for iteration in range(iterations + len(codes)):
+    for iteration in range(iterations + rescues + 1):
         step = _pass(x, center, codes)
         counts = all_sum(step.counts)
         inertia = float(all_sum(step.distances.sum(dtype=torch.float64)))
