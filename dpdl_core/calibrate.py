@@ -10,13 +10,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dpdl_core import distributed
 from dpdl_core.config import DpdlConfig
 from dpdl_core.estimate import fit_energies
 from dpdl_core.observe import Features, Normals, Spoil
-from dpdl_core.parts import Energies, whitening
+from dpdl_core.parts import Energies, PooledEnergy
 
 LEVELS = ((0.02, 0.15, 1.0), (0.005, 0.04, 0.6), (0.002, 0.01, 0.6))
 """Cut-paste from plain to faint: least and largest share of the image's area, and opacity."""
@@ -71,13 +72,8 @@ class CrossFit:
     """(K, V)."""
     spoiled: list[Tensor]
     """Per level, (K', V)."""
-    seen_left_out: Tensor
-    """(M,) the seen part of every anomaly under a direction from the others; empty for M < 2."""
-
-
-def fold_numbers(num: int, folds: int, generator: torch.Generator) -> Tensor:
-    """A fold for each of `num` normals, (num,), sizes within one of each other."""
-    return distributed.broadcast(torch.randperm(num, generator=generator) % min(folds, num))
+    seen: Tensor
+    """(M, V) of the seen anomalies, on directions from the others only; empty for M < 2."""
 
 
 def cross_fit(
@@ -89,101 +85,132 @@ def cross_fit(
     *,
     generator: torch.Generator,
 ) -> CrossFit:
-    """Every kept normal, spoiled normal and seen anomaly under a fit without it."""
+    """Every kept normal, spoiled normal and seen anomaly under fits without it."""
     kept = len(normals.kept)
-    fold_of = fold_numbers(kept, config.folds, generator)
-    num_parts = len(full.names) + 1
-    mine = fold_of[normals.mine]
+    order = distributed.broadcast(torch.randperm(kept, generator=generator))
+    folds = min(config.folds, kept)
+    mine = (order % folds)[normals.mine]
+    num_parts = len(full.names) + len(config.pooled_spaces)
     values = torch.zeros(len(mine), num_parts)
     spoiled = [torch.zeros(len(level), num_parts) for level in normals.spoiled]
-    spoiled_fold = mine[normals.spoiled_rows]
-    left_out = torch.zeros(len(seen) if len(seen) > 1 else 0)
-    folds = int(fold_of.max()) + 1
+    seen_values = torch.zeros(len(seen) if len(seen) > 1 else 0, num_parts)
     for fold in range(folds):
         inside = torch.ones(len(normals.pooled), dtype=torch.bool)
-        inside[normals.kept[fold_of == fold]] = False
-        pooled = normals.pooled[inside]
+        inside[normals.kept[order % folds == fold]] = False
         energies = fit_energies(
             config,
             channels,
-            pooled,
+            normals.pooled[inside],
             normals.features.take((mine != fold).nonzero().squeeze(1)),
             generator=generator,
             start=full,
             iterations=2,
         )
-        directions = Directions(pooled, seen.pooled)
+        towards = directions(config, energies, seen.pooled)
         held = (mine == fold).nonzero().squeeze(1)
-        values[held] = part_values(energies, directions.all(), normals.features.take(held))
-        held = (spoiled_fold == fold).nonzero().squeeze(1)
+        values[held] = part_values(energies, towards, normals.features.take(held))
+        held = (mine[normals.spoiled_rows] == fold).nonzero().squeeze(1)
         for level, found in zip(spoiled, normals.spoiled, strict=True):
-            level[held] = part_values(energies, directions.all(), found.take(held))
-        left_out += directions.left_out() / folds
+            level[held] = part_values(energies, towards, found.take(held))
+        if len(seen_values):
+            found_values = part_values(energies, towards, seen)
+            found_values[:, len(full.names) :] = left_out(config, energies, seen.pooled)
+            seen_values += found_values / folds
+    places = distributed.gather_rows(normals.mine)
     return CrossFit(
-        _in_order(values, normals.mine),
+        distributed.gather_rows(values)[places.argsort()],
         [distributed.gather_rows(level) for level in spoiled],
-        left_out,
+        seen_values,
     )
-
-
-def _in_order(values: Tensor, mine: Tensor) -> Tensor:
-    """All ranks' rows by place."""
-    places = distributed.gather_rows(mine)
-    return distributed.gather_rows(values)[places.argsort()]
 
 
 @torch.no_grad()
-def part_values(energies: Energies, direction: Tensor, features: Features) -> Tensor:
+def part_values(energies: Energies, towards: Tensor, features: Features) -> Tensor:
     """(n, V) raw values of all parts."""
-    rows = [torch.zeros(0, len(energies.names) + 1)]
+    rows = [torch.zeros(0, len(energies.names) + len(towards))]
     for pooled, maps in features.batches(128):
         values, _ = energies(pooled, maps)
-        rows.append(torch.cat([values, (pooled @ direction).unsqueeze(1)], 1))
+        rows.append(torch.cat([values, pooled @ towards.T], 1))
     return torch.cat(rows)
 
 
-class Directions:
-    """The mean of seen anomalies in the normals' whitened space, as weights on pooled features.
+def directions(config: DpdlConfig, energies: Energies, seen: Tensor) -> Tensor:
+    """(pooled spaces, P) weights on pooled features, the mean direction of the seen anomalies.
 
-    MATH.md 7.1's s: <z(x), mean of z(anomalies)> with z = W (x - mean), up to a constant that
-    tails do not see. Whitening by the normals makes it Fisher's direction.
+    In each whitened space z: <z(x), mean of z(a) / |z(a)| over anomalies a>. Whitening by the
+    normals makes it Fisher's direction; the unit length keeps one glaring anomaly from being all
+    of it. Zero where nothing was seen.
     """
-
-    def __init__(self, pooled: Tensor, seen: Tensor) -> None:
-        self.mean, self.whitener = whitening(pooled)
-        self.white = (seen.double() - self.mean) @ self.whitener
-
-    def all(self) -> Tensor:
-        """(P,) float32; zeros without anomalies."""
-        if not len(self.white):
-            return torch.zeros(len(self.mean))
-        return (self.whitener @ self.white.mean(0)).float()
-
-    def left_out(self) -> Tensor:
-        """(M,) each anomaly on the direction of the others, minus the normals' mean, 0."""
-        count = len(self.white)
-        if count < 2:
-            return torch.zeros(0)
-        others = (self.white.sum(0) - self.white) / (count - 1)
-        return (self.white * others).sum(1).float()
+    towards = torch.zeros(len(config.pooled_spaces), seen.shape[1])
+    for row, space in enumerate(config.pooled_spaces):
+        part = energies.pooled[space]
+        assert isinstance(part, PooledEnergy)
+        if len(seen):
+            mean = F.normalize(part.whiten(seen), dim=1).mean(0)
+            towards[row, part.columns] = part.whitener @ mean
+    return towards
 
 
-def weigh(cross: CrossFit, num_energies: int) -> Tensor:
-    """(V,) weights of the parts' tails."""
-    weights = torch.zeros(cross.normals.shape[1])
+def left_out(config: DpdlConfig, energies: Energies, seen: Tensor) -> Tensor:
+    """(M, pooled spaces): each anomaly on the direction of the M - 1 others."""
+    columns: list[Tensor] = []
+    for space in config.pooled_spaces:
+        part = energies.pooled[space]
+        assert isinstance(part, PooledEnergy)
+        white = part.whiten(seen)
+        unit = F.normalize(white, dim=1)
+        others = (unit.sum(0) - unit) / (len(seen) - 1)
+        # pooled @ towards differs from <z, direction> by a constant of the direction
+        constant = others @ part.whitener @ part.mean
+        columns.append((white * others).sum(1) + constant)
+    return torch.stack(columns, 1)
+
+
+FULL_SHARE = 5.0
+"""Weight of all seen parts over an energy's mean weight, were there anomalies without end."""
+HALF_SHOTS = 7
+"""Seen anomalies at which the seen parts have half of that."""
+FAINT = 0.8
+"""Mean AUROC that the level of cut-paste used is nearest to: not saturated, not hopeless."""
+
+
+def weigh(cross: CrossFit, num_energies: int, num_seen: int) -> Tensor:
+    """(V,) weights of the parts' tails.
+
+    Energies: by how well each separates faint cut-paste on held-out normals; their mean is 1.
+    Seen parts: FULL_SHARE * M / (M + HALF_SHOTS) in all, times how well they find left-out
+    anomalies against how well the energies do, in log odds of the AUROC.
+    """
+    num_parts = cross.normals.shape[1]
+    weights = torch.zeros(num_parts)
     separation = torch.stack(
         [
-            torch.stack([_auroc(cross.normals[:, v], level[:, v]) for v in range(num_energies)])
+            torch.stack([auroc(cross.normals[:, v], level[:, v]) for v in range(num_energies)])
             for level in cross.spoiled
         ]
     )
-    level = int((separation.mean(1) - 0.8).abs().argmin())
+    level = int((separation.mean(1) - FAINT).abs().argmin())
     gain = (2 * separation[level] - 1).clamp_min(0.05)
     weights[:num_energies] = gain / gain.mean()
+    num_directions = num_parts - num_energies
+    share = FULL_SHARE * num_seen / (num_seen + HALF_SHOTS) / max(1, num_directions)
+    weights[num_energies:] = share * _worth(cross, num_energies)
     return weights
 
 
-def _auroc(normal: Tensor, anomalous: Tensor) -> Tensor:
+def _worth(cross: CrossFit, num_energies: int) -> Tensor:
+    """Log odds of the seen parts' AUROC on left-out anomalies over the energies', in [1/4, 3/2]."""
+    if not len(cross.seen):
+        return torch.ones(cross.normals.shape[1] - num_energies)
+    found = torch.stack(
+        [auroc(cross.normals[:, v], cross.seen[:, v]) for v in range(cross.normals.shape[1])]
+    )
+    odds = found.clamp(0.55, 0.98).logit()
+    return (odds[num_energies:] / odds[:num_energies].mean()).clamp(0.25, 1.5).float()
+
+
+def auroc(normal: Tensor, anomalous: Tensor) -> Tensor:
+    """Area under the ROC curve, ties one half; a 0-d float64."""
     ordered = normal.sort().values
     below = torch.searchsorted(ordered, anomalous.contiguous())
     upto = torch.searchsorted(ordered, anomalous.contiguous(), right=True)

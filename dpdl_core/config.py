@@ -28,21 +28,23 @@ class DpdlConfig:
     """Side in pixels of the square every image is squashed to."""
 
     # prototypes in the whitened space of pooled features (mean and deviation per channel)
-    pooled_spaces: tuple[str, ...] = ("7", "1-7")
-    """One energy per entry; an entry lists stages: `7`, `5+7`, `1-7`."""
+    pooled_spaces: tuple[str, ...] = ("7q", "1-7")
+    """One energy per entry; an entry lists stages: `7`, `5+7`, `1-7`. A `q` after the last stage
+    of the trunk takes the means over the image and its quadrants in place of deviations."""
     pooled_prototypes: int = 1
     """Prototypes of each; dimension decides there, not their number (docs/accuracy.md)."""
 
     # prototypes in the space of unit-norm patches
-    patch_spaces: tuple[str, ...] = ("5+7", "3-7")
-    """One energy per entry; stages are L2-normalised each, joined and projected."""
+    patch_spaces: tuple[str, ...] = ("3-7", "3+5+7s")
+    """One energy per entry; stages are L2-normalised each, joined and projected. With an `s`
+    after a 3x3 mean."""
     patch_prototypes: int = 1024
     """C, capped at a third of the patches. The paper's 32 are far too few for patches."""
     patch_dims: int = 128
     """Leading principal directions kept of a patch."""
     patch_side: int = 14
     """Patches per side of an image; maps of other sizes are resampled to it."""
-    patch_worst: float = 0.05
+    patch_worst: float = 0.03
     """Share of an image's patches, the worst, whose mean energy is the image's."""
     eps: float = 0.001
     """Entropy of the bridge in squared units of a unit-norm patch (paper: 0.001)."""
@@ -70,8 +72,10 @@ class DpdlConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: need a share above 0, at most 1")
         if not self.eps > 0:
             raise ValueError(f"eps={self.eps}: need a number above 0")
-        for space in self.pooled_spaces + self.patch_spaces:
-            stage_numbers(space)
+        for space in self.pooled_spaces:
+            stage_numbers(space.removesuffix("q"))
+        for space in self.patch_spaces:
+            stage_numbers(space.removesuffix("s"))
 
 
 _AT_LEAST = {
@@ -96,8 +100,8 @@ def recipe(name: str) -> DpdlConfig:
             trunk="resnet18",
             weights="hub",
             image_size=448,
-            pooled_spaces=("4", "1-4"),
-            patch_spaces=("3+4", "2-4"),
+            pooled_spaces=("4q", "1-4"),
+            patch_spaces=("2-4", "3+4s"),
         )
     raise ValueError(f"recipe={name!r}: there are `edge` and `paper`")
 

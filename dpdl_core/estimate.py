@@ -7,6 +7,8 @@ Letters: n images, P pooled features, D features of a space, C prototypes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from dpdl_core.config import DpdlConfig, stage_numbers
 from dpdl_core.observe import Features
 from dpdl_core.parts import Energies, PatchEnergy, PatchSpace, PooledEnergy, whitening
 
-PATCH_SAMPLE = 60_000
+PATCH_SAMPLE = 40_000
 """Most patches, over all ranks, that prototypes are fitted to."""
 _SLICE = 128
 """Images whose patches are written out at a time."""
@@ -157,10 +159,16 @@ def fit_codes(
 
 
 def bridge_to(book: Codebook, eps: float) -> Bridge:
-    """A bridge to the codes; all share the pooled variance within clusters."""
-    counts = book.counts.to(book.means.dtype).unsqueeze(1)
-    variances = (counts * book.variances).sum(0, keepdim=True) / counts.sum()
-    return Bridge(book.means, variances.clamp_min(1e-8), book.log_weights, eps)
+    """A bridge to the codes with the pooled variance within clusters, one for all dimensions.
+
+    Uniform weights and one variance: what is rare among normals is as normal as what is common,
+    and distances stay those of unit-norm patches; a variance per prototype or per dimension was
+    worse on small sets (docs/accuracy.md).
+    """
+    num_codes, dims = book.means.shape
+    variance = max(book.inertia / (float(book.counts.sum()) * dims), 1e-8)
+    weights = torch.full((num_codes,), -math.log(num_codes))
+    return Bridge(book.means, torch.full((1, dims), variance), weights, eps)
 
 
 def renew_energies(
@@ -189,10 +197,11 @@ def renew_energies(
             old.bridge.variances[:1],
             old.bridge.log_weights,
             blend=1.0,
+            iterations=10,
             generator=generator,
         )
         patches[space] = PatchEnergy(old.space, len(new.means), config.eps, config.patch_worst)
-        patches[space].bridge = Bridge(new.means, new.variances, new.log_weights, config.eps)
+        patches[space].bridge = Bridge(new.means, new.variances, old.bridge.log_weights, config.eps)
         counts["prototypes"] += len(new.means)
         for name in ("kept", "replaced", "revived"):
             counts[name] += int(getattr(new, name).sum())
@@ -203,19 +212,40 @@ def renew_energies(
 
 
 def pooled_columns(channels: list[int], space: str) -> list[int]:
-    """Where a space's stages lie among the columns of pool()."""
-    columns: list[int] = []
-    for stage in _stages(channels, space):
-        start = 2 * sum(channels[:stage])
-        columns.extend(range(start, start + 2 * channels[stage]))
-    return columns
+    """Where a space's features lie among the columns of pool()."""
+    stages = _stages(channels, space.removesuffix("q"))
+    starts = [2 * sum(channels[:stage]) for stage in stages]
+    if not space.endswith("q"):
+        widths = [2 * channels[stage] for stage in stages]
+        return [c for start, w in zip(starts, widths, strict=True) for c in range(start, start + w)]
+    last = len(channels) - 1
+    if stages != [last]:
+        raise ValueError(f"space {space!r}: quadrants are of the last stage, `{last + 1}q`")
+    quadrants = 2 * sum(channels)
+    return [
+        *range(starts[0], starts[0] + channels[last]),
+        *range(quadrants, quadrants + 4 * channels[last]),
+    ]
 
 
 def patch_space(config: DpdlConfig, channels: list[int], space: str) -> PatchSpace:
     """An empty patch space of the right shapes."""
-    stages = _stages(channels, space)
+    stages = _stages(channels, space.removesuffix("s"))
     in_dims = sum(channels[s] for s in stages)
-    return PatchSpace(stages, in_dims, min(config.patch_dims, in_dims), config.patch_side)
+    return PatchSpace(
+        stages,
+        in_dims,
+        min(config.patch_dims, in_dims),
+        side=config.patch_side,
+        smooth=space.endswith("s"),
+    )
+
+
+def patch_stages(config: DpdlConfig) -> list[int]:
+    """All stages whose maps any patch space needs, from 0."""
+    return sorted(
+        {s for space in config.patch_spaces for s in stage_numbers(space.removesuffix("s"))}
+    )
 
 
 def _stages(channels: list[int], space: str) -> list[int]:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from dpdl_core import calibrate, distributed
-from dpdl_core.config import DpdlConfig, stage_numbers
-from dpdl_core.estimate import fit_energies, renew_energies
+from dpdl_core.config import DpdlConfig
+from dpdl_core.estimate import fit_energies, patch_stages, renew_energies
 from dpdl_core.features import Trunk
 from dpdl_core.images import ImageSource
 from dpdl_core.model import Dpdl
@@ -135,7 +135,7 @@ def _observe(
     return observe(
         trunk,
         source,
-        stages=sorted({s for space in config.patch_spaces for s in stage_numbers(space)}),
+        stages=patch_stages(config),
         max_kept=config.max_maps,
         max_spoiled=config.pseudo_normals,
         spoilers=calibrate.make_spoilers(seed),
@@ -156,8 +156,7 @@ def _look_at_anomalies(
         raise ValueError(
             f"anomalies are {images.dtype} {tuple(images.shape)}: need uint8 (M, {size}, {size}, 3)"
         )
-    stages = sorted({s for space in config.patch_spaces for s in stage_numbers(space)})
-    return look_at_all(trunk, images, stages, config.batch_size)
+    return look_at_all(trunk, images, patch_stages(config), config.batch_size)
 
 
 def _calibrated(
@@ -175,9 +174,9 @@ def _calibrated(
         config, trunk.channels, normals, seen, energies, generator=generator
     )
     model = Dpdl(config, trunk, energies)
-    model.seen.copy_(calibrate.Directions(normals.pooled, seen.pooled).all())
+    model.seen.copy_(calibrate.directions(config, energies, seen.pooled))
     model.tails.fit(cross.normals)
-    model.weights.copy_(calibrate.weigh(cross, len(energies.names)))
+    model.weights.copy_(calibrate.weigh(cross, len(energies.names), len(seen)))
     share = (model.tails(cross.normals) * model.weights)[:, : len(energies.names)].sum(1)
     model.energy_limit.copy_(share.quantile(0.995))
     _calibrate_maps(model, normals)

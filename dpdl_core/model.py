@@ -46,8 +46,9 @@ class Dpdl(nn.Module):
         self.config = config
         self.trunk = trunk
         self.energies = energies
-        dims = sum(2 * c for c in trunk.channels)
-        self.register_buffer("seen", torch.zeros(dims))
+        # Per pooled space, a direction towards the seen anomalies, as weights on pool()'s columns.
+        dims = 2 * sum(trunk.channels) + 4 * trunk.channels[-1]
+        self.register_buffer("seen", torch.zeros(len(config.pooled_spaces), dims))
         self.tails = Tails(len(self.part_names))
         self.register_buffer("weights", torch.ones(len(self.part_names)))
         spaces = len(config.patch_spaces)
@@ -59,7 +60,7 @@ class Dpdl(nn.Module):
     @property
     def part_names(self) -> list[str]:
         """Names of the V parts; the energies come first."""
-        return [*self.energies.names, "seen"]
+        return [*self.energies.names, *(f"seen {space}" for space in self.config.pooled_spaces)]
 
     @torch.inference_mode()
     def score(self, images: Tensor) -> Scores:
@@ -96,7 +97,7 @@ class Dpdl(nn.Module):
     def part_values(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Raw values of all parts (B, V) and the patch energies (B, patch spaces, h, w)."""
         values, grids = self.energies(pooled, maps)
-        return torch.cat([values, (pooled @ self.seen).unsqueeze(1)], 1), grids
+        return torch.cat([values, pooled @ self.seen.T], 1), grids
 
 
 def resize(images: Tensor, size: int) -> Tensor:
