@@ -262,9 +262,7 @@ class _Run(threading.Thread):
     def result(self) -> Any:
         """Ray Train's result. DpdlError, in one line, where the workers failed for good."""
         if isinstance(self._error, ray.train.TrainingFailedError):
-            raise DpdlError(
-                f"training failed {MAX_FAILURES + 1} times: {cause(self._error)}"
-            ) from self._error
+            raise DpdlError(f"training failed: {cause(self._error)}") from self._error
         if self._error is not None:
             raise self._error
         return self._result
