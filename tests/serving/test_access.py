@@ -1,0 +1,47 @@
+"""Who may look at the console: this machine, and whoever has the token."""
+
+import pytest
+
+from serving.console.access import COOKIE, Access
+
+LOCAL = {"host": "127.0.0.1:8000"}
+
+
+@pytest.mark.parametrize(
+    ("client", "host"),
+    [("127.0.0.1", "127.0.0.1:8000"), ("::1", "[::1]:8000"), ("127.0.0.1", "localhost")],
+)
+def test_this_machine_needs_no_token(client, host):
+    assert Access(None).allows(client, {"host": host}, {})
+
+
+@pytest.mark.parametrize(
+    ("client", "headers"),
+    [
+        ("10.0.0.7", {"host": "plant:8000"}),
+        ("10.0.0.7", LOCAL),
+        ("127.0.0.1", {"host": "evil.example:8000"}),  # DNS rebinding
+        ("127.0.0.1", {**LOCAL, "x-forwarded-for": "10.0.0.7"}),  # a proxy before us
+        ("127.0.0.1", {}),
+        (None, LOCAL),
+        ("", LOCAL),
+    ],
+)
+def test_everyone_else_needs_the_token(client, headers):
+    access = Access("secret")
+    assert not access.allows(client, headers, {})
+    assert not access.allows(client, {**headers, "authorization": "Bearer wrong"}, {})
+    assert not access.allows(client, {**headers, "authorization": "Basic secret"}, {})
+    assert not access.allows(client, headers, {COOKIE: "secret"})
+    assert access.allows(client, {**headers, "authorization": "Bearer secret"}, {})
+    assert access.allows(client, headers, {COOKIE: access.session()})
+
+
+def test_without_a_token_nothing_is_one():
+    access = Access(None)
+    assert not access.allows("10.0.0.7", {"authorization": "Bearer "}, {COOKIE: ""})
+    assert not access.is_token("")
+
+
+def test_the_cookie_does_not_hold_the_token():
+    assert "secret" not in Access("secret").session()

@@ -1,0 +1,122 @@
+"""Evidence: what is kept, and that nothing waits for an S3 that is away."""
+
+import time
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+
+from infra.errors import ServiceUnavailable
+from infra.messages import evidence_key
+from serving import archive
+from serving.archive import Archive, heat_png, image_type
+
+
+class Notes(dict):
+    """Debts in a dict, with the interface of serving.archive.Debts."""
+
+    def note(self, frame_id, heat):
+        self[frame_id] = heat
+
+    def some(self, count):
+        return list(self.items())[:count]
+
+    def settle(self, frame_id):
+        del self[frame_id]
+
+
+def frame(offset, image=b"\xff\xd8\xffpixels"):
+    return SimpleNamespace(frame_id=f"t/0/{offset}", image=image)
+
+
+HEAT = np.eye(4, dtype=np.float32)
+
+
+@pytest.fixture
+def make():
+    made = []
+
+    def make(put, reread=lambda frame_id: None, debts=None):
+        made.append(Archive(put, reread, Notes() if debts is None else debts))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_the_overlay_is_hot_where_the_map_is_and_clear_where_it_is_cold():
+    rgba = cv2.imdecode(np.frombuffer(heat_png(HEAT, 64), np.uint8), cv2.IMREAD_UNCHANGED)
+    assert rgba.shape == (64, 64, 4)
+    assert rgba[4, 4, 3] > 250
+    assert rgba[4, 60, 3] < 5
+
+
+def test_a_flat_map_is_clear():
+    rgba = cv2.imdecode(
+        np.frombuffer(heat_png(np.ones((3, 3), np.float32)), np.uint8), cv2.IMREAD_UNCHANGED
+    )
+    assert rgba[..., 3].max() == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"\xff\xd8\xff\xe0", "image/jpeg"),
+        (b"\x89PNG\r\n\x1a\n", "image/png"),
+        (b"<svg onload=alert(1)>", "application/octet-stream"),
+        (b"<html>", "application/octet-stream"),
+        (b"", "application/octet-stream"),
+    ],
+)
+def test_the_type_is_what_the_bytes_are(data, kind):
+    assert image_type(data) == kind
+
+
+def test_frame_and_overlay_lie_under_the_frame_id(make):
+    bucket = {}
+    kept = make(lambda key, data, kind: bucket.update({key: (data, kind)}))
+    assert kept.keep([frame(7)], [HEAT]) == [evidence_key("t/0/7")]
+    data, kind = bucket[f"{evidence_key('t/0/7')}/frame"]
+    assert (data, kind) == (frame(7).image, "image/jpeg")
+    assert bucket[f"{evidence_key('t/0/7')}/heat.png"][1] == "image/png"
+
+
+def test_what_s3_does_not_take_is_owed_and_paid_from_kafka(make):
+    away, bucket, debts = [True], {}, Notes()
+
+    def put(key, data, kind):
+        if away[0]:
+            raise ServiceUnavailable("S3 is away")
+        bucket[key] = data
+
+    kept = make(put, reread=lambda frame_id: frame_id.encode(), debts=debts)
+    assert kept.keep([frame(1), frame(2)], [HEAT, HEAT]) == [
+        evidence_key("t/0/1"),
+        evidence_key("t/0/2"),
+    ]
+    assert set(debts) == {"t/0/1", "t/0/2"}
+    assert kept.pay() == 0  # S3 is given a rest
+    away[0], kept._rest_until = False, 0.0
+    assert kept.pay() == 2
+    assert not debts
+    assert bucket[f"{evidence_key('t/0/1')}/frame"] == b"t/0/1"
+
+
+def test_a_frame_that_kafka_no_longer_has_is_given_up(make):
+    debts = Notes({"t/0/1": HEAT})
+    kept = make(lambda *args: None, reread=lambda frame_id: None, debts=debts)
+    assert kept.pay() == 1
+    assert not debts
+
+
+def test_results_do_not_wait_for_an_s3_that_hangs(make, monkeypatch):
+    monkeypatch.setattr(archive, "PATIENCE_S", 0.1)
+    debts = Notes()
+    kept = make(lambda *args: time.sleep(1.0), debts=debts)
+    began = time.monotonic()
+    kept.keep([frame(1)], [HEAT])
+    kept.keep([frame(2)], [HEAT])  # does not even try
+    assert time.monotonic() - began < 0.8
+    assert set(debts) == {"t/0/1", "t/0/2"}
