@@ -57,7 +57,9 @@ class AppArgs(BaseModel):
 def build(args: AppArgs) -> serve.Application:
     """The application, not yet deployed. Reads the settings of the process that it runs in."""
     settings = load_settings()
-    cluster = ray.cluster_resources() if ray.is_initialized() else {}
+    cluster: dict[str, float] = {}
+    if ray.is_initialized():
+        cluster = ray.cluster_resources()  # type: ignore[no-untyped-call]
     num_cpus = int(cluster.get("CPU", 0))
     roomy = num_cpus >= BIG_MACHINE_CPUS
     on_gpu = args.device == "cuda" or (not args.device and cluster.get("GPU", 0) > 0)
@@ -122,7 +124,7 @@ def deploy(
     deadline_s: float = 180.0,
     say: Callable[[str], None] = lambda _: None,
 ) -> Deployed:
-    """Deploys the application and waits until all of it runs; deploying again updates it.
+    """Deploys the application and waits until all of it runs; deploying again replaces it.
 
     Creates topics and buckets that do not exist. `settings` must be what load_settings() gives
     in this process: the replicas read the same sources.
@@ -153,6 +155,9 @@ def deploy(
             f"Ray Serve did not start ({type(error).__name__}): try again, and look at the logs "
             "under /tmp/ray/session_latest/logs/serve"
         ) from error
+    if APP_NAME in serve.status().applications:
+        # Serve keeps replicas whose arguments are unchanged, and theirs would keep old settings.
+        serve.delete(APP_NAME)
     app = build(AppArgs(model_name=model_name, consumers=consumers, device=device))
     serve.run_many(
         [serve.RunTarget(app, name=APP_NAME, route_prefix="/")],
@@ -172,7 +177,7 @@ def shutdown() -> None:
         return
     serve.delete(APP_NAME)
     if not serve.status().applications:
-        serve.shutdown()
+        serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def scorer_info() -> dict[str, Any]:

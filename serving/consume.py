@@ -24,6 +24,7 @@ from ray.serve.handle import DeploymentHandle
 
 from infra.errors import DpdlError, ServiceUnavailable
 from infra.kafka_client import make_consumer, make_producer
+from infra.metrics import StreamMetrics
 from infra.redis_client import ResultStore
 from infra.settings import Settings, load_settings
 from serving.archive import open_archive
@@ -103,6 +104,7 @@ class Consumer:
         self._totals: dict[str, int] = {"batches": 0, "frames": 0, "alerts": 0, "dropped_spans": 0}
         self._bad: dict[str, int] = {}
         self._last: dict[str, Any] = {}
+        self._metrics = StreamMetrics()
         self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
         self._thread.start()
 
@@ -188,7 +190,7 @@ class Consumer:
             "version": batch.version,
             "frames": len(batch.results),
             "alerts": batch.alerts,
-            "bad": batch.bad,
+            "bad": dict(batch.bad),
             "dropped_spans": batch.dropped_spans,
             "ms": batch.stage_ms,
         }
@@ -201,3 +203,21 @@ class Consumer:
             self._totals[name] += line[name]
         for reason, count in batch.bad.items():
             self._bad[reason] = self._bad.get(reason, 0) + count
+        self._measure(batch)
+
+    def _measure(self, batch: BatchReport) -> None:
+        metrics = self._metrics
+        anomalies = sum(result.is_anomaly for result in batch.results)
+        metrics.frames("normal", len(batch.results) - anomalies)
+        metrics.frames("anomaly", anomalies - batch.alerts)
+        metrics.frames("alert", batch.alerts)
+        metrics.dead_letters(batch.bad)
+        for result in batch.results:
+            latency_s = (result.scored_at_ns - result.captured_at_ns) / 1e9
+            metrics.scored(result.model, result.score, latency_s)
+        for stage, spent_ms in batch.stage_ms.items():
+            metrics.stage(stage, spent_ms / 1000)
+        for partition, behind in self._lag.items():
+            metrics.lag(self._settings.kafka.topic, partition, behind)
+        if batch.results:
+            metrics.active_version(batch.results[-1].model, batch.version)

@@ -4,8 +4,8 @@ Reads only. Everything is bounded: pages by count, evidence by size, waits by ti
 topics are hostile input: they are JSON here and text nodes in the page, never markup.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: Serve ships the FastAPI application to its replica by
+# value, where names in string annotations can no longer be looked up.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
