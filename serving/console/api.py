@@ -4,8 +4,9 @@ Reads only. Everything is bounded: pages by count, evidence by size, waits by ti
 topics are hostile input: they are JSON here and text nodes in the page, never markup.
 """
 
-# No `from __future__ import annotations` here: Serve ships the FastAPI application to its replica by
-# value, where names in string annotations can no longer be looked up.
+# Serve pickles the FastAPI application when it decorates Console, by value, with what the module
+# holds by then. So Console comes last in this file, and annotations are no strings (no
+# `from __future__ import annotations`): their names could not be looked up any more.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
@@ -79,6 +80,66 @@ async def _guard(request: Request, go_on: Callable[[Request], Awaitable[Response
 async def _unavailable(request: Request, error: DpdlError) -> JSONResponse:
     log.warning("%s: %s", request.url.path, error)
     return JSONResponse({"detail": type(error).__name__}, 503 if error.retryable else 500)
+
+
+async def _asked(answer: Any) -> Any:
+    """A replica's answer, or an empty one that says why."""
+    try:
+        return await asyncio.wait_for(answer, STATUS_S)
+    except Exception as error:  # restarting, overloaded, away: the page says so and asks again
+        return {"trouble": f"no answer ({type(error).__name__})"}
+
+
+def _page(name: str) -> bytes:
+    return (files("serving.console") / name).read_bytes()
+
+
+def _is_picture(data: bytes) -> bool:
+    return image_type(data).startswith("image/")
+
+
+def _of(stored: StoredResult, camera: str) -> bool:
+    return not camera or stored.result.camera == camera
+
+
+def _alert(stored: StoredResult) -> dict[str, Any]:
+    result = stored.result
+    evidence = f"api/v1/evidence/{quote(result.evidence_key)}" if result.evidence_key else ""
+    return {
+        "id": stored.id,
+        "frame_id": result.frame_id,
+        "camera": result.camera,
+        # Milliseconds: nanoseconds do not fit a number of JavaScript.
+        "captured_at_ms": result.captured_at_ns / 1e6,
+        "scored_at_ms": result.scored_at_ns / 1e6,
+        "score": result.score,
+        "threshold": result.threshold,
+        "energy": result.energy,
+        "model": result.model,
+        "version": result.version,
+        "frame_url": f"{evidence}/{FRAME}" if evidence else None,
+        "heat_url": f"{evidence}/{HEAT}" if evidence else None,
+    }
+
+
+def _camera(state: CameraState) -> dict[str, Any]:
+    return {
+        "camera": state.camera,
+        "frames": state.frames,
+        "anomalies": state.anomalies,
+        "alerts": state.alerts,
+        "last_captured_at_ms": _ms(state.last_captured_at_ns),
+        "last_scored_at_ms": _ms(state.last_scored_at_ns),
+        "last_score": state.last_score,
+        "threshold": state.threshold_used,
+        "override": state.override.threshold if state.override else None,
+        "model": state.model,
+        "version": state.version,
+    }
+
+
+def _ms(at_ns: int | None) -> float | None:
+    return None if at_ns is None else at_ns / 1e6
 
 
 @serve.ingress(api)
@@ -217,63 +278,3 @@ class Console:
             if len(page) < size and len(found) < count:
                 return found, None, newest
         return found, before, newest
-
-
-async def _asked(answer: Any) -> Any:
-    """A replica's answer, or an empty one that says why."""
-    try:
-        return await asyncio.wait_for(answer, STATUS_S)
-    except Exception as error:  # restarting, overloaded, away: the page says so and asks again
-        return {"trouble": f"no answer ({type(error).__name__})"}
-
-
-def _page(name: str) -> bytes:
-    return (files("serving.console") / name).read_bytes()
-
-
-def _is_picture(data: bytes) -> bool:
-    return image_type(data).startswith("image/")
-
-
-def _of(stored: StoredResult, camera: str) -> bool:
-    return not camera or stored.result.camera == camera
-
-
-def _alert(stored: StoredResult) -> dict[str, Any]:
-    result = stored.result
-    evidence = f"api/v1/evidence/{quote(result.evidence_key)}" if result.evidence_key else ""
-    return {
-        "id": stored.id,
-        "frame_id": result.frame_id,
-        "camera": result.camera,
-        # Milliseconds: nanoseconds do not fit a number of JavaScript.
-        "captured_at_ms": result.captured_at_ns / 1e6,
-        "scored_at_ms": result.scored_at_ns / 1e6,
-        "score": result.score,
-        "threshold": result.threshold,
-        "energy": result.energy,
-        "model": result.model,
-        "version": result.version,
-        "frame_url": f"{evidence}/{FRAME}" if evidence else None,
-        "heat_url": f"{evidence}/{HEAT}" if evidence else None,
-    }
-
-
-def _camera(state: CameraState) -> dict[str, Any]:
-    return {
-        "camera": state.camera,
-        "frames": state.frames,
-        "anomalies": state.anomalies,
-        "alerts": state.alerts,
-        "last_captured_at_ms": _ms(state.last_captured_at_ns),
-        "last_scored_at_ms": _ms(state.last_scored_at_ns),
-        "last_score": state.last_score,
-        "threshold": state.threshold_used,
-        "override": state.override.threshold if state.override else None,
-        "model": state.model,
-        "version": state.version,
-    }
-
-
-def _ms(at_ns: int | None) -> float | None:
-    return None if at_ns is None else at_ns / 1e6
