@@ -21,6 +21,7 @@ from torch import Tensor
 from dpdl_core import config as configs
 from dpdl_core.estimate import blank_energies
 from dpdl_core.features import Trunk
+from dpdl_core.learn import Parts
 from dpdl_core.model import Dpdl
 
 FORMAT = 1
@@ -55,7 +56,7 @@ def pack(
     described = {
         "format": FORMAT,
         "config": json.loads(configs.to_json(model.config)),
-        "prototypes": model.energies.sizes,
+        "prototypes": model.parts.energies.sizes,
     }
     return {
         WEIGHTS: safetensors.torch.save(state),
@@ -124,7 +125,8 @@ def _blank(described: dict[str, Any]) -> Dpdl:
         config = configs.from_json(json.dumps(described["config"]))
         trunk = Trunk(config.trunk).fuse()
         sizes = {str(k): int(v) for k, v in described["prototypes"].items()}
-        return Dpdl(config, trunk, blank_energies(config, trunk.channels, sizes))
+        energies = blank_energies(config, trunk.channels, sizes)
+        return Dpdl(config, trunk, Parts(config, trunk.channels, energies))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{CONFIG}: {error}") from error
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from dpdl_core import distributed
 from dpdl_core.config import DpdlConfig
 from dpdl_core.estimate import fit_energies
+from dpdl_core.learn import Parts, fit_heads, head_sample
 from dpdl_core.observe import Features, Normals, Spoil
 from dpdl_core.parts import Energies, PooledEnergy
 
@@ -73,7 +74,7 @@ class CrossFit:
     spoiled: list[Tensor]
     """Per level, (K', V)."""
     seen: Tensor
-    """(M, V) of the seen anomalies, on directions from the others only; empty for M < 2."""
+    """(M, V) of the seen anomalies, which the fit does not know either; empty for M < 2."""
 
 
 def cross_fit(
@@ -84,38 +85,41 @@ def cross_fit(
     full: Energies,
     *,
     generator: torch.Generator,
+    keep: Parts | None = None,
 ) -> CrossFit:
     """Every kept normal, spoiled normal and seen anomaly under fits without it."""
     kept = len(normals.kept)
     order = distributed.broadcast(torch.randperm(kept, generator=generator))
     folds = min(config.folds, kept)
     mine = (order % folds)[normals.mine]
-    num_parts = len(full.names) + len(config.pooled_spaces)
+    num_parts = len(Parts(config, channels, full).names)
     values = torch.zeros(len(mine), num_parts)
     spoiled = [torch.zeros(len(level), num_parts) for level in normals.spoiled]
+    seen_fold = torch.arange(len(seen)) % folds
     seen_values = torch.zeros(len(seen) if len(seen) > 1 else 0, num_parts)
     for fold in range(folds):
         inside = torch.ones(len(normals.pooled), dtype=torch.bool)
         inside[normals.kept[order % folds == fold]] = False
+        local = normals.features.take((mine != fold).nonzero().squeeze(1))
         energies = fit_energies(
             config,
             channels,
             normals.pooled[inside],
-            normals.features.take((mine != fold).nonzero().squeeze(1)),
+            local,
             generator=generator,
             start=full,
             iterations=2,
         )
-        towards = directions(config, energies, seen.pooled)
+        known = (seen_fold != fold).nonzero().squeeze(1) if len(seen_values) else seen_fold
+        parts = fit_parts(config, channels, energies, local, seen.take(known), generator, keep)
         held = (mine == fold).nonzero().squeeze(1)
-        values[held] = part_values(energies, towards, normals.features.take(held))
+        values[held] = part_values(parts, normals.features.take(held))
         held = (mine[normals.spoiled_rows] == fold).nonzero().squeeze(1)
         for level, found in zip(spoiled, normals.spoiled, strict=True):
-            level[held] = part_values(energies, towards, found.take(held))
+            level[held] = part_values(parts, found.take(held))
+        held = (seen_fold == fold).nonzero().squeeze(1)
         if len(seen_values):
-            found_values = part_values(energies, towards, seen)
-            found_values[:, len(full.names) :] = left_out(config, energies, seen.pooled)
-            seen_values += found_values / folds
+            seen_values[held] = part_values(parts, seen.take(held))
     places = distributed.gather_rows(normals.mine)
     return CrossFit(
         distributed.gather_rows(values)[places.argsort()],
@@ -124,13 +128,55 @@ def cross_fit(
     )
 
 
+def fit_parts(
+    config: DpdlConfig,
+    channels: list[int],
+    energies: Energies,
+    features: Features,
+    seen: Features,
+    generator: torch.Generator,
+    keep: Parts | None = None,
+) -> Parts:
+    """All parts on given energies: directions, and heads trained on a sample of the normals.
+
+    Without anomalies, directions and heads are those of `keep`, if given, and silent otherwise.
+    """
+    parts = Parts(config, channels, energies)
+    parts.seen.copy_(directions(config, energies, seen.pooled))
+    if keep is not None and not len(seen):
+        parts.seen.copy_(keep.seen)
+        parts.heads.load_state_dict(keep.heads.state_dict())
+    seed = int(distributed.broadcast(torch.randint(2**31, (1,), generator=generator)))
+    if len(seen):
+        sample = gather_some(features, config.head_normals, generator)
+        fit_heads(
+            parts.heads,
+            head_sample(parts.heads, energies, sample),
+            head_sample(parts.heads, energies, seen),
+            config=config,
+            seed=seed,
+        )
+    return parts.requires_grad_(False).eval()
+
+
+def gather_some(features: Features, count: int, generator: torch.Generator) -> Features:
+    """At most `count` of all ranks' images, the same on every rank."""
+    counts = distributed.row_counts(features.pooled)
+    total, start = sum(counts), sum(counts[: distributed.rank()])
+    order = torch.randperm(total, generator=generator)
+    chosen = distributed.broadcast(order[:count].sort().values)
+    mine = chosen[(chosen >= start) & (chosen < start + len(features))] - start
+    some = features.take(mine)
+    return Features(
+        distributed.gather_rows(some.pooled), [distributed.gather_rows(m) for m in some.maps]
+    )
+
+
 @torch.no_grad()
-def part_values(energies: Energies, towards: Tensor, features: Features) -> Tensor:
+def part_values(parts: Parts, features: Features) -> Tensor:
     """(n, V) raw values of all parts."""
-    rows = [torch.zeros(0, len(energies.names) + len(towards))]
-    for pooled, maps in features.batches(128):
-        values, _ = energies(pooled, maps)
-        rows.append(torch.cat([values, pooled @ towards.T], 1))
+    rows = [torch.zeros(0, len(parts.names))]
+    rows += [parts(pooled, maps)[0] for pooled, maps in features.batches(128)]
     return torch.cat(rows)
 
 
@@ -151,24 +197,9 @@ def directions(config: DpdlConfig, energies: Energies, seen: Tensor) -> Tensor:
     return towards
 
 
-def left_out(config: DpdlConfig, energies: Energies, seen: Tensor) -> Tensor:
-    """(M, pooled spaces): each anomaly on the direction of the M - 1 others."""
-    columns: list[Tensor] = []
-    for space in config.pooled_spaces:
-        part = energies.pooled[space]
-        assert isinstance(part, PooledEnergy)
-        white = part.whiten(seen)
-        unit = F.normalize(white, dim=1)
-        others = (unit.sum(0) - unit) / (len(seen) - 1)
-        # pooled @ towards differs from <z, direction> by a constant of the direction
-        constant = others @ part.whitener @ part.mean
-        columns.append((white * others).sum(1) + constant)
-    return torch.stack(columns, 1)
-
-
-FULL_SHARE = 5.0
+FULL_SHARE = 7.0
 """Weight of all seen parts over an energy's mean weight, were there anomalies without end."""
-HALF_SHOTS = 7
+HALF_SHOTS = 10
 """Seen anomalies at which the seen parts have half of that."""
 FAINT = 0.8
 """Mean AUROC that the level of cut-paste used is nearest to: not saturated, not hopeless."""
@@ -192,21 +223,28 @@ def weigh(cross: CrossFit, num_energies: int, num_seen: int) -> Tensor:
     level = int((separation.mean(1) - FAINT).abs().argmin())
     gain = (2 * separation[level] - 1).clamp_min(0.05)
     weights[:num_energies] = gain / gain.mean()
-    num_directions = num_parts - num_energies
-    share = FULL_SHARE * num_seen / (num_seen + HALF_SHOTS) / max(1, num_directions)
-    weights[num_energies:] = share * _worth(cross, num_energies)
+    share = FULL_SHARE * num_seen / (num_seen + HALF_SHOTS)
+    num_heads = 3
+    num_directions = num_parts - num_energies - num_heads
+    # Directions and heads have half of it each: they err on different anomalies.
+    weights[num_energies:-num_heads] = share / 2 / max(1, num_directions)
+    weights[-num_heads:] = share / 2 / num_heads
+    weights[num_energies:] *= _worth(cross, num_energies)
     return weights
 
 
 def _worth(cross: CrossFit, num_energies: int) -> Tensor:
-    """Log odds of the seen parts' AUROC on left-out anomalies over the energies', in [1/4, 3/2]."""
+    """Log odds of the seen parts' AUROC on left-out anomalies over the energies', a square root.
+
+    Ten anomalies measure an AUROC to some .05: the root and the bounds draw towards trust.
+    """
     if not len(cross.seen):
         return torch.ones(cross.normals.shape[1] - num_energies)
     found = torch.stack(
         [auroc(cross.normals[:, v], cross.seen[:, v]) for v in range(cross.normals.shape[1])]
     )
     odds = found.clamp(0.55, 0.98).logit()
-    return (odds[num_energies:] / odds[:num_energies].mean()).clamp(0.25, 1.5).float()
+    return (odds[num_energies:] / odds[:num_energies].mean()).sqrt().clamp(0.6, 1.3).float()
 
 
 def auroc(normal: Tensor, anomalous: Tensor) -> Tensor:

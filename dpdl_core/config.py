@@ -55,6 +55,17 @@ class DpdlConfig:
     folds: int = 5
     """Cross-fitting folds: no normal is calibrated by a fit that has seen it."""
 
+    head_stages: str = "5-7"
+    """Stages that the heads M_a and M_n look at, on the grid of the last."""
+    head_normals: int = 512
+    """Normals that the heads learn from, at most."""
+    head_iterations: int = 150
+    """Steps of the heads' training, 48 images each."""
+    head_learning_rate: float = 2e-3
+    """AdamW's, with a cosine schedule."""
+    head_weight_decay: float = 0.1
+    """AdamW's; strong, since ten anomalies are few."""
+
     # bounds
     max_maps: int = 2048
     """Training normals whose feature maps are kept for prototypes (141 kB each in Lite0)."""

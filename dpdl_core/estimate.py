@@ -241,11 +241,10 @@ def patch_space(config: DpdlConfig, channels: list[int], space: str) -> PatchSpa
     )
 
 
-def patch_stages(config: DpdlConfig) -> list[int]:
-    """All stages whose maps any patch space needs, from 0."""
-    return sorted(
-        {s for space in config.patch_spaces for s in stage_numbers(space.removesuffix("s"))}
-    )
+def map_stages(config: DpdlConfig) -> list[int]:
+    """All stages whose maps a patch space or a head looks at, from 0."""
+    spaces = [space.removesuffix("s") for space in config.patch_spaces]
+    return sorted({s for space in [*spaces, config.head_stages] for s in stage_numbers(space)})
 
 
 def _stages(channels: list[int], space: str) -> list[int]:

@@ -12,6 +12,7 @@ Letters: N normals, K of them with maps kept, M anomalies, P pooled features, V 
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from dpdl_core import calibrate, distributed
 from dpdl_core.config import DpdlConfig
-from dpdl_core.estimate import fit_energies, patch_stages, renew_energies
+from dpdl_core.estimate import fit_energies, map_stages, renew_energies
 from dpdl_core.features import Trunk
 from dpdl_core.images import ImageSource
 from dpdl_core.model import Dpdl
@@ -88,13 +89,15 @@ def renew(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> tuple[Dpdl, RenewReport]:
-    """A model renewed on old and new normals; trunk and heads stay, the given model too.
+    """A model renewed on old and new normals; the trunk and the given model stay.
 
-    New normals that look anomalous to the present model are not learnt from. Collective as fit().
+    New normals that look anomalous to the present model are not learnt from. Directions and heads
+    are learnt anew from the anomalies; with none given they stay as they are. Collective as fit().
     """
     started = time.monotonic()
     tell = progress or _silent
-    config, trunk = model.config, model.trunk.to(device)
+    model = copy.deepcopy(model).cpu()
+    config, trunk = model.config, copy.deepcopy(model.trunk).to(device)
     aside = set_aside(model, new_normals)
     source = _Joined(old_normals, new_normals, aside)
     generator = torch.Generator().manual_seed(seed)
@@ -102,9 +105,14 @@ def renew(
     seen = _look_at_anomalies(config, trunk, anomalies)
     tell("prototypes", 0.0, {})
     energies, counts = renew_energies(
-        config, trunk.channels, found.pooled, found.features, model.energies, generator=generator
+        config,
+        trunk.channels,
+        found.pooled,
+        found.features,
+        model.parts.energies,
+        generator=generator,
     )
-    renewed = _calibrated(config, trunk, energies, found, seen, generator, tell)
+    renewed = _calibrated(config, trunk, energies, found, seen, generator, tell, model)
     report = RenewReport(
         new_normals=len(everywhere := distributed.gather_rows(aside)),
         set_aside=everywhere.nonzero().squeeze(1).tolist(),
@@ -135,7 +143,7 @@ def _observe(
     return observe(
         trunk,
         source,
-        stages=patch_stages(config),
+        stages=map_stages(config),
         max_kept=config.max_maps,
         max_spoiled=config.pseudo_normals,
         spoilers=calibrate.make_spoilers(seed),
@@ -156,7 +164,7 @@ def _look_at_anomalies(
         raise ValueError(
             f"anomalies are {images.dtype} {tuple(images.shape)}: need uint8 (M, {size}, {size}, 3)"
         )
-    return look_at_all(trunk, images, patch_stages(config), config.batch_size)
+    return look_at_all(trunk, images, map_stages(config), config.batch_size)
 
 
 def _calibrated(
@@ -167,16 +175,22 @@ def _calibrated(
     seen: Features,
     generator: torch.Generator,
     tell: Progress,
+    before: Dpdl | None = None,
 ) -> Dpdl:
     """The whole model: parts, tails and weights from cross-fitted values."""
     tell("calibration", 0.0, {})
+    keep = before.parts if before is not None else None
     cross = calibrate.cross_fit(
-        config, trunk.channels, normals, seen, energies, generator=generator
+        config, trunk.channels, normals, seen, energies, generator=generator, keep=keep
     )
-    model = Dpdl(config, trunk, energies)
-    model.seen.copy_(calibrate.directions(config, energies, seen.pooled))
+    parts = calibrate.fit_parts(
+        config, trunk.channels, energies, normals.features, seen, generator, keep
+    )
+    model = Dpdl(config, trunk, parts)
     model.tails.fit(cross.normals)
     model.weights.copy_(calibrate.weigh(cross, len(energies.names), len(seen)))
+    if before is not None and not len(seen):
+        model.weights[len(energies.names) :] = before.weights[len(energies.names) :].cpu()
     share = (model.tails(cross.normals) * model.weights)[:, : len(energies.names)].sum(1)
     model.energy_limit.copy_(share.quantile(0.995))
     _calibrate_maps(model, normals)
@@ -188,7 +202,7 @@ def _calibrated(
 def _calibrate_maps(model: Dpdl, normals: Normals) -> None:
     """Heat maps: 0 at the median patch of normals, 1 at their 99th percentile."""
     sample = normals.features.take(torch.arange(min(256, len(normals.features))))
-    grids = [model.energies(pooled, maps)[1] for pooled, maps in sample.batches(128)]
+    grids = [model.parts(pooled, maps)[1] for pooled, maps in sample.batches(128)]
     flat = distributed.gather_rows(torch.cat(grids).transpose(0, 1).flatten(1).T.contiguous())
     ordered = flat.sort(0).values
     median, high = ordered[len(ordered) // 2], ordered[int(0.99 * (len(ordered) - 1))]

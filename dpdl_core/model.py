@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dpdl_core.config import DpdlConfig
 from dpdl_core.features import Trunk
-from dpdl_core.parts import Energies, Tails, pool
+from dpdl_core.learn import Parts
+from dpdl_core.parts import Tails, pool
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,13 @@ class Dpdl(nn.Module):
     weights: Tensor
     map_median: Tensor
     map_scale: Tensor
-    seen: Tensor
     energy_limit: Tensor
 
-    def __init__(self, config: DpdlConfig, trunk: Trunk, energies: Energies) -> None:
+    def __init__(self, config: DpdlConfig, trunk: Trunk, parts: Parts) -> None:
         super().__init__()
         self.config = config
         self.trunk = trunk
-        self.energies = energies
-        # Per pooled space, a direction towards the seen anomalies, as weights on pool()'s columns.
-        dims = 2 * sum(trunk.channels) + 4 * trunk.channels[-1]
-        self.register_buffer("seen", torch.zeros(len(config.pooled_spaces), dims))
+        self.parts = parts
         self.tails = Tails(len(self.part_names))
         self.register_buffer("weights", torch.ones(len(self.part_names)))
         spaces = len(config.patch_spaces)
@@ -60,7 +57,7 @@ class Dpdl(nn.Module):
     @property
     def part_names(self) -> list[str]:
         """Names of the V parts; the energies come first."""
-        return [*self.energies.names, *(f"seen {space}" for space in self.config.pooled_spaces)]
+        return self.parts.names
 
     @torch.inference_mode()
     def score(self, images: Tensor) -> Scores:
@@ -82,10 +79,10 @@ class Dpdl(nn.Module):
 
     def judge(self, pooled: Tensor, maps: list[Tensor]) -> Scores:
         """Scores of images whose features are at hand: pool()'s (B, P) and the trunk's maps."""
-        values, grids = self.part_values(pooled, maps)
+        values, grids = self.parts(pooled, maps)
         tails = self.tails(values)
         weighted = tails * self.weights
-        num_energies = len(self.energies.names)
+        num_energies = len(self.parts.energies.names)
         heat = (grids - self.map_median[:, None, None]) / self.map_scale[:, None, None]
         return Scores(
             score=weighted.sum(1),
@@ -93,11 +90,6 @@ class Dpdl(nn.Module):
             maps=heat.mean(1).clamp_min(0),
             parts=dict(zip(self.part_names, tails.unbind(1), strict=True)),
         )
-
-    def part_values(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Raw values of all parts (B, V) and the patch energies (B, patch spaces, h, w)."""
-        values, grids = self.energies(pooled, maps)
-        return torch.cat([values, pooled @ self.seen.T], 1), grids
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -122,12 +122,15 @@ class PatchEnergy(nn.Module):
             eps=eps,
         )
 
-    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Energy (B,) and its map (B, side, side)."""
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Energy (B,), its map (B, side, side), and eq. 22's residuals (B, D, side, side)."""
         patches = self.space(maps)
-        energies = hard_energy(self.bridge, patches.flatten(0, 1)).view(patches.shape[:2])
-        grid = energies.view(len(patches), self.space.side, self.space.side)
-        return self.image_energy(energies), grid
+        flat = patches.flatten(0, 1)
+        energies, winner = hard_nearest(self.bridge, flat)
+        side = self.space.side
+        grid = energies.view(len(patches), side, side)
+        residuals = self.bridge.residual(flat, winner).view(len(patches), side, side, -1)
+        return self.image_energy(grid.flatten(1)), grid, residuals.permute(0, 3, 1, 2)
 
     def image_energy(self, energies: Tensor) -> Tensor:
         """(B, patches) -> (B,)."""
@@ -153,15 +156,18 @@ class Energies(nn.Module):
         bridges = [part.bridge for part in parts]
         return dict(zip(self.names, (b.num_prototypes for b in bridges), strict=True))
 
-    def forward(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """(B, P) and the maps -> energies (B, E) and patch energies (B, patch spaces, h, w)."""
+    def forward(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, P) and the maps -> energies (B, E), patch energies (B, patch spaces, h, w), and the
+        residuals (B, D, h, w) of the first patch space, which M_r looks at."""
         values = [part(pooled) for part in self.pooled.values()]
         grids: list[Tensor] = []
+        residuals: list[Tensor] = []
         for part in self.patches.values():
-            energy, grid = part(maps)
+            energy, grid, residual = part(maps)
             values.append(energy)
             grids.append(grid)
-        return torch.stack(values, 1), torch.stack(grids, 1)
+            residuals.append(residual)
+        return torch.stack(values, 1), torch.stack(grids, 1), residuals[0]
 
 
 def hard_energy(bridge: Bridge, x: Tensor) -> Tensor:
@@ -171,17 +177,23 @@ def hard_energy(bridge: Bridge, x: Tensor) -> Tensor:
     prototypes add, which lies between 0 and eps log C; so is the difference of the two energies.
     A ninth of the soft-min's time, which would cost half as much as the trunk.
     """
+    return hard_nearest(bridge, x)[0]
+
+
+def hard_nearest(bridge: Bridge, x: Tensor) -> tuple[Tensor, Tensor]:
+    """hard_energy (N,) and the nearest prototype (N,)."""
     stiffness = (1 - bridge.shrink[0, 0]).to(x.dtype)
     means = bridge.means.to(x.dtype)
     center = means.mean(0)
     means = means - center
     offset = means.square().sum(1) / 2
+    energies, winners = [], []
     # A chunk's costs stay in the cache between the product and the minimum.
-    nearest = [
-        rows.square().sum(1) / 2 + torch.addmm(offset, rows, means.T, alpha=-1).amin(1)
-        for rows in (x - center).split(512)
-    ]
-    return stiffness * torch.cat(nearest).clamp_min(0)
+    for rows in (x - center).split(512):
+        least = torch.addmm(offset, rows, means.T, alpha=-1).min(1)
+        energies.append(rows.square().sum(1) / 2 + least.values)
+        winners.append(least.indices)
+    return stiffness * torch.cat(energies).clamp_min(0), torch.cat(winners)
 
 
 class Tails(nn.Module):

@@ -1,0 +1,220 @@
+"""The three heads on frozen maps: their features, their training, their values.
+
+Knows maps, bridges and heads; nothing of images or files. Every rank trains the same heads on
+the same bounded sample. Paper: DPDL section 4.4, eqs. 20-23.
+Letters: B batch, C channels of the head map, D features of a patch, M anomalies, h w map sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpdl_core.config import DpdlConfig, stage_numbers
+from dpdl_core.heads import AnomalyHead, NormalHead, ResidualHead, top_mean
+from dpdl_core.losses import anomaly_head_loss, normal_head_loss, residual_head_loss
+from dpdl_core.observe import Features
+from dpdl_core.parts import Energies
+
+_RIDGE = 0.05
+"""Share of the mean variance that every direction of the head map's whitening is given."""
+
+
+class Heads(nn.Module):
+    """M_a and M_n on whitened maps of the last stages, M_r on residuals to patch prototypes.
+
+    Whitening by the normals' patches is a fixed linear layer: with ten anomalies a head must not
+    spend its few steps on the features' scales.
+    """
+
+    center: Tensor
+    whitener: Tensor
+
+    def __init__(self, stages: list[int], channels: int, patch_dims: int) -> None:
+        super().__init__()
+        self.stages = stages
+        self.register_buffer("center", torch.zeros(channels))
+        self.register_buffer("whitener", torch.eye(channels))
+        self.anomaly = AnomalyHead(channels)
+        self.normal = NormalHead(channels)
+        self.residual = ResidualHead(patch_dims)
+
+    def join(self, maps: list[Tensor]) -> Tensor:
+        """The head map (B, C, h, w): the last stages on the grid of the last."""
+        side = maps[self.stages[-1]].shape[-1]
+        return torch.cat([F.adaptive_avg_pool2d(maps[s].float(), side) for s in self.stages], 1)
+
+    def whiten(self, joined: Tensor) -> Tensor:
+        """(B, C, h, w) -> the same shape, zero mean and unit covariance over normals' places."""
+        weight = self.whitener[:, :, None, None]
+        return F.conv2d(joined, weight, -(self.whitener @ self.center))
+
+    def logits(self, white: Tensor, residuals: Tensor) -> Tensor:
+        """(B, C, h, w), (B, D, side, side) -> (B, 3): M_a, minus M_n, M_r; high for anomalies."""
+        anomaly, residual = self.anomaly(white).logit, self.residual(residuals).logit
+        return torch.stack([anomaly, -self.normal(white), residual], 1)
+
+    def forward(self, maps: list[Tensor], residuals: Tensor) -> Tensor:
+        """Maps of all stages and residuals -> logits (B, 3), for inference.
+
+        What logits() gives, with the whitening folded: M_a is linear, and M_n sees a mean.
+        """
+        joined = self.join(maps)
+        linear = self.anomaly.classify
+        weight = linear.weight[0, :, 0, 0] @ self.whitener
+        places = torch.einsum("bchw,c->bhw", joined, weight) + (linear.bias - weight @ self.center)
+        mean = self.whiten(joined.mean((2, 3), keepdim=True))
+        residual = self.residual(residuals).logit
+        anomaly = top_mean(places, self.anomaly.share)
+        return torch.stack([anomaly, -self.normal(mean), residual], 1)
+
+
+@dataclass(frozen=True)
+class HeadSample:
+    """What heads learn from: joined maps (n, C, h, w) and residuals (n, D, side, side)."""
+
+    joined: Tensor
+    residuals: Tensor
+
+    def __len__(self) -> int:
+        return len(self.joined)
+
+
+@torch.no_grad()
+def head_sample(heads: Heads, energies: Energies, features: Features) -> HeadSample:
+    """The sample of images whose features are at hand, a slice at a time."""
+    part = next(iter(energies.patches.values()))
+    joined, residuals = [], []
+    for _, maps in features.batches(64):
+        joined.append(heads.join(maps))
+        residuals.append(part(maps)[2])
+    if not joined:
+        return HeadSample(torch.empty(0), torch.empty(0))
+    return HeadSample(torch.cat(joined), torch.cat(residuals))
+
+
+def fit_heads(
+    heads: Heads,
+    normals: HeadSample,
+    anomalies: HeadSample,
+    *,
+    config: DpdlConfig,
+    seed: int,
+) -> Heads:
+    """Train the heads in place on normals and seen anomalies; without anomalies they stay blank.
+
+    Half of every batch is normal, half seen, in random poses. No pseudo anomalies: on frozen
+    features cut-paste is learnt at once and says little of defects (docs/accuracy.md).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads.center.copy_(normals.joined.mean((0, 2, 3)))
+        heads.whitener.copy_(_whitener(normals.joined, heads.center))
+        if not len(anomalies):
+            return _silenced(heads)
+        _reset(heads)
+        with torch.no_grad():
+            white = torch.cat([heads.whiten(m) for m in (normals.joined, anomalies.joined)])
+            residuals = torch.cat([normals.residuals, anomalies.residuals])
+        _descend(heads, white, residuals, len(normals), config)
+    return heads.eval()
+
+
+def _descend(
+    heads: Heads,
+    white: Tensor,
+    residuals: Tensor,
+    num_normals: int,
+    config: DpdlConfig,
+) -> None:
+    optimizer = torch.optim.AdamW(
+        heads.parameters(), lr=config.head_learning_rate, weight_decay=config.head_weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.head_iterations)
+    num_seen = len(white) - num_normals
+    half = 24
+    label = torch.cat([torch.zeros(half), torch.ones(half)])
+    heads.train()
+    for _ in range(config.head_iterations):
+        rows = torch.cat(
+            [
+                torch.randint(num_normals, (half,)),
+                num_normals + torch.randint(num_seen, (half,)),
+            ]
+        )
+        x, r = white[rows], residuals[rows]
+        flips = [axis for axis in (2, 3) if torch.rand(()) < 0.5]
+        x, r = x.flip(flips), r.flip(flips)
+        loss = (
+            anomaly_head_loss(heads.anomaly(x).logit, label)
+            + normal_head_loss(heads.normal(x), label)
+            + residual_head_loss(heads.residual(r).logit, label)
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def _whitener(joined: Tensor, center: Tensor) -> Tensor:
+    """(C, C) symmetric, from the covariance over all places of the normals."""
+    rows = joined.permute(0, 2, 3, 1).flatten(0, 2) - center
+    covariance = (rows.T @ rows).double() / len(rows)
+    values, axes = torch.linalg.eigh(covariance)
+    gain = (values.clamp_min(0) + _RIDGE * values.mean() + 1e-12).rsqrt()
+    return ((axes * gain) @ axes.T).float()
+
+
+def _reset(heads: Heads) -> None:
+    for module in heads.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d):
+            module.reset_parameters()
+
+
+@torch.no_grad()
+def _silenced(heads: Heads) -> Heads:
+    for parameter in heads.parameters():
+        parameter.zero_()
+    return heads.eval()
+
+
+def blank_heads(config: DpdlConfig, channels: list[int]) -> Heads:
+    """Heads of the right shapes for a trunk with these channels, that say nothing yet."""
+    stages = stage_numbers(config.head_stages)
+    if stages[-1] >= len(channels):
+        raise ValueError(
+            f"head_stages={config.head_stages}: this trunk has stages 1-{len(channels)}"
+        )
+    first = stage_numbers(config.patch_spaces[0].removesuffix("s"))
+    patch_dims = min(config.patch_dims, sum(channels[s] for s in first))
+    return _silenced(Heads(stages, sum(channels[s] for s in stages), patch_dims))
+
+
+class Parts(nn.Module):
+    """Every part of a score: energies, directions of the seen anomalies, heads."""
+
+    seen: Tensor
+
+    def __init__(self, config: DpdlConfig, channels: list[int], energies: Energies) -> None:
+        super().__init__()
+        self.energies = energies
+        self.heads = blank_heads(config, channels)
+        # Per pooled space, a direction towards the seen anomalies, as weights on pool()'s columns.
+        dims = 2 * sum(channels) + 4 * channels[-1]
+        self.register_buffer("seen", torch.zeros(len(config.pooled_spaces), dims))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the V parts: energies, directions, heads."""
+        directions = [f"seen {space}" for space in self.energies.pooled]
+        return [*self.energies.names, *directions, "head anomaly", "head normal", "head residual"]
+
+    def forward(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(B, P) and the maps -> raw values (B, V) and patch energies (B, patch spaces, h, w)."""
+        values, grids, residuals = self.energies(pooled, maps)
+        logits = self.heads(maps, residuals)
+        return torch.cat([values, pooled @ self.seen.T, logits], 1), grids
