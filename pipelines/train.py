@@ -26,7 +26,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from dpdl_core.config import DpdlConfig, override, recipe, to_json
-from infra.errors import DataError, DpdlError
+from infra.errors import DataError, DpdlError, ServiceUnavailable
 from infra.model_store import ModelStore, new_version_id
 from infra.ray_runtime import connect
 from infra.s3_client import ensure_buckets
@@ -39,6 +39,7 @@ from pipelines.dataset_index import (
     load_index,
     snapshot,
 )
+from pipelines.patience import patiently
 from pipelines.promotion import code_version, consider
 from pipelines.sources import DECODE_CPUS, row_groups, task_environment
 from pipelines.storage import shared_filesystem
@@ -46,6 +47,8 @@ from pipelines.train_worker import ProgressBoard, TrainJob, train_loop
 
 WORKER_CPUS = 0.5
 MAX_FAILURES = 2
+S3_PATIENCE_S = 900.0
+"""How long a finished training waits for S3 to take it: its minutes are worth more."""
 POLL_S = 0.5
 
 
@@ -129,8 +132,22 @@ def train(
         "fit_seconds": figures["fit_seconds"],
     }
     store = ModelStore(settings)
-    store.put_version(options.model_name, version, files, manifest)
-    verdict = consider(settings, store, options.model_name, version, progress=progress)
+    name = options.model_name
+
+    def waiting(error: ServiceUnavailable) -> None:
+        if progress is not None:
+            progress("waiting for S3", 0.0, {"because": str(error)})
+
+    patiently(
+        lambda: store.put_version(name, version, files, manifest),
+        deadline_s=S3_PATIENCE_S,
+        waiting=waiting,
+    )
+    verdict = patiently(
+        lambda: consider(settings, store, name, version, progress=progress),
+        deadline_s=S3_PATIENCE_S,
+        waiting=waiting,
+    )
     return TrainReport(
         version=version,
         decision="promoted" if verdict.promote else "held",
