@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -111,6 +112,7 @@ class Consumer:
     async def stats(self) -> dict[str, Any]:
         """Since this replica began: totals, dead letters by reason, lag, trouble, last batch."""
         return {
+            "pid": os.getpid(),
             **self._totals,
             "dead_letters": dict(self._bad),
             "lag": dict(self._lag),

@@ -125,13 +125,14 @@ class Scorer:
         )
 
     async def info(self) -> dict[str, Any]:
-        """What is in use: model, version, image_size, device, since, refused."""
+        """What is in use: model, version, image_size, device, pid, since, refused."""
         held = self._versions.in_use
         return {
             "model": self._versions.name,
             "version": held.version,
             "image_size": held.image_size,
             "device": self._device,
+            "pid": os.getpid(),
             "since_s": held.since_s,
             "threshold": float(held.loaded.thresholds["default"]),
             "refused": dict(self._versions.refused),

@@ -370,26 +370,15 @@ def test_replicas_that_are_killed_lose_nothing(deployed, versions):
     """SIGKILL of the consumer's and of the scorer's process while frames stream."""
     settings, _ = deployed
     killed = []
-    for name in (app.CONSUMER, app.SCORER):
+    for asked in (app.consumer_stats, app.scorer_info):
         send(settings, 150, seed=len(killed), bad_every=25)
-        pid = _replica_pid(name)
+        pid = asked()["pid"]
         os.kill(pid, 9)
         killed.append(pid)
         send(settings, 150, seed=10 + len(killed), bad_every=25)
         wait_scored(settings, 90)
     assert len(set(killed)) == 2
     check(settings, versions)
-
-
-def _replica_pid(name):
-    from ray.util.state import list_actors
-
-    found = [
-        actor
-        for actor in list_actors(detail=True, filters=[("state", "=", "ALIVE")])
-        if actor.class_name.startswith(f"ServeReplica:{app.APP_NAME}:{name}")
-    ]
-    return found[0].pid
 
 
 def test_deploying_without_a_version_or_a_free_port_says_so(settings, cluster, monkeypatch):
