@@ -27,6 +27,26 @@ class DpdlConfig:
     image_size: int = 224
     """Side in pixels of the square every image is squashed to."""
 
+    # fine-tuning of the trunk (tune.py), before anything else is learnt on its features
+    tuned_stages: int = 0
+    """How many of the last stages are tuned; 0 leaves the trunk as it is."""
+    tune_epochs: int = 50
+    """Of tune_iterations batches of 16 normal, 16 pseudo and 16 seen images."""
+    tune_iterations: int = 20
+    """Batches in an epoch."""
+    tune_learning_rate: float = 2e-4
+    """AdamW's, with a cosine schedule; the prototypes' is ten times that."""
+    tune_prototypes: int = 32
+    """C of the prototypes that training moves; those of the score are other ones."""
+    dispersion_weight: float = 0.01
+    """Lambda of eq. 23."""
+    kappa: float = 10.0
+    """Concentration of eqs. 18-19."""
+    rotate: bool = False
+    """Turn training images by any angle; for objects without an upright pose."""
+    literal_loss: bool = False
+    """Eqs. 16-17 as printed, for the ablation; they diverge."""
+
     # prototypes in the whitened space of pooled features (mean and deviation per channel)
     pooled_spaces: tuple[str, ...] = ("7q", "1-7")
     """One energy per entry; an entry lists stages: `7`, `5+7`, `1-7`. A `q` after the last stage
@@ -71,18 +91,16 @@ class DpdlConfig:
     """Training normals whose feature maps are kept for prototypes (141 kB each in Lite0)."""
     batch_size: int = 32
     """Images per forward pass in fitting."""
-    trim: float = 0.0
-    """Share of new normals set aside in a refresh at the least, by energy."""
 
     def __post_init__(self) -> None:
         for name, low in _AT_LEAST.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)}: need at least {low}")
-        for name in ("patch_worst",):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: need a share above 0, at most 1")
-        if not self.eps > 0:
-            raise ValueError(f"eps={self.eps}: need a number above 0")
+        if not 0 < self.patch_worst <= 1:
+            raise ValueError(f"patch_worst={self.patch_worst}: need a share above 0, at most 1")
+        for name in ("eps", "kappa", "tune_learning_rate", "head_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: need a number above 0")
         for space in self.pooled_spaces:
             stage_numbers(space.removesuffix("q"))
         for space in self.patch_spaces:
@@ -98,6 +116,13 @@ _AT_LEAST = {
     "folds": 2,
     "max_maps": 8,
     "batch_size": 1,
+    "tuned_stages": 0,
+    "tune_epochs": 1,
+    "tune_iterations": 1,
+    "tune_prototypes": 1,
+    "head_iterations": 1,
+    "head_normals": 2,
+    "pseudo_normals": 1,
 }
 
 
@@ -113,6 +138,9 @@ def recipe(name: str) -> DpdlConfig:
             image_size=448,
             pooled_spaces=("4q", "1-4"),
             patch_spaces=("2-4", "3+4s"),
+            head_stages="3-4",
+            tuned_stages=4,
+            rotate=True,
         )
     raise ValueError(f"recipe={name!r}: there are `edge` and `paper`")
 
@@ -154,12 +182,14 @@ def to_json(config: DpdlConfig) -> str:
 def from_json(text: str) -> DpdlConfig:
     """Raises ValueError for text that is no config or has fields of another version."""
     try:
-        values = json.loads(text)
+        values: dict[str, Any] = json.loads(text)
         known = {f.name for f in fields(DpdlConfig)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown settings {', '.join(unknown)}: saved by a newer version?")
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        lists: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
         return DpdlConfig(**lists)
     except (TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"not a config: {error}") from error

@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import timm
@@ -33,6 +34,9 @@ class Trunk(nn.Module):
     Stages are the blocks of an EfficientNet (seven in Lite0), the layers of a ResNet (four),
     and timm's own feature levels, as one unit, for every other network.
     """
+
+    mean_255: Tensor
+    std_255: Tensor
 
     def __init__(self, name: str, weights: str = "random") -> None:
         super().__init__()
@@ -155,7 +159,7 @@ def _match(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> d
     return {key: found[key] for key in wanted}
 
 
-def _cut(network: nn.Module) -> list[nn.Module]:
+def _cut(network: Any) -> list[nn.Module]:
     blocks = getattr(network, "blocks", None)
     if hasattr(network, "conv_stem") and isinstance(blocks, nn.Sequential):
         return [nn.Sequential(network.conv_stem, network.bn1, blocks[0]), *blocks[1:]]
@@ -173,7 +177,7 @@ def _cut(network: nn.Module) -> list[nn.Module]:
 class _Levels(nn.Module):
     """Feature levels of a network without stages of its own, through timm's interface."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         if not hasattr(network, "forward_intermediates"):
             raise ValueError(
@@ -187,7 +191,7 @@ class _Levels(nn.Module):
         return list(maps)
 
 
-def _normalisation(name: str, network: nn.Module) -> tuple[Tensor, Tensor]:
+def _normalisation(name: str, network: Any) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per channel, in grey levels of 0..255."""
     if name.startswith("tf_efficientnet_lite"):  # as the TPU code does; timm says 127.5 and 127.5
         return torch.full((3,), 127.0), torch.full((3,), 128.0)

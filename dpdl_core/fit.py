@@ -30,6 +30,7 @@ from dpdl_core.images import ImageSource
 from dpdl_core.model import Dpdl
 from dpdl_core.observe import Features, Normals, look_at_all, observe
 from dpdl_core.parts import Energies
+from dpdl_core.tune import tune
 
 Progress = Callable[[str, float, dict[str, float]], None]
 """progress(stage, share done 0..1, figures)."""
@@ -68,8 +69,20 @@ def fit(
     images, WeightsUnavailable without a trunk.
     """
     tell = progress or _silent
-    trunk = Trunk(config.trunk, config.weights).fuse().to(device)
     generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # modules draw their first weights from the global generator
+        trunk = Trunk(config.trunk, config.weights).to(device)
+        if config.tuned_stages and len(anomalies):
+            tune(
+                config,
+                trunk,
+                normals,
+                _as_images(config, anomalies),
+                generator=generator,
+                tell=lambda share, figures: tell("tuning", share, figures),
+            )
+    trunk.fuse()
     found = _observe(config, trunk, normals, seed, generator, tell)
     seen = _look_at_anomalies(config, trunk, anomalies)
     tell("prototypes", 0.0, {})
@@ -156,15 +169,20 @@ def _observe(
 def _look_at_anomalies(
     config: DpdlConfig, trunk: Trunk, anomalies: Tensor | npt.NDArray[np.uint8]
 ) -> Features:
+    images = _as_images(config, anomalies)
+    return look_at_all(trunk, images, map_stages(config), config.batch_size)
+
+
+def _as_images(config: DpdlConfig, anomalies: Tensor | npt.NDArray[np.uint8]) -> Tensor:
     images = torch.as_tensor(anomalies)
     size = config.image_size
     if len(images) == 0:
-        images = torch.zeros(0, size, size, 3, dtype=torch.uint8)
+        return torch.zeros(0, size, size, 3, dtype=torch.uint8)
     if images.dtype != torch.uint8 or images.shape[1:] != (size, size, 3):
         raise ValueError(
             f"anomalies are {images.dtype} {tuple(images.shape)}: need uint8 (M, {size}, {size}, 3)"
         )
-    return look_at_all(trunk, images, map_stages(config), config.batch_size)
+    return images
 
 
 def _calibrated(

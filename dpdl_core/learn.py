@@ -65,7 +65,9 @@ class Heads(nn.Module):
         joined = self.join(maps)
         linear = self.anomaly.classify
         weight = linear.weight[0, :, 0, 0] @ self.whitener
-        places = torch.einsum("bchw,c->bhw", joined, weight) + (linear.bias - weight @ self.center)
+        places = torch.einsum("bchw,c->bhw", joined - self.center.view(-1, 1, 1), weight)
+        if linear.bias is not None:
+            places = places + linear.bias
         mean = self.whiten(joined.mean((2, 3), keepdim=True))
         residual = self.residual(residuals).logit
         anomaly = top_mean(places, self.anomaly.share)
@@ -154,7 +156,7 @@ def _descend(
             + residual_head_loss(heads.residual(r).logit, label)
         )
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -166,7 +168,8 @@ def _whitener(joined: Tensor, center: Tensor) -> Tensor:
     covariance = (rows.T @ rows).double() / len(rows)
     values, axes = torch.linalg.eigh(covariance)
     gain = (values.clamp_min(0) + _RIDGE * values.mean() + 1e-12).rsqrt()
-    return ((axes * gain) @ axes.T).float()
+    whitener: Tensor = ((axes * gain) @ axes.T).float()
+    return whitener
 
 
 def _reset(heads: Heads) -> None:

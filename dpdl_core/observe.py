@@ -122,7 +122,7 @@ def look(trunk: Trunk, images: Tensor, stages: list[int]) -> Features:
 
 def look_at_all(trunk: Trunk, images: Tensor, stages: list[int], batch_size: int) -> Features:
     """Features of images in memory, uint8 (M, S, S, 3)."""
-    return _join([look(trunk, batch, stages) for batch in images.split(batch_size)])
+    return _join([look(trunk, batch, stages) for batch in torch.split(images, batch_size)])
 
 
 def _join(parts: list[Features]) -> Features:

@@ -7,6 +7,7 @@ Letters: B batch, P = 2 * all channels, D features of a space, V parts, K knots,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -152,9 +153,9 @@ class Energies(nn.Module):
     @property
     def sizes(self) -> dict[str, int]:
         """Number of prototypes behind every energy."""
-        parts = [*self.pooled.values(), *self.patches.values()]
-        bridges = [part.bridge for part in parts]
-        return dict(zip(self.names, (b.num_prototypes for b in bridges), strict=True))
+        parts: list[Any] = [*self.pooled.values(), *self.patches.values()]
+        counts = [part.bridge.num_prototypes for part in parts]
+        return dict(zip(self.names, counts, strict=True))
 
     def forward(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(B, P) and the maps -> energies (B, E), patch energies (B, patch spaces, h, w), and the
@@ -189,7 +190,7 @@ def hard_nearest(bridge: Bridge, x: Tensor) -> tuple[Tensor, Tensor]:
     offset = means.square().sum(1) / 2
     energies, winners = [], []
     # A chunk's costs stay in the cache between the product and the minimum.
-    for rows in (x - center).split(512):
+    for rows in torch.split(x - center, 512):
         least = torch.addmm(offset, rows, means.T, alpha=-1).min(1)
         energies.append(rows.square().sum(1) / 2 + least.values)
         winners.append(least.indices)
