@@ -82,7 +82,7 @@ class Tail:
         n, top = len(known), known[-1]
         at_least = n - torch.searchsorted(known, v, side="left")
         spread = (top - known[n // 2]).clamp_min(1e-12)
-        return -torch.log((at_least + 1) / (n + 1)) + (v - top).clamp_min(0) / spread
+        return -torch.log((at_least + 1).double() / (n + 1)) + (v - top).clamp_min(0) / spread
 
 
 def cross_fitted(

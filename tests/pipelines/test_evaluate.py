@@ -13,7 +13,7 @@ from dpdl_core.protocol import DatasetError, Split, load_dataset
 from pipelines.evaluate import EvaluateOptions, evaluate
 from pipelines.evaluate_report import GROUPS, PER_GROUP, RunPictures, overlay
 
-SMALL = {"weights": "random", "trunk": "resnet18", "image_size": "64", "bank": "300"}
+SMALL = {"weights": "random", "trunk": "test_resnet", "image_size": "64", "bank": "300"}
 
 
 @pytest.fixture(scope="module")

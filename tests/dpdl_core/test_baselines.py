@@ -1,0 +1,211 @@
+"""The baselines against SciPy and hand-worked values, and each on an easy set it must solve."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist, mahalanobis
+from sklearn.covariance import LedoitWolf
+
+from dpdl_core.baselines import BASELINES, BaselineConfig, FrozenTrunk, make
+from dpdl_core.baselines.base import sample_images
+from dpdl_core.baselines.distances import (
+    PatchBank,
+    Tail,
+    Whitener,
+    cross_fitted,
+    mean_on_finest,
+)
+from dpdl_core.baselines.dra import pseudo_anomalies
+from dpdl_core.baselines.frozen import middle_stage
+from dpdl_core.baselines.supervised import deviation_loss, half_size
+from dpdl_core.images import ArraySource
+from dpdl_core.metrics import auroc
+
+SIDE = 64
+
+
+def textures(count: int, seed: int, *, spoiled: bool = False) -> torch.Tensor:
+    """Noisy stripes; a spoiled one has a bright blot, which any pretrained or random net sees."""
+    rng = np.random.default_rng(seed)
+    x = np.arange(SIDE)
+    images = np.empty((count, SIDE, SIDE, 3))
+    for i in range(count):
+        stripes = 110 + 30 * np.sin(x / 3 + rng.uniform(0, 6))
+        images[i] = stripes[None, :, None] + rng.normal(0, 6, (SIDE, SIDE, 1))
+        if spoiled:
+            top, left = rng.integers(4, 36, 2)
+            images[i, top : top + 22, left : left + 22] = [250, 240, 20]
+    return torch.from_numpy(images.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def trunk() -> FrozenTrunk:
+    torch.manual_seed(0)
+    return FrozenTrunk("test_resnet", "random", batch_size=8)
+
+
+CONFIG = BaselineConfig(image_size=SIDE, bank=500, iterations=60)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_each_finds_an_obvious_blot(name, trunk):
+    method = make(name, trunk, CONFIG)
+    shares = []
+    method.fit(
+        ArraySource(textures(24, 0)), textures(4, 1, spoiled=True), seed=0, progress=shares.append
+    )
+    test = torch.cat([textures(10, 2), textures(10, 3, spoiled=True)])
+    found = method.score(test)
+    assert auroc([0] * 10 + [1] * 10, found.score) > 0.9
+    assert shares == sorted(shares)
+    if found.maps is not None:
+        assert found.maps.shape[0] == 20
+    alone = torch.cat([method.score(image[None]).score for image in test])
+    assert torch.allclose(alone, found.score, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_seed_repeats_and_the_callers_numbers_go_on(name, trunk):
+    def run() -> torch.Tensor:
+        method = make(name, trunk, BaselineConfig(image_size=SIDE, bank=200, iterations=5))
+        method.fit(ArraySource(textures(12, 0)), textures(3, 1), seed=3, progress=lambda s: None)
+        return method.score(textures(4, 2)).score
+
+    torch.manual_seed(11)
+    expected = torch.rand(2)
+    torch.manual_seed(11)
+    first = run()
+    assert torch.equal(torch.rand(2), expected)
+    assert torch.equal(first, run())
+
+
+def test_unknown_names_are_listed(trunk):
+    with pytest.raises(ValueError, match="one of mahalanobis"):
+        make("magic", trunk, CONFIG)
+
+
+@pytest.mark.parametrize("change", [{"image_size": 8}, {"bank": 0}, {"iterations": -1}])
+def test_configs_that_cannot_be(change):
+    with pytest.raises(ValueError, match="need"):
+        BaselineConfig(**change)
+
+
+def test_frozen_trunk_remembers_images_and_what_that_saved(trunk):
+    images = textures(6, 9)
+    before = trunk.saved_seconds
+    first = trunk.views(images)
+    assert trunk.saved_seconds == before
+    again = trunk.views(images.flip(0))
+    assert trunk.saved_seconds > before
+    assert torch.equal(again.pooled.flip(0), first.pooled)
+    assert torch.equal(again.mid.flip(0), first.mid)
+
+
+def test_pooled_views_are_means_and_deviations(trunk):
+    views = trunk.views(textures(2, 5))
+    channels = views.last.shape[1]
+    assert torch.allclose(views.last_pooled, views.last.mean((2, 3)))
+    # The last stage stands last: its means, then its deviations.
+    assert torch.allclose(views.pooled[:, -2 * channels : -channels], views.last_pooled, atol=1e-5)
+    spread = views.last.flatten(2).std(2, correction=0)
+    assert torch.allclose(views.pooled[:, -channels:], spread, atol=1e-5)
+    assert torch.allclose(views.last_patches.norm(dim=1), torch.ones(()), atol=1e-4)
+
+
+def test_middle_stage_of_the_trunks():
+    assert middle_stage(7) == 4  # the fifth of EfficientNet's seven, MATH.md 7.1
+    assert middle_stage(4) == 2
+
+
+def test_whitened_distance_is_mahalanobis():
+    """Oracle: SciPy's distance with scikit-learn's estimator."""
+    rng = np.random.default_rng(0)
+    normals = rng.normal(size=(40, 6)) @ rng.normal(size=(6, 6))
+    x = rng.normal(size=(3, 6))
+    estimate = LedoitWolf().fit(normals)
+    inverse = np.linalg.inv(estimate.covariance_)
+    want = [mahalanobis(row, normals.mean(0), inverse) ** 2 / 6 for row in x]
+    got = Whitener.fit(torch.from_numpy(normals)).distance(torch.from_numpy(x))
+    assert got.tolist() == pytest.approx(want, rel=1e-9)
+
+
+def test_patch_distance_is_the_nearest_of_all():
+    """Oracle: brute force by SciPy, on unit-norm vectors."""
+    generator = torch.Generator().manual_seed(0)
+    normals = torch.nn.functional.normalize(torch.randn(4, 5, 3, 2, generator=generator), dim=1)
+    images = torch.nn.functional.normalize(torch.randn(2, 5, 3, 2, generator=generator), dim=1)
+    bank = PatchBank.fit(normals, 10_000, seed=0)
+    rows = [m.permute(0, 2, 3, 1).reshape(-1, 5).numpy() for m in (images, normals)]
+    want = cdist(*rows, "sqeuclidean").min(1).reshape(2, 3, 2)
+    assert np.allclose(bank.map(images).numpy(), want, atol=1e-5)
+    assert bank.map(normals).max() < 1e-5
+
+
+def test_tail_by_hand():
+    tail = Tail.fit(torch.tensor([4.0, 1.0, 2.0, 3.0], dtype=torch.float64))
+    # P(v or more) with the image itself counted: (1 + values at or above) / 5
+    values = torch.tensor([0.0, 1.0, 2.5, 4.0, 5.0, 6.0])
+    counts = [5, 5, 3, 2, 1, 1]
+    beyond = [0, 0, 0, 0, 1, 2]  # in units of max - median = 4 - 3
+    want = [-math.log(c / 5) + b for c, b in zip(counts, beyond, strict=True)]
+    assert tail(values).tolist() == pytest.approx(want, abs=1e-12)
+
+
+def test_tail_of_equal_values_is_finite():
+    assert torch.isfinite(Tail.fit(torch.zeros(5))(torch.tensor([-1.0, 0.0]))).all()
+
+
+def test_cross_fitting_never_sees_the_row_it_judges():
+    calls = []
+
+    def values(fit_rows: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        assert not set(fit_rows.tolist()) & set(rows.tolist())
+        assert sorted(torch.cat([fit_rows, rows]).tolist()) == list(range(23))
+        calls.append(len(rows))
+        return torch.stack([rows.double(), -rows.double()], 1)
+
+    out = cross_fitted(23, values, seed=1)
+    assert out[:, 0].tolist() == list(range(23))  # back in the rows' own order
+    assert sorted(calls) == [4, 4, 5, 5, 5]
+
+
+def test_deviation_loss_by_hand():
+    torch.manual_seed(0)
+    label = torch.tensor([0.0, 1.0, 1.0])
+    # z equals the score up to the draws' mean and spread: 1 for the normal, 5 - 2, and 0 beyond 5
+    got = deviation_loss(torch.tensor([1.0, 2.0, 9.0]), label)
+    assert got.item() == pytest.approx((1 + 3 + 0) / 3, abs=0.1)
+
+
+def test_pseudo_anomalies_change_one_rectangle():
+    images = textures(5, 4)
+    spoiled = pseudo_anomalies(images, torch.Generator().manual_seed(0))
+    assert spoiled.dtype == torch.uint8
+    assert spoiled.shape == images.shape
+    for before, after in zip(images, spoiled, strict=True):
+        rows, columns = (before != after).any(2).nonzero(as_tuple=True)
+        box = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+        assert 0 < box / SIDE**2 < 0.25  # area up to .15, up to rounding
+
+
+def test_half_size_is_the_mean_of_four():
+    image = torch.tensor([[0, 10], [20, 30]], dtype=torch.uint8)[None, :, :, None].repeat(
+        1, 1, 1, 3
+    )
+    assert half_size(image).flatten().tolist() == [15, 15, 15]
+
+
+def test_maps_are_averaged_on_the_finest_grid():
+    coarse, fine = torch.full((1, 2, 2), 4.0), torch.full((1, 4, 4), 2.0)
+    assert torch.equal(mean_on_finest([coarse, fine]), torch.full((1, 4, 4), 3.0))
+
+
+def test_sampled_images_are_the_sources_own():
+    images = textures(20, 0)
+    source = ArraySource(images)
+    got = sample_images(source, 7, torch.Generator().manual_seed(0))
+    assert len(got) == 7
+    assert all(any(torch.equal(g, image) for image in images) for g in got)
+    assert torch.equal(sample_images(source, 99, torch.Generator().manual_seed(0)), images)
