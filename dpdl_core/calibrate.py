@@ -197,7 +197,7 @@ def directions(config: DpdlConfig, energies: Energies, seen: Tensor) -> Tensor:
     return towards
 
 
-FULL_SHARE = 7.0
+FULL_SHARE = 10.0
 """Weight of all seen parts over an energy's mean weight, were there anomalies without end."""
 HALF_SHOTS = 10
 """Seen anomalies at which the seen parts have half of that."""
