@@ -8,22 +8,25 @@ import pytest
 from pipelines.bench_score import BenchScoreOptions, bench_score
 
 SMALL = {
-    "trunk": "resnet18",
+    "trunk": "test_resnet",
     "weights": "random",
     "image_size": "64",
-    "pooled_spaces": "4",
-    "patch_spaces": "3+4",
     "patch_prototypes": "32",
     "patch_dims": "16",
     "patch_side": "4",
+    "head_iterations": "2",
+    "tuned_stages": "0",
 }
+"""The paper recipe's spaces are those of a trunk with four stages."""
 
 
 def test_report_is_what_was_timed(tmp_path):
     path = tmp_path / "a" / "bench.json"
     calls = []
     report = bench_score(
-        BenchScoreOptions(overrides=SMALL, batch_size=4, repetitions=3, report=path),
+        BenchScoreOptions(
+            recipe="paper", overrides=SMALL, batch_size=4, repetitions=3, report=path
+        ),
         lambda *call: calls.append(call),
     )
     assert json.loads(path.read_text()) == report
