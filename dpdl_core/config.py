@@ -58,7 +58,7 @@ class DpdlConfig:
     patch_spaces: tuple[str, ...] = ("3-7", "3+5+7s")
     """One energy per entry; stages are L2-normalised each, joined and projected. With an `s`
     after a 3x3 mean."""
-    patch_prototypes: int = 1024
+    patch_prototypes: int = 2048
     """C, capped at a third of the patches. The paper's 32 are far too few for patches."""
     patch_dims: int = 128
     """Leading principal directions kept of a patch."""

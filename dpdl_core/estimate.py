@@ -153,9 +153,12 @@ def fit_codes(
     total = sum(distributed.row_counts(rows))
     num_codes = min(num_codes if init is None else len(init), max(1, total // 3))
     init = None if init is None else init[:num_codes]
-    return kmeans(
+    book = kmeans(
         rows, num_codes, restarts=1, iterations=iterations, init=init, generator=generator
     )
+    # The most used come first: scoring holds every patch against those.
+    order = book.counts.argsort(descending=True, stable=True)
+    return Codebook(book.means[order], book.counts[order], book.variances[order], book.inertia)
 
 
 def bridge_to(book: Codebook, eps: float) -> Bridge:

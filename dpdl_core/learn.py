@@ -17,7 +17,7 @@ from dpdl_core.config import DpdlConfig, stage_numbers
 from dpdl_core.heads import AnomalyHead, NormalHead, ResidualHead, top_mean
 from dpdl_core.losses import anomaly_head_loss, normal_head_loss, residual_head_loss
 from dpdl_core.observe import Features
-from dpdl_core.parts import Energies
+from dpdl_core.parts import Energies, PatchEnergy
 
 _RIDGE = 0.05
 """Share of the mean variance that every direction of the head map's whitening is given."""
@@ -89,10 +89,11 @@ class HeadSample:
 def head_sample(heads: Heads, energies: Energies, features: Features) -> HeadSample:
     """The sample of images whose features are at hand, a slice at a time."""
     part = next(iter(energies.patches.values()))
+    assert isinstance(part, PatchEnergy)
     joined, residuals = [], []
     for _, maps in features.batches(64):
         joined.append(heads.join(maps))
-        residuals.append(part(maps)[2])
+        residuals.append(part.with_residuals(maps)[2])
     if not joined:
         return HeadSample(torch.empty(0), torch.empty(0))
     return HeadSample(torch.cat(joined), torch.cat(residuals))

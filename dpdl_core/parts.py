@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from dpdl_core.bridge import Bridge
 
+FIRST = 256
+"""Prototypes that every patch is held against; the others see an image's worst patches only."""
 TAIL_KNOTS = 256
 TAIL_SHARE = 0.2
 """The upper share of normal values that the exponential beyond them is fitted to."""
@@ -123,15 +125,39 @@ class PatchEnergy(nn.Module):
             eps=eps,
         )
 
-    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Energy (B,), its map (B, side, side), and eq. 22's residuals (B, D, side, side)."""
-        patches = self.space(maps)
-        flat = patches.flatten(0, 1)
-        energies, winner = hard_nearest(self.bridge, flat)
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Energy (B,) and its map (B, side, side)."""
+        energies, _ = self._nearest(self.space(maps))
         side = self.space.side
-        grid = energies.view(len(patches), side, side)
-        residuals = self.bridge.residual(flat, winner).view(len(patches), side, side, -1)
-        return self.image_energy(grid.flatten(1)), grid, residuals.permute(0, 3, 1, 2)
+        return self.image_energy(energies), energies.view(-1, side, side)
+
+    def with_residuals(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """As forward(), and eq. 22's residuals (B, D, side, side), which M_r looks at."""
+        patches = self.space(maps)
+        energies, winner = self._nearest(patches)
+        side = self.space.side
+        residuals = self.bridge.residual(patches.flatten(0, 1), winner.flatten())
+        residuals = residuals.view(len(patches), side, side, -1).permute(0, 3, 1, 2)
+        return self.image_energy(energies), energies.view(-1, side, side), residuals
+
+    def _nearest(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies and nearest prototypes of (B, L, D) patches, (B, L) each.
+
+        Every patch is held against the FIRST prototypes, which bounds its energy from above; the
+        quarter of an image's patches that come out worst, against all of them. Patches that lie
+        near a prototype of the first lot are normal enough as they stand.
+        """
+        flat = patches.flatten(0, 1)
+        few = self.bridge.num_prototypes > 2 * FIRST
+        energies, winner = hard_nearest(self.bridge, flat, FIRST if few else None)
+        energies, winner = energies.view(patches.shape[:2]), winner.view(patches.shape[:2])
+        if not few:
+            return energies, winner
+        worst = energies.topk(max(1, patches.shape[1] // 4), dim=1).indices
+        rows = patches.gather(1, worst.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
+        fine, nearest = hard_nearest(self.bridge, rows.flatten(0, 1))
+        energies = energies.scatter(1, worst, fine.view(worst.shape))
+        return energies, winner.scatter(1, worst, nearest.view(worst.shape))
 
     def image_energy(self, energies: Tensor) -> Tensor:
         """(B, patches) -> (B,)."""
@@ -162,29 +188,28 @@ class Energies(nn.Module):
         residuals (B, D, h, w) of the first patch space, which M_r looks at."""
         values = [part(pooled) for part in self.pooled.values()]
         grids: list[Tensor] = []
-        residuals: list[Tensor] = []
-        for part in self.patches.values():
-            energy, grid, residual = part(maps)
+        first, *others = self.patches.values()
+        assert isinstance(first, PatchEnergy)
+        energy, grid, residuals = first.with_residuals(maps)
+        values.append(energy)
+        grids.append(grid)
+        for part in others:
+            energy, grid = part(maps)
             values.append(energy)
             grids.append(grid)
-            residuals.append(residual)
-        return torch.stack(values, 1), torch.stack(grids, 1), residuals[0]
+        return torch.stack(values, 1), torch.stack(grids, 1), residuals
 
 
-def hard_energy(bridge: Bridge, x: Tensor) -> Tensor:
-    """Bridge.energy's soft-min as a minimum, (N, D) -> (N,), for uniform weights and one variance.
+def hard_nearest(bridge: Bridge, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor]:
+    """Bridge.energy's soft-min as a minimum, (N,), and the nearest prototype, (N,), for (N, D).
 
-    With S the same everywhere, energy is min over c of (1-S) |x - p_c|^2 / 2 less what the other
-    prototypes add, which lies between 0 and eps log C; so is the difference of the two energies.
-    A ninth of the soft-min's time, which would cost half as much as the trunk.
+    For uniform weights and one variance, S is the same everywhere and the energy is the minimum
+    over c of (1-S) |x - p_c|^2 / 2, up to what the other prototypes add: between 0 and eps log C.
+    A ninth of the soft-min's time, which would cost half as much as the trunk. `first` looks at
+    so many of the prototypes only.
     """
-    return hard_nearest(bridge, x)[0]
-
-
-def hard_nearest(bridge: Bridge, x: Tensor) -> tuple[Tensor, Tensor]:
-    """hard_energy (N,) and the nearest prototype (N,)."""
     stiffness = (1 - bridge.shrink[0, 0]).to(x.dtype)
-    means = bridge.means.to(x.dtype)
+    means = bridge.means[:first].to(x.dtype)
     center = means.mean(0)
     means = means - center
     offset = means.square().sum(1) / 2

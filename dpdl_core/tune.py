@@ -117,6 +117,8 @@ def tune(
     stream = _shuffled(normals, 2 * _THIRD, generator)
     label = torch.cat([torch.zeros(_THIRD), torch.ones(2 * _THIRD)]).to(device)
     net.train()
+    for stage in list(trunk.stages)[: len(trunk.stages) - config.tuned_stages]:
+        stage.eval()  # statistics of frozen stages stay frozen too
     for step in range(steps):
         images = _batch(next(stream), anomalies, config, generator).to(device)
         terms = net.losses(images, label, config)

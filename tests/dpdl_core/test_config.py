@@ -1,0 +1,50 @@
+"""Configs: overrides from text, refusals that help, JSON there and back."""
+
+import pytest
+
+from dpdl_core.config import from_json, override, recipe, stage_numbers, to_json
+
+
+def test_overrides_are_typed():
+    config = override(recipe("edge"), {"eps": "0.01", "folds": "3", "patch_spaces": "5+7, 3-7s"})
+    assert (config.eps, config.folds) == (0.01, 3)
+    assert config.patch_spaces == ("5+7", "3-7s")
+    assert override(config, {"rotate": "true"}).rotate is True
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("no_key", "1", "patch_prototypes"),
+        ("folds", "many", "whole number"),
+        ("rotate", "perhaps", "true or false"),
+        ("folds", "1", "at least 2"),
+        ("eps", "0", "above 0"),
+        ("patch_worst", "1.5", "at most 1"),
+        ("patch_spaces", "7-5", "7-5"),
+        ("pooled_spaces", "zero", "zero"),
+    ],
+)
+def test_what_cannot_be_is_told(key, value, told):
+    with pytest.raises(ValueError, match=told):
+        override(recipe("edge"), {key: value})
+
+
+@pytest.mark.parametrize("name", ["edge", "paper"])
+def test_json_there_and_back(name):
+    assert from_json(to_json(recipe(name))) == recipe(name)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"later": 1}', '{"folds": "x"}'])
+def test_broken_json_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        from_json(text)
+
+
+def test_unknown_recipe():
+    with pytest.raises(ValueError, match="edge"):
+        recipe("soup")
+
+
+def test_stage_numbers():
+    assert stage_numbers("3+5-7") == [2, 4, 5, 6]

@@ -1,0 +1,99 @@
+"""The trunk: weights found, verified and mapped; stages; batch norms folded."""
+
+import copy
+import hashlib
+import shutil
+from pathlib import Path
+
+import cv2
+import pytest
+import timm
+import torch
+
+from dpdl_core import features
+from dpdl_core.features import PACKAGE_TRUNK, Trunk, WeightsUnavailable, load_network
+
+data = pytest.importorskip("skimage.data")
+
+
+def chelsea() -> torch.Tensor:
+    square = cv2.resize(data.chelsea()[:, 75:375], (224, 224))
+    return torch.from_numpy(square)[None]
+
+
+def test_package_weights_classify_a_cat():
+    """Oracle: ImageNet class 285, Egyptian cat. A wrong order of tensors would say anything."""
+    pytest.importorskip(features.PACKAGE_MODULE)
+    network = load_network(PACKAGE_TRUNK, "package").eval()
+    x = (chelsea().permute(0, 3, 1, 2).float() - 127) / 128
+    with torch.inference_mode():
+        assert network(x).argmax().item() == 285
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "tf_efficientnet_lite0", "resnet18"])
+def test_folding_changes_speed_only(name):
+    torch.manual_seed(0)
+    trunk = Trunk(name)
+    for module in trunk.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # statistics that are not 0 and 1
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+    images = torch.randint(256, (3, 64, 64, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        plain = trunk(images)
+        folded = copy.deepcopy(trunk).fuse()
+        fused = folded(images)
+    assert len(plain) > 1
+    for a, b in zip(plain, fused, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+
+
+def test_stages_of_lite0_are_its_seven_blocks():
+    assert Trunk(PACKAGE_TRUNK).channels == [16, 24, 40, 80, 112, 192, 320]
+
+
+def test_a_path_gives_what_was_saved(tmp_path):
+    network = timm.create_model("test_resnet", pretrained=False)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    loaded = load_network("test_resnet", str(tmp_path / "weights.pth"))
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[key]), key
+
+
+def test_other_names_in_the_same_order_are_mapped(tmp_path):
+    state = timm.create_model("test_resnet", pretrained=False).state_dict()
+    renamed = {f"other.{i}": t for i, t in enumerate(state.values())}
+    torch.save(renamed, tmp_path / "renamed.pth")
+    loaded = load_network("test_resnet", str(tmp_path / "renamed.pth")).state_dict()
+    assert all(torch.equal(state[key], loaded[key]) for key in state)
+
+
+def test_a_damaged_file_is_told_by_its_name(tmp_path):
+    torch.save(timm.create_model("test_resnet", pretrained=False).state_dict(), tmp_path / "w.pth")
+    digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()[:8]
+    good, bad = tmp_path / f"w-{digest}.pth", tmp_path / "w-00000000.pth"
+    shutil.copy(tmp_path / "w.pth", good)
+    shutil.copy(tmp_path / "w.pth", bad)
+    load_network("test_resnet", str(good))
+    with pytest.raises(WeightsUnavailable, match="damaged"):
+        load_network("test_resnet", str(bad))
+
+
+@pytest.mark.parametrize("weights", ["/no/such/file.pth", "package"])
+def test_without_weights_three_ways_are_listed(weights):
+    with pytest.raises(WeightsUnavailable) as told:
+        load_network("test_resnet", weights)
+    for way in ("weights=PATH", "weights=package", "weights=hub"):
+        assert way in str(told.value)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path):
+    torch.save(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(WeightsUnavailable, match="this very network"):
+        load_network("test_resnet", str(tmp_path / "w.pth"))
+
+
+def test_an_unknown_trunk_is_named():
+    with pytest.raises(ValueError, match="no_such_net"):
+        Trunk("no_such_net")

@@ -1,0 +1,203 @@
+"""Fitting, scoring, refreshing and files of a whole model, small. Also the worker of two ranks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small import SIZE, anomalies, normals, tiny_config
+
+from dpdl_core import artifact
+from dpdl_core.fit import fit, renew, set_aside
+from dpdl_core.images import ArraySource
+from dpdl_core.metrics import auroc
+from dpdl_core.model import Dpdl, upsample_map
+
+NORMALS, SEEN = normals(60), anomalies(4)
+
+
+@pytest.fixture(scope="module")
+def model() -> Dpdl:
+    return fit(tiny_config(), ArraySource(NORMALS), SEEN, seed=0)
+
+
+def test_finds_what_it_has_not_seen(model):
+    images = torch.cat([normals(20, seed=5), anomalies(20, seed=6)])
+    scores = model.score(images)
+    assert auroc([0] * 20 + [1] * 20, scores.score.numpy()) > 0.9
+    assert scores.maps.shape == (40, 4, 4)
+    assert set(scores.parts) == set(model.part_names)
+    assert (scores.energy <= scores.score + 1e-5).all()
+
+
+def test_a_batch_scores_as_its_images_do_alone(model):
+    images = torch.cat([normals(30, seed=7), anomalies(34, seed=8)])
+    together = model.score(images)
+    alone = torch.cat([model.score(image[None]).score for image in images])
+    torch.testing.assert_close(together.score, alone, rtol=1e-3, atol=1e-3)
+    assert torch.equal(together.score, model.score(images).score)
+
+
+def test_other_sizes_are_resized_and_other_types_refused(model):
+    assert model.score(torch.zeros(2, 100, 40, 3, dtype=torch.uint8)).score.shape == (2,)
+    with pytest.raises(ValueError, match="uint8"):
+        model.score(torch.zeros(2, SIZE, SIZE, 3))
+
+
+def test_heat_map_is_hot_where_the_defect_is(model):
+    clean = normals(1, seed=9)
+    spoiled = clean.clone()
+    spoiled[0, 32:, 32:] = 255
+    heat = model.score(spoiled).maps[0] - model.score(clean).maps[0]
+    assert heat[2:, 2:].mean() > heat[:2, :2].mean()
+    assert upsample_map(heat, 64).shape == (64, 64)
+
+
+def test_same_seed_same_model(model):
+    again = fit(tiny_config(), ArraySource(NORMALS), SEEN, seed=0)
+    images = anomalies(5, seed=3)
+    assert torch.equal(model.score(images).score, again.score(images).score)
+
+
+@pytest.mark.parametrize("shots", [0, 1])
+def test_few_anomalies_or_none(shots):
+    model = fit(tiny_config(), ArraySource(NORMALS), SEEN[:shots], seed=0)
+    scores = model.score(torch.cat([normals(20, seed=5), anomalies(20, seed=6)])).score
+    assert auroc([0] * 20 + [1] * 20, scores.numpy()) > 0.85
+
+
+def test_too_few_normals_and_wrong_anomalies_are_told():
+    with pytest.raises(ValueError, match="at least 10"):
+        fit(tiny_config(), ArraySource(NORMALS[:5]), SEEN, seed=0)
+    with pytest.raises(ValueError, match="anomalies are"):
+        fit(tiny_config(), ArraySource(NORMALS), SEEN[:, :32], seed=0)
+    with pytest.raises(ValueError, match="stages 1-5"):
+        fit(tiny_config(pooled_spaces="9"), ArraySource(NORMALS), SEEN, seed=0)
+
+
+def test_tuning_moves_the_tuned_stages_only():
+    told = []
+    changes = {"tuned_stages": "1", "tune_epochs": "1", "tune_iterations": "3"}
+    config = tiny_config(**changes, tune_prototypes="4", rotate="true")
+    tuned = fit(config, ArraySource(NORMALS), SEEN, seed=0, progress=lambda *x: told.append(x))
+    frozen = fit(tiny_config(), ArraySource(NORMALS), SEEN, seed=0)
+    a, b = tuned.trunk.state_dict(), frozen.trunk.state_dict()
+    weights = [k for k in a if k.endswith("weight")]
+    assert torch.equal(a[weights[0]], b[weights[0]])
+    assert not torch.equal(a[weights[-1]], b[weights[-1]])
+    assert told[0][0] == "tuning"
+
+
+# Refresh --------------------------------------------------------------------------------------
+
+
+def test_unchanged_data_change_little(model):
+    again, report = renew(model, ArraySource(NORMALS), ArraySource(NORMALS[:0]), SEEN, seed=1)
+    images = torch.cat([normals(40, seed=5), anomalies(40, seed=6)])
+    labels = [0] * 40 + [1] * 40
+    before, after = (auroc(labels, m.score(images).score.numpy()) for m in (model, again))
+    assert abs(before - after) < 0.03
+    assert report.new_normals == 0
+    assert report.kept > report.replaced
+
+
+@pytest.mark.parametrize("poison", [1, 4])
+def test_poison_is_set_aside(model, poison):
+    """5 % and 20 % of 20 new "normals" are anomalies."""
+    new = torch.cat([normals(20 - poison, seed=11), anomalies(poison, seed=12)])
+    _, report = renew(model, ArraySource(NORMALS), ArraySource(new), SEEN, seed=1)
+    assert set(report.set_aside) >= set(range(20 - poison, 20))
+    assert len(report.set_aside) <= poison + 2
+
+
+def test_drift_is_learnt(model):
+    darker = (normals(30, seed=13).float() * 0.6).to(torch.uint8)
+    assert set_aside(model, ArraySource(darker)).float().mean() < 0.2
+    before = model.score(darker).score.mean()
+    renewed, _ = renew(model, ArraySource(NORMALS), ArraySource(darker), SEEN, seed=1)
+    assert renewed.score(darker).score.mean() < before
+
+
+def test_a_refresh_leaves_the_given_model_alone(model):
+    before = model.score(SEEN).score
+    renew(model, ArraySource(NORMALS), ArraySource(normals(5, seed=2)), SEEN[:0], seed=1)
+    assert torch.equal(before, model.score(SEEN).score)
+
+
+# Files ----------------------------------------------------------------------------------------
+
+
+def test_files_there_and_back(model, tmp_path):
+    artifact.save(tmp_path, model, thresholds={"default": 3.0}, metrics={"auroc": 0.9})
+    loaded = artifact.load(tmp_path)
+    assert torch.equal(loaded.model.score(SEEN).score, model.score(SEEN).score)
+    assert (loaded.thresholds, loaded.metrics) == ({"default": 3.0}, {"auroc": 0.9})
+    files = artifact.pack(model, thresholds={}, metrics={})
+    assert files == artifact.pack(loaded.model, thresholds={}, metrics={})
+
+
+def test_broken_files_are_told(model, tmp_path):
+    files = artifact.pack(model, thresholds={}, metrics={})
+    for name in files:
+        with pytest.raises(artifact.ArtifactError, match=name):
+            artifact.unpack({k: v for k, v in files.items() if k != name})
+        with pytest.raises(artifact.ArtifactError, match=name):
+            artifact.unpack(files | {name: b"nonsense"})
+    newer = files["config.json"].replace(b'"format": 1', b'"format": 2')
+    with pytest.raises(artifact.ArtifactError, match="format 2"):
+        artifact.unpack(files | {"config.json": newer})
+    other = files["config.json"].replace(b'"patch_dims": 8', b'"patch_dims": 6')
+    with pytest.raises(artifact.ArtifactError, match="does not fit"):
+        artifact.unpack(files | {"config.json": other})
+    artifact.save(tmp_path, model, thresholds={}, metrics={})
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(artifact.ArtifactError, match="changed"):
+        artifact.load(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused(model):
+    ill = artifact.unpack(artifact.pack(model, thresholds={}, metrics={})).model
+    ill.weights[0] = float("nan")
+    with pytest.raises(artifact.ArtifactError, match="NaN"):
+        artifact.unpack(artifact.pack(ill, thresholds={}, metrics={}))
+
+
+# Two ranks ------------------------------------------------------------------------------------
+
+
+def test_two_ranks_end_with_the_model_of_one(model, tmp_path):
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+    }
+    store = tmp_path / "store"
+    command = [sys.executable, __file__, str(store)]
+    ranks = [
+        subprocess.Popen([*command, str(r)], env=environment | {"RANK": str(r)}) for r in (0, 1)
+    ]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    images = torch.cat([normals(10, seed=5), anomalies(10, seed=6)])
+    want = model.score(images).score
+    first, second = (torch.load(f"{store}.{r}") for r in (0, 1))
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first, want, rtol=0.02, atol=0.02)
+
+
+def _work(store: str, rank: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    shard = ArraySource(NORMALS, range(32) if rank == 0 else range(32, 60))
+    fitted = fit(tiny_config(), shard, SEEN, seed=0)
+    images = torch.cat([normals(10, seed=5), anomalies(10, seed=6)])
+    torch.save(fitted.score(images).score, f"{store}.{rank}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _work(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,109 @@
+"""Energies, whitening and tails against oracles of other make."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.covariance import LedoitWolf
+
+from dpdl_core.bridge import Bridge
+from dpdl_core.calibrate import auroc, make_spoilers
+from dpdl_core.learn import Heads
+from dpdl_core.metrics import auroc as slow_auroc
+from dpdl_core.parts import Tails, hard_nearest, pool, whitening
+
+
+@pytest.mark.parametrize(("rows", "dims"), [(30, 50), (200, 12)])
+def test_whitening_is_ledoit_wolf(rows, dims):
+    """Oracle: scikit-learn's LedoitWolf, its Mahalanobis distance."""
+    x = np.random.default_rng(0).normal(size=(rows, dims)) * np.linspace(0.1, 3, dims) + 5
+    mean, whitener = whitening(torch.from_numpy(x))
+    got = ((torch.from_numpy(x) - mean) @ whitener).square().sum(1).numpy()
+    want = LedoitWolf().fit(x).mahalanobis(x)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_hard_energy_is_within_its_bound_of_the_bridges():
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(64, 8, generator=generator)
+    x = torch.randn(100, 8, generator=generator)
+    for eps in (1e-3, 0.1):
+        weights = torch.full((64,), -math.log(64))
+        bridge = Bridge(means, torch.full((1, 8), 0.05), weights, eps)
+        hard, winner = hard_nearest(bridge, x)
+        soft, want = bridge.nearest(x)
+        assert torch.equal(winner, want)
+        gap = (soft - hard).detach()
+        assert gap.min() >= -1e-5
+        assert gap.max() <= eps * math.log(64) + 1e-5
+
+
+def test_pool_by_numpy():
+    maps = [torch.rand(2, 3, 6, 6), torch.rand(2, 4, 7, 7)]
+    got = pool(maps).numpy()
+    last = maps[1].numpy()
+    want = [m.numpy().mean((2, 3)) for m in maps], [m.numpy().std((2, 3)) for m in maps]
+    quadrants = [
+        last[:, :, r, c].mean((2, 3))
+        for r in (np.s_[:4], np.s_[3:])
+        for c in (np.s_[:4], np.s_[3:])
+    ]
+    columns = [want[0][0], want[1][0], want[0][1], want[1][1], *quadrants]
+    np.testing.assert_allclose(got, np.concatenate(columns, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_tails_are_minus_log_survival():
+    """Oracle: of exponential values the tail is the value itself, within and far beyond."""
+    values = torch.from_numpy(np.random.default_rng(0).exponential(size=(200_000, 1))).float()
+    tails = Tails(1)
+    tails.fit(values)
+    at = torch.tensor([[0.1], [0.5], [1.0], [2.0], [8.0], [40.0]])
+    np.testing.assert_allclose(tails(at).numpy(), at.numpy(), rtol=0.03, atol=0.01)
+
+
+def test_tails_keep_order_and_do_not_depend_on_scale():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(60, 1, generator=generator)
+    tails, scaled = Tails(1), Tails(1)
+    tails.fit(values)
+    scaled.fit(1000 * values + 5)
+    at = torch.linspace(-4, 9, 200)[:, None]
+    got = tails(at)
+    assert (got.diff(dim=0) >= 0).all()
+    assert (got[at > 0].diff() > 0).all()
+    torch.testing.assert_close(got, scaled(1000 * at + 5), rtol=1e-3, atol=1e-3)
+
+
+def test_tails_of_constant_values_are_finite():
+    tails = Tails(1)
+    tails.fit(torch.ones(20, 1))
+    assert tails(torch.tensor([[0.0], [1.0], [2.0]])).isfinite().all()
+
+
+def test_auroc_by_scikit_learn():
+    a, b = torch.tensor([1.0, 2, 2, 3]), torch.tensor([2.0, 3, 4])
+    want = slow_auroc([0] * 4 + [1] * 3, [*a.tolist(), *b.tolist()])
+    assert auroc(a, b).item() == pytest.approx(want)
+
+
+def test_spoiling_depends_on_the_image_not_on_its_batch():
+    images = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
+    numbers = torch.arange(10, 14)
+    for spoil in make_spoilers(0):
+        together = spoil(images, numbers)
+        assert torch.equal(together[2], spoil(images[2:3], numbers[2:3])[0])
+        changed = (together != images).any(-1).float().mean((1, 2))
+        assert (changed > 0).all()
+        assert (changed < 0.3).all()
+
+
+def test_folded_heads_give_what_the_plain_ones_do():
+    torch.manual_seed(0)
+    heads = Heads([0, 1], 7, 5).eval()
+    heads.center.normal_()
+    heads.whitener.copy_(torch.randn(7, 7))
+    heads.residual.norm.running_mean.normal_()
+    maps, residuals = [torch.randn(3, 3, 8, 8), torch.randn(3, 4, 4, 4)], torch.randn(3, 5, 6, 6)
+    plain = heads.logits(heads.whiten(heads.join(maps)), residuals)
+    torch.testing.assert_close(heads(maps, residuals), plain, rtol=1e-4, atol=1e-4)
