@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -404,6 +404,71 @@ def camera_set(
     out.print(f"{camera}: threshold {shown}", markup=False)
 
 
+# -- research ---------------------------------------------------------------------------------
+
+
+@app.command()
+def evaluate(
+    data: Annotated[str, typer.Option(help="elpv, or a folder in a layout that is known.")],
+    protocol: Annotated[str, typer.Option(help="general or hard.")] = "general",
+    shots: Annotated[int, typer.Option(min=0, help="Anomalies seen in training, M.")] = 10,
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2,3,4",
+    method: Annotated[
+        str, typer.Option(help="dpdl, mahalanobis, mahalanobis-all, knn, tails, devnet or dra.")
+    ] = "dpdl",
+    recipe: Annotated[str, typer.Option(help="edge or paper.")] = "edge",
+    sets: Sets = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    report: Report = None,
+) -> None:
+    """Train and test by the paper's protocol, seed by seed; with --report it resumes."""
+    from pipelines.evaluate import EvaluateOptions
+    from pipelines.evaluate import evaluate as run
+
+    chosen = EvaluateOptions(
+        data=data,
+        protocol=cast("Any", protocol),  # checked there
+        shots=shots,
+        seeds=tuple(numbers(seeds)),
+        method=method,
+        recipe=recipe,
+        overrides=key_values(sets),
+        report=report,
+        device=device,
+    )
+    with progress_line("evaluate") as progress:
+        done = run(chosen, progress)
+    for name in ("auroc", "ap"):
+        out.print(f"{name}  {done[name]['mean']:.4f} +- {done[name]['sd']:.4f}")
+
+
+@bench_app.command("score")
+def bench_score(
+    recipe: Annotated[str, typer.Option(help="edge or paper.")] = "edge",
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    repetitions: Annotated[int, typer.Option(min=1)] = 20,
+    sets: Sets = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    report: Report = None,
+) -> None:
+    """Scoring against the bare trunk, in turns, at the same batch size."""
+    from pipelines.bench_score import BenchScoreOptions
+    from pipelines.bench_score import bench_score as run
+
+    chosen = BenchScoreOptions(
+        recipe=recipe,
+        overrides=key_values(sets),
+        batch_size=batch_size,
+        repetitions=repetitions,
+        device=device,
+        report=report,
+    )
+    with progress_line("bench") as progress:
+        done = run(chosen, progress)
+    for name in ("trunk_images_per_second", "score_images_per_second", "ratio"):
+        out.print(f"{name.replace('_', ' ')}  {done[name]:.3g}")
+
+
 # -- helpers ----------------------------------------------------------------------------------
 
 
@@ -427,6 +492,14 @@ def key_values(pairs: list[str] | None) -> dict[str, str]:
             raise ValueError(f"--set {pair}: wanted key=value")
         found[key.strip()] = value.strip()
     return found
+
+
+def numbers(text: str) -> list[int]:
+    """ "0,1,2" as integers. Raises ValueError for anything else."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{text}: wanted whole numbers with commas between") from None
 
 
 @contextmanager

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -142,6 +143,7 @@ def deploy(
     ensure_topics(settings)
     ensure_buckets(settings)
     ray_runtime.connect()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it tells of every step of its own
     host, port = settings.serve.http_host, settings.serve.http_port
     if not _serve_runs():
         _check_port(host, port)
