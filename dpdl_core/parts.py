@@ -156,7 +156,9 @@ class PatchEnergy(nn.Module):
         worst = energies.topk(max(1, patches.shape[1] // 4), dim=1).indices
         rows = patches.gather(1, worst.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
         fine, nearest = hard_nearest(self.bridge, rows.flatten(0, 1))
-        energies = energies.scatter(1, worst, fine.view(worst.shape))
+        fine = fine.view(worst.shape)
+        # The others' energies are bounds only: none may pass for worse than those looked at.
+        energies = torch.minimum(energies, fine.amin(1, keepdim=True)).scatter(1, worst, fine)
         return energies, winner.scatter(1, worst, nearest.view(worst.shape))
 
     def image_energy(self, energies: Tensor) -> Tensor:
