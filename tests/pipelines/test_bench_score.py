@@ -14,8 +14,6 @@ SMALL = {
     "patch_prototypes": "32",
     "patch_dims": "16",
     "patch_side": "4",
-    "head_iterations": "2",
-    "tuned_stages": "0",
 }
 """The paper recipe's spaces are those of a trunk with four stages."""
 
