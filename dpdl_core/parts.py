@@ -144,7 +144,7 @@ class PatchEnergy(nn.Module):
         """Energies and nearest prototypes of (B, L, D) patches, (B, L) each.
 
         Every patch is held against the FIRST prototypes, which bounds its energy from above; the
-        quarter of an image's patches that come out worst, against all of them. Patches that lie
+        eighth of an image's patches that come out worst, against all of them. Patches that lie
         near a prototype of the first lot are normal enough as they stand.
         """
         flat = patches.flatten(0, 1)
@@ -153,7 +153,7 @@ class PatchEnergy(nn.Module):
         energies, winner = energies.view(patches.shape[:2]), winner.view(patches.shape[:2])
         if not few:
             return energies, winner
-        worst = energies.topk(max(1, patches.shape[1] // 4), dim=1).indices
+        worst = energies.topk(max(1, patches.shape[1] // 8), dim=1).indices
         rows = patches.gather(1, worst.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
         fine, nearest = hard_nearest(self.bridge, rows.flatten(0, 1))
         fine = fine.view(worst.shape)
