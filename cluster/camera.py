@@ -57,7 +57,7 @@ def stream(
     waiting: deque[tuple[OutgoingFrame, Any]] = deque()
 
     def settle(down_to: int) -> None:
-        while len(waiting) > down_to:
+        while waiting and (len(waiting) > down_to or waiting[0][1].is_done):
             frame, future = waiting.popleft()
             sent = future.get(timeout=ACK_TIMEOUT_S)
             on_sent(
@@ -68,10 +68,12 @@ def stream(
 
     try:
         with kafka_errors(settings.kafka):
-            start = time.monotonic()
-            for number, frame in enumerate(frames):
-                if stop.wait(max(0.0, start + number / frames_per_second - time.monotonic())):
+            due = time.monotonic()
+            for frame in frames:
+                if stop.wait(max(0.0, due - time.monotonic())):
                     break
+                # After a pause the pace goes on from now: late frames do not come in a rush.
+                due = max(due, time.monotonic()) + 1 / frames_per_second
                 future = producer.send(
                     settings.kafka.topic,
                     key=frame.camera.encode(),

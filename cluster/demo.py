@@ -40,8 +40,11 @@ from serving import app as stream_app
 MODEL = "demo"
 LATER_SHARE = 0.15
 """Of the training normals, kept from training: they arrive as new normals during the stream."""
-REFRESH_AT = 0.2
+REFRESH_AT = 0.1
 """Share of the frames after which the new normals arrive."""
+AFTER_REFRESH = 0.2
+"""Share of the frames, the last ones, that the cameras keep until the refresh is decided, so that a
+new version is seen at work however long two cores take over it."""
 STALL_S = 60.0
 
 
@@ -66,7 +69,7 @@ class _Renewal:
 
     report: RefreshReport | None = None
     error: BaseException | None = None
-    threads: list[threading.Thread] = field(default_factory=list)
+    decided: threading.Event = field(default_factory=threading.Event)
 
 
 def run_demo(options: DemoOptions, write: Callable[[dict[str, Any]], None]) -> None:
@@ -177,14 +180,15 @@ def _stream_and_renew(
     sent: list[SentFrame] = []
     stop, renew_now = threading.Event(), threading.Event()
     renewal = _Renewal()
+    arrive = round(REFRESH_AT * len(frames))
+    pause = len(frames) - round(AFTER_REFRESH * len(frames))
+    paused = 0.0
     began = time.monotonic()
     with StreamView(settings, console, start, len(frames)) as view:
 
         def on_sent(frame: SentFrame) -> None:
             sent.append(frame)
             view.sent = len(sent)
-            if len(sent) >= REFRESH_AT * len(frames):
-                renew_now.set()
 
         def renew() -> None:
             renew_now.wait()
@@ -202,13 +206,25 @@ def _stream_and_renew(
             except BaseException as error:
                 renewal.error = error
                 view.note = f"refresh failed: {error}"
+            finally:
+                renewal.decided.set()
+
+        def paced() -> Iterator[OutgoingFrame]:
+            nonlocal paused
+            yield from frames[:arrive]
+            renew_now.set()
+            yield from frames[arrive:pause]
+            paused = -time.monotonic()
+            renewal.decided.wait()
+            paused += time.monotonic()
+            yield from frames[pause:]
 
         renewer = threading.Thread(target=renew, name="refresh", daemon=True)
         renewer.start()
         try:
             stream(
                 settings,
-                frames,
+                paced(),
                 frames_per_second=options.fps * options.cameras,
                 stop=stop,
                 on_sent=on_sent,
@@ -216,8 +232,7 @@ def _stream_and_renew(
             wait_until_scored(
                 settings, end_offsets(settings, settings.kafka.topic), stall_s=STALL_S
             )
-            took = time.monotonic() - began
-            renewer.join()
+            took = time.monotonic() - began - paused
         finally:
             stop.set()
             renew_now.set()

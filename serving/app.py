@@ -178,8 +178,6 @@ def shutdown() -> None:
     if not ray.is_initialized() or not _serve_runs():
         return
     serve.delete(APP_NAME)
-    if not serve.status().applications:
-        serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def scorer_info() -> dict[str, Any]:
