@@ -199,7 +199,7 @@ def _stream_and_renew(
                 put_incoming(settings, "demo", later)
                 renewal.report = refresh_once(
                     settings,
-                    RefreshOptions(model_name=MODEL, seed=options.seed),
+                    RefreshOptions(model_name=MODEL, seed=options.seed, min_new=1),
                     lambda stage, share, _: setattr(view, "note", f"refresh: {stage} {share:.0%}"),
                 )
                 view.note = f"refresh {renewal.report.decision}: {renewal.report.to_version}"
