@@ -4,6 +4,7 @@ The images are 64 px noise plates, defects carry a bright square, so that the ri
 known. Refresh needs no Ray: its tests start from a version that was fitted once, in this process.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -311,6 +312,14 @@ TRAIN = TrainOptions(
 )
 
 
+def a_train_worker() -> int:
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # Ray's processes come and go
+            if any("RayTrainWorker" in part for part in process.cmdline()):
+                return process.pid
+    raise AssertionError("no Ray Train worker runs")
+
+
 def test_two_workers_train_a_version_and_a_killed_one_is_started_again(settings, dataset, ray_here):
     """kill -9 of a worker in the middle of the first attempt; the run ends in one version."""
     stages, killed = [], []
@@ -318,13 +327,8 @@ def test_two_workers_train_a_version_and_a_killed_one_is_started_again(settings,
     def progress(stage, fraction, figures):
         stages.append(stage)
         if stage == "read" and not killed:
-            workers = [
-                p
-                for p in psutil.Process().children(recursive=True)
-                if any("RayTrainWorker" in part for part in p.cmdline())
-            ]
-            killed.append(workers[0].pid)
-            os.kill(workers[0].pid, signal.SIGKILL)
+            killed.append(a_train_worker())
+            os.kill(killed[0], signal.SIGKILL)
 
     report = train(settings, TRAIN, progress)
     assert killed
