@@ -195,13 +195,9 @@ def _stream_and_renew(
             if stop.is_set():
                 return
             try:
-                view.note = f"refresh: {len(later)} new normals arrive"
                 put_incoming(settings, "demo", later)
-                renewal.report = refresh_once(
-                    settings,
-                    RefreshOptions(model_name=MODEL, seed=options.seed, min_new=1),
-                    lambda stage, share, _: setattr(view, "note", f"refresh: {stage} {share:.0%}"),
-                )
+                view.note = f"{len(later)} new normals in S3, refresh is running"
+                renewal.report = _refresh(settings, options.seed)
                 view.note = f"refresh {renewal.report.decision}: {renewal.report.to_version}"
             except BaseException as error:
                 renewal.error = error
@@ -240,6 +236,20 @@ def _stream_and_renew(
         raise renewal.error
     assert renewal.report is not None, "the refresh thread ends with a report or an error"
     return _report(take_account(settings, start), sent, known, renewal.report, took)
+
+
+def _refresh(settings: Settings, seed: int) -> RefreshReport:
+    """In a process of its own: in this one it would keep the interpreter from the cameras."""
+    import ray
+
+    @ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator,unused-ignore]
+    def refresh() -> RefreshReport:
+        options = RefreshOptions(model_name=MODEL, seed=seed, min_new=1)
+        return refresh_once(load_settings(), options)
+
+    task = refresh.options(runtime_env={"env_vars": settings.worker_env()})
+    report: RefreshReport = ray.get(task.remote())
+    return report
 
 
 def _frames(settings: Settings, options: DemoOptions) -> list[OutgoingFrame]:
