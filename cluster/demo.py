@@ -40,7 +40,7 @@ from serving import app as stream_app
 MODEL = "demo"
 LATER_SHARE = 0.15
 """Of the training normals, kept from training: they arrive as new normals during the stream."""
-REFRESH_AT = 0.1
+REFRESH_AT = 0.05
 """Share of the frames after which the new normals arrive."""
 AFTER_REFRESH = 0.2
 """Share of the frames, the last ones, that the cameras keep until the refresh is decided, so that a
