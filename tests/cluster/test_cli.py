@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cluster.cli import key_values, write_report
+from cluster.commands.shared import key_values, write_report
 
 
 def dpdl(*args, cwd, **env):

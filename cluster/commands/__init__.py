@@ -1,0 +1,1 @@
+"""What people type, by group; cli.py puts them together."""

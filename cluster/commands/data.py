@@ -1,0 +1,56 @@
+"""Data sets in S3."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from cluster.commands.shared import Report, err, out, progress_line, write_report
+
+app = typer.Typer(help="Data sets in S3.", no_args_is_help=True)
+
+
+@app.command("import")
+def data_import(
+    src: Annotated[str, typer.Argument(help="elpv, or a folder in a layout that is known.")],
+    name: Annotated[str, typer.Option(help="Name of the data set in S3.")],
+    shots: Annotated[int, typer.Option(min=1, help="Defects for training.")] = 10,
+    seed: int = 0,
+    report: Report = None,
+) -> None:
+    """Import a folder of images into S3 as Parquet, split for training, thresholds and test."""
+    from infra.settings import load_settings
+    from pipelines.datasets import import_dataset
+
+    with progress_line("import") as progress:
+        done = import_dataset(load_settings(), src, name, shots=shots, seed=seed, progress=progress)
+    if done.licence:
+        out.print(f"licence: {done.licence}", style="dim")
+    for image in done.skipped:
+        err.print(f"left out: {escape(image['source'])}: {image['reason']}", style="yellow")
+    for split, counts in done.counts.items():
+        out.print(f"{split}: {counts['normal']} normal, {counts['anomaly']} anomalous")
+    write_report(report, asdict(done))
+
+
+@app.command("add")
+def data_add(
+    folder: Annotated[Path, typer.Argument(help="Folder of normal images.")],
+    name: Annotated[str, typer.Option(help="Name of the data set in S3.")],
+    camera: Annotated[str, typer.Option(help="The camera that took them.")] = "",
+) -> None:
+    """Add new normal images to a data set, for the next refresh."""
+    from cluster.camera import folder_frames
+    from infra.settings import load_settings
+    from pipelines.datasets import NewImage, put_incoming
+
+    frames = folder_frames(folder, camera or "unnamed")
+    images = (NewImage(f.image, camera=camera, source=f.source) for f in frames)
+    done = put_incoming(load_settings(), name, images)
+    for image in done.skipped:
+        err.print(f"left out: {escape(image['source'])}: {image['reason']}", style="yellow")
+    out.print(f"{done.images} new normal images for {name}")

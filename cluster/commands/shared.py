@@ -1,0 +1,80 @@
+"""What the commands share: consoles, common options, reports, progress."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+out, err = Console(), Console(stderr=True)
+
+Report = Annotated[Path | None, typer.Option("--report", help="Write what happened as JSON here.")]
+Model = Annotated[str, typer.Option("--model", help="Name of the model.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value over the recipe; may be repeated.")
+]
+
+
+def write_report(path: Path | None, report: dict[str, Any]) -> None:
+    """Write `report` as JSON, whole or not at all."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(report, indent=2, sort_keys=True, default=str) + "\n")
+    partial.replace(path)
+    err.print(f"report: {path}", style="dim", markup=False)
+
+
+def key_values(pairs: list[str] | None) -> dict[str, str]:
+    """`--set key=value` as a dictionary. Raises ValueError for one without "="."""
+    found = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair}: wanted key=value")
+        found[key.strip()] = value.strip()
+    return found
+
+
+def numbers(text: str) -> list[int]:
+    """ "0,1,2" as integers. Raises ValueError for anything else."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{text}: wanted whole numbers with commas between") from None
+
+
+@contextmanager
+def progress_line(title: str) -> Iterator[Callable[[str, float, dict[str, Any]], None]]:
+    """One line that says how far a long job is; stages go by as plain lines where no one looks."""
+    if err.is_terminal:
+        with err.status(title) as live:
+
+            def show(stage: str, fraction: float, figures: dict[str, Any]) -> None:
+                live.update(f"{title}: {stage} {fraction:.0%}  {_figures(figures)}")
+
+            yield show
+        return
+    seen: list[str] = []
+
+    def say(stage: str, fraction: float, figures: dict[str, Any]) -> None:
+        if seen[-1:] != [stage]:
+            seen.append(stage)
+            err.print(f"{title}: {stage}", markup=False)
+
+    yield say
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    parts = (
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in figures.items()
+    )
+    return escape(", ".join(parts))
