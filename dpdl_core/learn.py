@@ -217,8 +217,9 @@ class Parts(nn.Module):
         directions = [f"seen {space}" for space in self.energies.pooled]
         return [*self.energies.names, *directions, "head anomaly", "head normal", "head residual"]
 
-    def forward(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """(B, P) and the maps -> raw values (B, V) and patch energies (B, patch spaces, h, w)."""
-        values, grids, residuals = self.energies(pooled, maps)
+    def forward(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, P) and the maps -> raw values (B, V), patch energies (B, patch spaces, h, w), and
+        the nearest prototypes (B, h * w) of the first patch space."""
+        values, grids, residuals, winners = self.energies(pooled, maps)
         logits = self.heads(maps, residuals)
-        return torch.cat([values, pooled @ self.seen.T, logits], 1), grids
+        return torch.cat([values, pooled @ self.seen.T, logits], 1), grids, winners

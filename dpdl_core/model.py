@@ -31,6 +31,8 @@ class Scores:
     """(B, h, w) heat map on the patch grid: 0 is as normal as the median normal patch."""
     parts: dict[str, Tensor]
     """(B,) -log tail probability of every part, before weights."""
+    winners: Tensor
+    """(B, h * w) nearest prototype of each patch in the first patch space; for drift.py."""
 
 
 class Dpdl(nn.Module):
@@ -79,7 +81,7 @@ class Dpdl(nn.Module):
 
     def judge(self, pooled: Tensor, maps: list[Tensor]) -> Scores:
         """Scores of images whose features are at hand: pool()'s (B, P) and the trunk's maps."""
-        values, grids = self.parts(pooled, maps)
+        values, grids, winners = self.parts(pooled, maps)
         tails = self.tails(values)
         weighted = tails * self.weights
         num_energies = len(self.parts.energies.names)
@@ -89,6 +91,7 @@ class Dpdl(nn.Module):
             energy=weighted[:, :num_energies].sum(1),
             maps=heat.mean(1).clamp_min(0),
             parts=dict(zip(self.part_names, tails.unbind(1), strict=True)),
+            winners=winners,
         )
 
 

@@ -131,14 +131,15 @@ class PatchEnergy(nn.Module):
         side = self.space.side
         return self.image_energy(energies), energies.view(-1, side, side)
 
-    def with_residuals(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """As forward(), and eq. 22's residuals (B, D, side, side), which M_r looks at."""
+    def with_residuals(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As forward(), eq. 22's residuals (B, D, side, side), which M_r looks at, and the nearest
+        prototype of each patch (B, side * side)."""
         patches = self.space(maps)
         energies, winner = self._nearest(patches)
         side = self.space.side
         residuals = self.bridge.residual(patches.flatten(0, 1), winner.flatten())
         residuals = residuals.view(len(patches), side, side, -1).permute(0, 3, 1, 2)
-        return self.image_energy(energies), energies.view(-1, side, side), residuals
+        return self.image_energy(energies), energies.view(-1, side, side), residuals, winner
 
     def _nearest(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Energies and nearest prototypes of (B, L, D) patches, (B, L) each.
@@ -185,21 +186,21 @@ class Energies(nn.Module):
         counts = [part.bridge.num_prototypes for part in parts]
         return dict(zip(self.names, counts, strict=True))
 
-    def forward(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, P) and the maps -> energies (B, E), patch energies (B, patch spaces, h, w), and the
-        residuals (B, D, h, w) of the first patch space, which M_r looks at."""
+    def forward(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(B, P) and the maps -> energies (B, E), patch energies (B, patch spaces, h, w), and of
+        the first patch space the residuals (B, D, h, w) and nearest prototypes (B, h * w)."""
         values = [part(pooled) for part in self.pooled.values()]
         grids: list[Tensor] = []
         first, *others = self.patches.values()
         assert isinstance(first, PatchEnergy)
-        energy, grid, residuals = first.with_residuals(maps)
+        energy, grid, residuals, winners = first.with_residuals(maps)
         values.append(energy)
         grids.append(grid)
         for part in others:
             energy, grid = part(maps)
             values.append(energy)
             grids.append(grid)
-        return torch.stack(values, 1), torch.stack(grids, 1), residuals
+        return torch.stack(values, 1), torch.stack(grids, 1), residuals, winners
 
 
 def hard_nearest(bridge: Bridge, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor]:

@@ -1,84 +1,263 @@
 """Every metric of the product, declared once: name, unit, help, tags.
 
-Ray exports them to Prometheus as ray_<name>; dashboards and alert rules use these names. Units
-are seconds and bytes, counters end in _total. No tag holds a camera or a frame: their number has
-no bound. Importing this starts no Ray, and outside a Ray worker recording does nothing.
+Ray exports them to Prometheus as ray_<name>, and adds tags for node, worker and session of its own.
+Units are seconds and frames, counters end in _total. Importing this starts no Ray, and outside a
+Ray worker recording does nothing. What shaped the rest (Ray 2.60, measured, docs/watching.md):
+
+- An instrument holds 2,000 combinations of tags per process; what comes later is lumped together,
+  and every series of the instrument gets an extra tag. So a camera is a tag only for the first
+  CAMERAS that a replica sees, and of histograms for the first HISTOGRAM_CAMERAS; all further ones
+  share the value "other".
+- A gauge that is not set again within 20 s is gone. So who owns gauges sets all of them every
+  GAUGES_S, changed or not; and what is no longer true vanishes by itself.
+- A histogram's sum is rebuilt from the middles of its buckets: use quantiles, never sum / count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-_STAGE_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
-_LATENCY_SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0]
+CAMERAS = 500
+"""Cameras with outcomes and drift of their own: three outcomes each stay below 2,000."""
+HISTOGRAM_CAMERAS = 100
+"""Cameras with histograms of their own, per consumer: 30 series each."""
+SEEN_CAMERAS = 1_500
+"""Cameras whose last frame and threshold are shown."""
+VERSIONS = 100
+"""Versions with a score histogram of their own, per replica and life of it."""
+OTHER = "other"
+GAUGES_S = 5.0
+
+_STAGE_SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
+_LATENCY_SECONDS = [0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0, 10.0, 30.0, 300.0]
 # Ray takes positive bounds only: everything below is in the first bucket.
-_SCORES = [0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5, 10.0, 20.0, 50.0]
+_SCORES = [1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 128.0]
+_BATCH = [1.0, 2.0, 4.0, 8.0, 16.0, 24.0, 32.0, 64.0, 128.0, 256.0, 1024.0]
+
+
+class Names:
+    """The first `limit` names keep their own, all others are OTHER. Thread-safe.
+
+    First come, first served, until the process ends: an instrument never gives a series back.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._known: set[str] = set()
+        self._lock = threading.Lock()
+
+    def of(self, name: str) -> str:
+        if name in self._known:
+            return name
+        with self._lock:
+            if len(self._known) < self._limit:
+                self._known.add(name)
+                return name
+        return OTHER
+
+
+class ReplicaMetrics:
+    """That a replica has begun: who begins again and again is in trouble."""
+
+    def __init__(self, part: str, rank: int) -> None:
+        self._started = Gauge(
+            "dpdl_replica_started_timestamp_seconds",
+            "When a replica began (Unix seconds); a replacement takes over its predecessor's rank.",
+            ("part", "rank"),
+        )
+        self._tags = {"part": part, "rank": str(rank)}
+        self._at = time.time()
+
+    def alive(self) -> None:
+        self._started.set(self._at, self._tags)
 
 
 class StreamMetrics:
     """What a consumer replica records. One per process; methods are cheap and thread-safe."""
 
     def __init__(self) -> None:
-        self._frames = Counter(
-            "dpdl_frames_total",
-            "Frames brought to their end, by outcome: normal, anomaly, alert or dead.",
-            ("outcome",),
-        )
-        self._dead = Counter(
-            "dpdl_dead_letters_total", "Records put aside, by reason.", ("reason",)
-        )
+        self._cameras, self._versions = Names(HISTOGRAM_CAMERAS), Names(VERSIONS)
         self._score = Histogram(
-            "dpdl_score", "Anomaly scores of frames, in the model's own unit.", _SCORES, ("model",)
+            "dpdl_score", "Anomaly scores of frames, in the model's unit.", _SCORES, ("camera",)
         )
-        self._stage = Histogram(
-            "dpdl_stage_seconds",
-            "Time that one batch spends in a stage: decode, score, evidence, publish.",
-            _STAGE_SECONDS,
-            ("stage",),
+        self._energy = Histogram(
+            "dpdl_energy",
+            "The share of the score that comes from the distance to normal prototypes, same unit.",
+            _SCORES,
+            ("camera",),
+        )
+        self._version_score = Histogram(
+            "dpdl_version_score",
+            "Anomaly scores of frames by the version that gave them, in the model's unit.",
+            _SCORES,
+            ("model", "version"),
         )
         self._latency = Histogram(
             "dpdl_latency_seconds",
-            "From a frame's capture to its result, by the clocks of camera and scorer.",
+            "From a frame's capture to its published result, by the clocks of camera and consumer.",
             _LATENCY_SECONDS,
             ("model",),
         )
-        self._lag = Gauge(
-            "dpdl_lag_frames", "Frames in Kafka that are not yet read.", ("topic", "partition")
+        self._stage = Histogram(
+            "dpdl_stage_seconds",
+            "From one mark to the next: consumed (since its capture, by frame), decoded, scored, "
+            "published (by batch).",
+            _STAGE_SECONDS,
+            ("stage",),
         )
+        self._batch = Histogram("dpdl_batch_frames", "Frames per scoring call.", _BATCH)
         self._in_flight = Gauge("dpdl_in_flight_batches", "Batches between poll and publish.")
-        self._active = Gauge(
-            "dpdl_active_version", "1 for the version that scores now.", ("model", "version")
-        )
-        self._current: tuple[str, str] | None = None
 
-    def frames(self, outcome: str, number: int) -> None:
-        if number:  # Ray refuses an increment of 0
-            self._frames.inc(number, {"outcome": outcome})
+    def scored(self, camera: str, model: str, version: str, *, score: float, energy: float) -> None:
+        where = {"camera": self._cameras.of(camera)}
+        self._score.observe(score, where)
+        self._energy.observe(energy, where)
+        self._version_score.observe(score, {"model": model, "version": self._versions.of(version)})
 
-    def dead_letters(self, by_reason: Mapping[str, int]) -> None:
-        for reason, number in by_reason.items():
-            self._dead.inc(number, {"reason": reason})
-        self.frames("dead", sum(by_reason.values()))
-
-    def scored(self, model: str, score: float, latency_s: float) -> None:
-        self._score.observe(score, {"model": model})
-        self._latency.observe(max(latency_s, 0.0), {"model": model})
+    def latency(self, model: str, seconds: float) -> None:
+        self._latency.observe(max(seconds, 0.0), {"model": model})
 
     def stage(self, stage: str, seconds: float) -> None:
-        self._stage.observe(seconds, {"stage": stage})
+        self._stage.observe(max(seconds, 0.0), {"stage": stage})
 
-    def lag(self, topic: str, partition: int, frames: int) -> None:
-        self._lag.set(frames, {"topic": topic, "partition": str(partition)})
+    def batch(self, frames: int) -> None:
+        self._batch.observe(frames)
 
     def in_flight(self, batches: int) -> None:
         self._in_flight.set(batches)
 
-    def active_version(self, model: str, version: str) -> None:
-        if self._current == (model, version):
-            return
-        if self._current is not None:
-            self._active.set(0, dict(zip(("model", "version"), self._current, strict=True)))
-        self._active.set(1, {"model": model, "version": version})
-        self._current = (model, version)
+
+class ScorerMetrics:
+    """What a scorer replica says of its versions and of drift; all gauges, see GAUGES_S."""
+
+    def __init__(self) -> None:
+        self._cameras = Names(CAMERAS)
+        self._active = Gauge(
+            "dpdl_active_version", "1 for the version that scores now.", ("model", "version")
+        )
+        self._refused = Gauge(
+            "dpdl_version_refused",
+            "1 for a version that the pointer names and this replica will not use.",
+            ("model", "version"),
+        )
+        self._drift = Gauge(
+            "dpdl_drift_psi",
+            "Population stability index of a camera's last frames against the version's held-out "
+            "normals, of energy or prototypes. Above 0.25: it has moved.",
+            ("camera", "of"),
+        )
+
+    def versions(self, model: str, active: str, refused: str | None) -> None:
+        self._active.set(1, {"model": model, "version": active})
+        if refused:
+            self._refused.set(1, {"model": model, "version": refused})
+
+    def drift(self, by_camera: Mapping[str, Mapping[str, float]]) -> None:
+        """Camera -> {"energy": psi, "prototypes": psi}. Cameras beyond CAMERAS are left out."""
+        for camera, found in by_camera.items():
+            if (name := self._cameras.of(camera)) != OTHER:
+                for of, psi in found.items():
+                    self._drift.set(psi, {"camera": name, "of": of})
+
+
+@dataclass(frozen=True, slots=True)
+class CameraFacts:
+    camera: str
+    last_frame_s: float
+    """Unix seconds of its last frame's capture."""
+    threshold: float | None
+
+
+class WatchMetrics:
+    """What the stores say, whoever is alive to process it. One thread calls; see GAUGES_S.
+
+    Counters follow totals that the stores keep: they begin at the total and are never lowered, so
+    that a restart is what Prometheus takes any restarted counter for.
+    """
+
+    def __init__(self) -> None:
+        self._counted, self._cameras = Names(CAMERAS), Names(SEEN_CAMERAS)
+        self._totals: dict[tuple[str, str], int] = {}
+        self._frames = Counter(
+            "dpdl_frames_total",
+            "Frames brought to their end, by camera and outcome: normal, anomaly (over the "
+            "threshold, but no alert), alert, or dead (camera is empty).",
+            ("camera", "outcome"),
+        )
+        self._dead = Counter(
+            "dpdl_dead_letters_total", "Records put aside, by reason.", ("reason",)
+        )
+        self._lag = Gauge(
+            "dpdl_lag_frames",
+            "Frames in Kafka whose result is not yet published.",
+            ("topic", "partition"),
+        )
+        self._last_frame = Gauge(
+            "dpdl_camera_last_frame_timestamp_seconds",
+            "When a camera's last scored frame was captured (Unix seconds).",
+            ("camera",),
+        )
+        self._threshold = Gauge(
+            "dpdl_threshold",
+            "Threshold of a camera's last frame, unit of the score.",
+            ("camera",),
+        )
+        self._decisions = Gauge(
+            "dpdl_refresh_decisions",
+            "Refreshes that the gate has decided, ever: promoted or held.",
+            ("model", "decision"),
+        )
+        self._decided = Gauge(
+            "dpdl_refresh_decided_timestamp_seconds",
+            "When the gate last decided so (Unix seconds), 0 for never.",
+            ("model", "decision"),
+        )
+
+    def counts(self, camera: str, frames: int, anomalies: int, alerts: int) -> None:
+        """Totals of one camera, as Redis keeps them."""
+        outcomes = {"normal": frames - anomalies, "anomaly": anomalies - alerts, "alert": alerts}
+        name = self._counted.of(camera)
+        for outcome, total in outcomes.items():
+            if new := self._new(camera, outcome, total):
+                self._frames.inc(new, {"camera": name, "outcome": outcome})
+
+    def dead_letters(self, by_reason: Mapping[str, int]) -> None:
+        """Totals, as Redis keeps them."""
+        for reason, total in by_reason.items():
+            if new := self._new(reason, "dead", total):
+                self._dead.inc(new, {"reason": reason})
+                self._frames.inc(new, {"camera": "", "outcome": "dead"})
+
+    def _new(self, name: str, outcome: str, total: int) -> int:
+        """By how much a total has grown; all of it where the store has begun anew."""
+        before = self._totals.get((name, outcome), 0)
+        self._totals[name, outcome] = total
+        return total - before if total >= before else total
+
+    def lag(self, topic: str, by_partition: Mapping[int, int]) -> None:
+        for partition, frames in by_partition.items():
+            self._lag.set(frames, {"topic": topic, "partition": str(partition)})
+
+    def cameras(self, seen: Iterable[CameraFacts]) -> None:
+        """Cameras beyond SEEN_CAMERAS share one series: that of the longest silent of them."""
+        oldest = float("inf")
+        for each in seen:
+            camera = self._cameras.of(each.camera)
+            if camera == OTHER:
+                oldest = min(oldest, each.last_frame_s)
+                continue
+            self._last_frame.set(each.last_frame_s, {"camera": camera})
+            if each.threshold is not None:
+                self._threshold.set(each.threshold, {"camera": camera})
+        if oldest != float("inf"):
+            self._last_frame.set(oldest, {"camera": OTHER})
+
+    def refreshes(self, model: str, decision: str, number: int, last_s: float) -> None:
+        tags = {"model": model, "decision": decision}
+        self._decisions.set(number, tags)
+        self._decided.set(last_s, tags)

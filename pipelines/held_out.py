@@ -16,7 +16,7 @@ from typing import Any
 from infra.settings import Settings
 from pipelines.dataset_index import load_index
 from pipelines.gate import Held
-from pipelines.scoring import score_images
+from pipelines.scoring import Observed, drift_reference, observe
 from pipelines.sources import Keep, RowRef, StreamedImages, read_here, row_groups
 
 HELD_OUT_OF = 5
@@ -61,6 +61,7 @@ class HeldOut:
         }
         self._by_size: dict[int, dict[str, list[StreamedImages]]] = {}
         self._scored: dict[str, Held] = {}
+        self._normals: dict[str, list[Observed]] = {}
 
     def at(self, size: int) -> dict[str, list[StreamedImages]]:
         """Sources of "defects", "old" and "new" decoded at one size."""
@@ -82,10 +83,18 @@ class HeldOut:
             import numpy as np
 
             sources = self.at(model.config.image_size)
+            seen = {
+                name: [observe(model, source) for source in sources[name]]
+                for name in ("defects", "old", "new")
+            }
             self._scored[version] = Held(
-                *(
-                    np.concatenate([score_images(model, source) for source in sources[name]])
-                    for name in ("defects", "old", "new")
-                )
+                *(np.concatenate([each.score for each in found]) for found in seen.values())
             )
+            self._normals[version] = seen["old"] + seen["new"]
         return self._scored[version]
+
+    def drift_reference(self, version: str, model: Any) -> dict[str, Any]:
+        """What a stream scored by this version is held against; score() comes first."""
+        size = model.config.image_size
+        cameras = self.cameras("old", size) + self.cameras("new", size)
+        return drift_reference(model, self._normals[version], cameras)

@@ -30,10 +30,10 @@ import numpy as np
 from dpdl_core import artifact
 from dpdl_core.artifact import LoadedVersion
 from dpdl_core.fit import RenewReport, renew, set_aside
+from infra import decisions
 from infra.errors import DataError, DpdlError, VersionExists
 from infra.model_store import ModelStore
 from infra.settings import Settings
-from pipelines import decisions
 from pipelines.dataset_index import (
     DatasetIndex,
     Progress,
@@ -269,7 +269,8 @@ def _build(
         held_out.cameras("old", size) + held_out.cameras("new", size),
         parent["false_alarm_rate"],
     )
-    files = artifact.pack(model, thresholds=thresholds, metrics={})
+    reference = held_out.drift_reference(inputs.candidate, model)
+    files = artifact.pack(model, thresholds=thresholds, metrics={"drift": reference})
     files["set_aside.json"] = _json([asdict(row) for row in suspects])
     manifest = {
         "kind": "refresh",

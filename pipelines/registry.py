@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from infra import decisions
 from infra.errors import DataError
 from infra.model_store import ModelStore, Pointer
 from infra.settings import Settings
-from pipelines import decisions
 from pipelines.promotion import load, move
 
 

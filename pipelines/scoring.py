@@ -10,12 +10,14 @@ import math
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from dpdl_core import drift
 from dpdl_core.metrics import conformal_threshold
 from dpdl_core.model import Dpdl
 from pipelines.sources import RowRef
@@ -33,13 +35,48 @@ class ImagesWithRows(Protocol):
     def batches(self, batch_size: int) -> Any: ...
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What a model says of N images, in the order of source.rows."""
+
+    score: Scores
+    """(N,)."""
+    energy: Scores
+    """(N,)."""
+    winners: npt.NDArray[np.int32]
+    """(N, L) nearest prototypes, for dpdl_core.drift."""
+
+
+def observe(model: Dpdl, source: ImagesWithRows, device: torch.device | str = "cpu") -> Observed:
+    """Scores every image of a source."""
+    rows = []
+    for images in source.batches(SCORE_BATCH):
+        found = model.score(images.to(device))
+        rows.append((found.score.double(), found.energy.double(), found.winners.int()))
+    if not rows:
+        return Observed(np.empty(0), np.empty(0), np.empty((0, 0), np.int32))
+    return Observed(*(torch.cat(column).cpu().numpy() for column in zip(*rows, strict=True)))
+
+
 def score_images(model: Dpdl, source: ImagesWithRows, device: torch.device | str = "cpu") -> Scores:
     """Anomaly scores (N,) in the order of source.rows."""
-    scores = [
-        model.score(images.to(device)).score.double().cpu().numpy()
-        for images in source.batches(SCORE_BATCH)
-    ]
-    return np.concatenate(scores) if scores else np.empty(0)
+    return observe(model, source, device).score
+
+
+def drift_reference(
+    model: Dpdl, normals: Sequence[Observed], cameras: Sequence[str]
+) -> dict[str, Any]:
+    """What dpdl_core.drift holds the stream against: held-out normals, as this model sees them."""
+    some = [part for part in normals if len(part.score)]
+    if not some:
+        return {}
+    first = next(iter(model.parts.energies.patches))
+    return drift.reference(
+        np.concatenate([part.energy for part in some]),
+        np.concatenate([part.winners for part in some]),
+        cameras,
+        model.parts.energies.sizes[f"patch {first}"],
+    )
 
 
 def calibrate(

@@ -26,7 +26,7 @@ from dpdl_core import artifact
 from dpdl_core.config import from_json
 from dpdl_core.fit import fit
 from dpdl_core.metrics import auroc, average_precision
-from pipelines.scoring import calibrate, score_images, yield_cores
+from pipelines.scoring import Observed, calibrate, drift_reference, observe, yield_cores
 from pipelines.sources import (
     RowGroup,
     StreamedImages,
@@ -78,8 +78,8 @@ def train_loop(config: dict[str, TrainJob]) -> None:
     started = time.perf_counter()
     model, waited = worker.fit()
     fitted = time.perf_counter()
-    calibration = worker.score(model, worker.job.calibration, "calibrate")
-    test = worker.score(model, worker.job.test, "test")
+    calibration, normals = worker.score(model, worker.job.calibration, "calibrate")
+    test, _ = worker.score(model, worker.job.test, "test")
     figures: Figures = {
         "fit_seconds": fitted - started,
         "score_seconds": time.perf_counter() - fitted,
@@ -93,7 +93,11 @@ def train_loop(config: dict[str, TrainJob]) -> None:
         [row[2] for row in calibration],
         worker.job.false_alarm_rate,
     )
-    metrics = {**_quality(test), "test_images": len(test)}
+    metrics = {
+        **_quality(test),
+        "test_images": len(test),
+        "drift": drift_reference(model, normals, [row[2] for row in calibration]),
+    }
     figures |= {"metrics": metrics, "thresholds": thresholds, "notes": notes}
     with tempfile.TemporaryDirectory() as folder:
         for name, data in artifact.pack(model, thresholds=thresholds, metrics=metrics).items():
@@ -136,18 +140,19 @@ class _Worker:
 
     def score(
         self, model: Any, groups: Sequence[RowGroup], stage: str
-    ) -> list[tuple[float, int, str]]:
-        """(score, label, camera) of all rows of all ranks, the same on each."""
+    ) -> tuple[list[tuple[float, int, str]], list[Observed]]:
+        """(score, label, camera) of all rows of all ranks, the same on each; and all that was
+        seen of them, in the same order."""
         self.progress(stage, 0.0, {})
         source = self._shard(groups)
-        scores = score_images(model, source, self.device)
-        mine = [(float(s), r.label, r.camera) for s, r in zip(scores, source.rows, strict=True)]
-        everyone: list[Any] = [mine]
+        seen = observe(model, source, self.device)
+        rows = [(float(s), r.label, r.camera) for s, r in zip(seen.score, source.rows, strict=True)]
+        everyone: list[Any] = [(rows, seen)]
         if torch.distributed.is_initialized():
             everyone = [None] * self.world
-            torch.distributed.all_gather_object(everyone, mine)
-        self.progress(stage, 1.0, {"images": sum(map(len, everyone))})
-        return [row for rows in everyone for row in rows]
+            torch.distributed.all_gather_object(everyone, (rows, seen))
+        self.progress(stage, 1.0, {"images": sum(len(rows) for rows, _ in everyone)})
+        return [row for rows, _ in everyone for row in rows], [seen for _, seen in everyone]
 
     def progress(self, stage: str, fraction: float, figures: Figures) -> None:
         if self.rank == 0:

@@ -103,7 +103,7 @@ def build(args: AppArgs) -> serve.Application:
         max_ongoing_requests=64,
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.5,
-    )(Console).bind(consumer, scorer)
+    )(Console).bind(consumer, scorer, args.model_name)
     return console
 
 

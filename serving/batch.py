@@ -93,6 +93,7 @@ class BatchReport:
     """What the one log line per batch says."""
 
     offsets: dict[str, list[int]]
+    polled_at_ns: int = 0
     version: str = ""
     alerts: int = 0
     bad: Counter[str] = field(default_factory=Counter)

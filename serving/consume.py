@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from infra.errors import DpdlError, ServiceUnavailable
 from infra.kafka_client import make_consumer, make_producer
-from infra.metrics import StreamMetrics
+from infra.metrics import GAUGES_S, ReplicaMetrics, StreamMetrics
 from infra.redis_client import ResultStore
 from infra.settings import Settings, load_settings
 from serving.archive import open_archive
@@ -42,6 +43,12 @@ ANSWER_S = 120.0
 """Longest wait for one batch's scores before it is asked for again."""
 STUCK_S = 90.0
 """A loop that shows no life for so long is replaced."""
+MARKS = {
+    "decoded": ("decode", "aside"),
+    "scored": ("score",),
+    "published": ("evidence", "publish"),
+}
+"""What the stage metrics are named after, and the steps that lead there from the mark before."""
 DRAIN_S = 15.0
 CLOSE_S = 3.0
 
@@ -106,8 +113,10 @@ class Consumer:
         self._bad: dict[str, int] = {}
         self._last: dict[str, Any] = {}
         self._metrics = StreamMetrics()
+        self._replica = ReplicaMetrics("consumer", serve.get_replica_context().rank.rank)
         self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._show_gauges, name="gauges", daemon=True).start()
 
     async def stats(self) -> dict[str, Any]:
         """Since this replica began: totals, dead letters by reason, lag, trouble, last batch."""
@@ -208,18 +217,23 @@ class Consumer:
         self._measure(batch)
 
     def _measure(self, batch: BatchReport) -> None:
-        metrics = self._metrics
-        anomalies = sum(result.is_anomaly for result in batch.results)
-        metrics.frames("normal", len(batch.results) - anomalies)
-        metrics.frames("anomaly", anomalies - batch.alerts)
-        metrics.frames("alert", batch.alerts)
-        metrics.dead_letters(batch.bad)
-        for result in batch.results:
-            latency_s = (result.scored_at_ns - result.captured_at_ns) / 1e9
-            metrics.scored(result.model, result.score, latency_s)
-        for stage, spent_ms in batch.stage_ms.items():
-            metrics.stage(stage, spent_ms / 1000)
-        for partition, behind in self._lag.items():
-            metrics.lag(self._settings.kafka.topic, partition, behind)
+        """Right after publish: what is over now is published now."""
+        metrics, now_ns = self._metrics, time.time_ns()
+        for each in batch.results:
+            metrics.scored(
+                each.camera, each.model, each.version, score=each.score, energy=each.energy
+            )
+            metrics.latency(each.model, (now_ns - each.captured_at_ns) / 1e9)
+            metrics.stage("consumed", (batch.polled_at_ns - each.captured_at_ns) / 1e9)
         if batch.results:
-            metrics.active_version(batch.results[-1].model, batch.version)
+            metrics.batch(len(batch.results))
+        for mark, stages in MARKS.items():
+            spent_ms = [batch.stage_ms[stage] for stage in stages if stage in batch.stage_ms]
+            if spent_ms:
+                metrics.stage(mark, sum(spent_ms) / 1000)
+
+    def _show_gauges(self) -> None:
+        while not self._stopping.is_set():
+            self._replica.alive()
+            self._metrics.in_flight(self._loop.in_flight if self._loop else 0)
+            self._stopping.wait(GAUGES_S)

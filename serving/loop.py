@@ -56,6 +56,17 @@ WAIT_S = 5.0
 """How often the loop shows life while the scorer is away."""
 
 
+class _Clock:
+    def __init__(self, stage_ms: dict[str, float]) -> None:
+        self.stage_ms = stage_ms
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.stage_ms[stage] = round((now - self._last) * 1000, 1)
+        self._last = now
+
+
 @dataclass(slots=True)
 class _Flight:
     """A batch between decode and publish."""
@@ -63,7 +74,9 @@ class _Flight:
     batch: Batch
     answer: Future[Scored | WrongSize] | None
     """None when every record was bad: there is an offset to pass and nothing to score."""
-    stage_ms: dict[str, float]
+    polled_at_ns: int
+    clock: _Clock
+    """Goes on from submit to answer, so that waiting behind other batches counts as scoring."""
 
     def done(self) -> bool:
         return self.answer is None or self.answer.done()
@@ -105,6 +118,11 @@ class Loop:
         self.trouble = ""
         """What is being retried just now, for people; "" when all is well."""
 
+    @property
+    def in_flight(self) -> int:
+        """Batches between decode and publish."""
+        return len(self._in_flight)
+
     def stop(self) -> None:
         """Any thread: poll no more, publish what is in flight within the deadline, return."""
         self._stop_by = time.monotonic() + self._drain_s
@@ -129,6 +147,7 @@ class Loop:
         return self._stop.is_set() or (bool(self._in_flight) and self._in_flight[0].done())
 
     def _launch(self, polled: Polled) -> _Flight:
+        polled_at_ns = time.time_ns()
         clock = _Clock({"poll": round(polled.waited_s * 1000, 1)})
         size = self._patiently("asking the scorer", self._score.image_size)
         batch = self._decode(polled, size)  # 1. decode
@@ -136,11 +155,12 @@ class Loop:
         if batch.bad:  # 2. bad records are kept before their offset is passed
             self._patiently("putting bad records aside", lambda: self._sink.set_aside(batch.bad))
             clock.lap("aside")
-        return _Flight(batch, self._submit(batch), clock.stage_ms)  # 3. score: one call
+        return _Flight(batch, self._submit(batch), polled_at_ns, clock)  # 3. score: one call
 
     def _land(self, flight: _Flight) -> None:
-        clock = _Clock(flight.stage_ms)
+        clock = flight.clock
         report = BatchReport(
+            polled_at_ns=flight.polled_at_ns,
             offsets={f"{s.partition.number}": [s.first, s.next] for s in flight.batch.polled.spans},
             stage_ms=clock.stage_ms,
         )
@@ -275,17 +295,6 @@ class Loop:
                 self.trouble = ""
                 log.warning("%s works again after %.1f s", doing, time.monotonic() - failed_since)
             return done
-
-
-class _Clock:
-    def __init__(self, stage_ms: dict[str, float]) -> None:
-        self.stage_ms = stage_ms
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.stage_ms[stage] = round((now - self._last) * 1000, 1)
-        self._last = now
 
 
 def _frame_id(record: KafkaRecord) -> str:

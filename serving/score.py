@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from ray import serve
 
 from infra.errors import DpdlError
+from infra.metrics import GAUGES_S, ReplicaMetrics, ScorerMetrics
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
 from infra.settings import load_settings
@@ -52,6 +54,8 @@ def score_batch(
     scores = held.loaded.model.score(torch.tensor(images, device=device))
     score = scores.score.float().cpu().numpy()
     threshold = np.array([overrides.get(c, held.threshold(c)) for c in cameras], np.float32)
+    energy = scores.energy.float().cpu().numpy()
+    held.drift.add(cameras, energy, scores.winners.cpu().numpy())
     anomalies = np.flatnonzero(score > threshold)
     maps = scores.maps[torch.as_tensor(anomalies, device=scores.maps.device)].float().cpu().numpy()
     return Scored(
@@ -59,7 +63,7 @@ def score_batch(
         version=held.version,
         image_size=held.image_size,
         score=score,
-        energy=scores.energy.float().cpu().numpy(),
+        energy=energy,
         threshold=threshold,
         maps={int(row): heat for row, heat in zip(anomalies, maps, strict=True)},
     )
@@ -113,6 +117,8 @@ class Scorer:
         )
         self._versions.start()
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._metrics = ScorerMetrics()
+        self._replica = ReplicaMetrics("scorer", serve.get_replica_context().rank.rank)
         self._closing = threading.Event()
         self._last_look_s = time.monotonic()
         self._watch = threading.Thread(target=self._follow, name="watch", daemon=True)
@@ -159,8 +165,11 @@ class Scorer:
             )
 
     def _follow(self) -> None:
-        failing = ""
+        failing, measured_s = "", float("-inf")
         while not self._closing.wait(LOOK_S):
+            if time.monotonic() - measured_s > GAUGES_S:
+                measured_s = time.monotonic()
+                self._measure()
             try:
                 self._versions.refresh()
                 self._overrides.refresh()
@@ -172,3 +181,9 @@ class Scorer:
             except Exception:
                 # Nothing that a stored version or a camera's name holds may end this thread.
                 log.exception("looking for a new version or threshold")
+
+    def _measure(self) -> None:
+        held = self._versions.in_use
+        self._replica.alive()
+        self._metrics.versions(self._versions.name, held.version, self._versions.refused_now)
+        self._metrics.drift(held.drift.psi())

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
-from dpdl_core.artifact import ArtifactError, LoadedVersion, unpack
+from dpdl_core.artifact import METRICS, ArtifactError, LoadedVersion, unpack
+from dpdl_core.drift import Drift
 from infra.errors import DataError, DpdlError
 
 log = logging.getLogger("dpdl.score")
@@ -44,6 +45,8 @@ class InUse:
     loaded: LoadedVersion
     since_s: float
     """time.time() when it was put in use."""
+    drift: Drift
+    """Of the frames that it scored here."""
 
     @property
     def image_size(self) -> int:
@@ -69,6 +72,8 @@ class Versions:
         self._in_use: InUse | None = None
         self.refused: dict[str, str] = {}
         """Version -> why it is not used. Bounded: the last ten."""
+        self.refused_now: str | None = None
+        """The version that the pointer names, where that is refused."""
 
     @property
     def in_use(self) -> InUse:
@@ -88,6 +93,7 @@ class Versions:
             )
         for version in (pointer.version, pointer.previous):
             if version and self._try(version):
+                self.refused_now = None if version == pointer.version else pointer.version
                 return
         raise DataError(
             f"model {self.name!r}: no usable version: "
@@ -101,10 +107,11 @@ class Versions:
         """
         pointer = self._store.current(self.name)
         if pointer is None or pointer.version == self.in_use.version:
+            self.refused_now = None
             return False
-        if pointer.version in self.refused:
-            return False
-        return self._try(pointer.version)
+        changed = pointer.version not in self.refused and self._try(pointer.version)
+        self.refused_now = None if changed else pointer.version
+        return changed
 
     def _try(self, version: str) -> bool:
         began = time.perf_counter()
@@ -120,7 +127,7 @@ class Versions:
             kept = f"{self._in_use.version} goes on" if self._in_use else "none is in use yet"
             log.error("version %s refused: %s; %s", version, self.refused[version], kept)
             return False
-        self._in_use = InUse(version, loaded, since_s=time.time())
+        self._in_use = InUse(version, loaded, time.time(), Drift(loaded.metrics.get("drift")))
         self.refused.pop(version, None)
         log.info("version %s in use after %.1f s", version, time.perf_counter() - began)
         return True
@@ -130,5 +137,11 @@ class Versions:
         float(loaded.thresholds["default"])
         grey = torch.full((self._trial_batch, size, size, 3), 127, dtype=torch.uint8)
         scores = loaded.model.score(grey.to(self._device))
+        try:
+            cameras = [""] * self._trial_batch
+            winners = scores.winners.cpu().numpy()
+            Drift(loaded.metrics.get("drift")).add(cameras, scores.energy.cpu().numpy(), winners)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise ArtifactError(f"{METRICS}: its drift reference does not fit: {error}") from error
         if not (torch.isfinite(scores.score).all() and torch.isfinite(scores.energy).all()):
             raise ArtifactError("its scores on a grey image are not finite")

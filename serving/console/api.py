@@ -20,11 +20,13 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from infra.errors import DpdlError
+from infra.metrics import ReplicaMetrics
 from infra.redis_client import CameraState, ResultStore, StoredResult
 from infra.settings import load_settings
 from serving.archive import FRAME, HEAT, EvidenceBucket, image_type
 from serving.console.access import COOKIE, Access
 from serving.logs import log_to_stderr
+from serving.watch import Watch
 
 log = logging.getLogger("dpdl.console")
 
@@ -149,9 +151,12 @@ class Console:
     Args:
         consumer: for its state; one of the replicas answers.
         scorer: for the version in use.
+        model_name: which model's refreshes are counted.
     """
 
-    def __init__(self, consumer: DeploymentHandle[Any], scorer: DeploymentHandle[Any]) -> None:
+    def __init__(
+        self, consumer: DeploymentHandle[Any], scorer: DeploymentHandle[Any], model_name: str
+    ) -> None:
         log_to_stderr()
         settings = load_settings()
         token = settings.serve.token
@@ -159,6 +164,8 @@ class Console:
         self._results = ResultStore(settings)
         self._evidence = EvidenceBucket(settings)
         self._consumer, self._scorer = consumer, scorer
+        replica = ReplicaMetrics("console", serve.get_replica_context().rank.rank)
+        self._watch = Watch(settings, self._results, model_name, replica)
 
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
     def page(self) -> HTMLResponse:

@@ -20,9 +20,10 @@ from PIL import Image
 from dpdl_core import artifact
 from dpdl_core.config import override, recipe
 from dpdl_core.fit import fit
+from infra import decisions
 from infra.errors import DataError, PointerConflict
 from infra.model_store import ModelStore
-from pipelines import decisions, refresh
+from pipelines import refresh
 from pipelines.dataset_index import load_index, snapshot
 from pipelines.datasets import NewImage, import_dataset, put_incoming
 from pipelines.held_out import images

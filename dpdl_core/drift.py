@@ -1,0 +1,157 @@
+"""Drift: how far a camera's last frames are from the held-out normals of the version that scores.
+
+Knows NumPy only. The measure is the population stability index over B bins,
+
+    PSI = sum_b (p_b - q_b) ln(p_b / q_b),
+
+p of the last frames, q of the normals: under 0.1 nothing, above 0.25 it has moved (the convention
+of credit scoring). Of two things: of the frames' energy, in bins between quantiles of the normals;
+and of prototype usage, the share of patches whose nearest prototype lies in each of GROUPS groups.
+Nothing is recomputed for it: scoring finds the nearest prototypes anyway. For most patches those
+are the nearest of the 256 most used (parts.py), which is fine enough for so coarse groups.
+
+With no drift the energy's PSI is (B-1) (1/N + 1/n) in the mean for N normals and n frames, hence
+the bounds: 20 normals a bin and 200 frames make 0.1 at most.
+Letters: N images, L patches of an image, K prototypes, G groups, B bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_BINS = 10
+NORMALS_PER_BIN = 20
+GROUPS = 16
+WINDOW = 500
+"""Frames of a camera that are looked at, the last ones."""
+ENOUGH = 200
+"""Fewer frames than this say nothing yet."""
+MAX_CAMERAS = 500
+"""Cameras that are followed; 17 kB each."""
+
+Counts = NDArray[np.int64]
+
+
+def psi(frames: Counts, normals: Counts) -> float:
+    """PSI of two counts over the same bins, half an observation added to each bin."""
+    p = (frames + 0.5) / (frames.sum() + len(frames) / 2)
+    q = (normals + 0.5) / (normals.sum() + len(normals) / 2)
+    return float(np.sum((p - q) * np.log(p / q)))
+
+
+def reference(
+    energy: NDArray[Any], winners: NDArray[Any], cameras: Sequence[str], num_prototypes: int
+) -> dict[str, Any]:
+    """What a version keeps of its held-out normals, as JSON; {} where they are too few.
+
+    A camera with enough normals is held against its own, any other one against all.
+    Shapes: energy (N,), winners (N, L), N cameras ("" for unknown).
+    """
+    if len(energy) < 2 * NORMALS_PER_BIN:
+        return {}
+    groups = _groups(np.bincount(winners.ravel(), minlength=num_prototypes))
+    usage = group_counts(winners, groups)
+
+    def part(rows: NDArray[Any]) -> dict[str, list[Any]]:
+        bins = min(MAX_BINS, len(rows) // NORMALS_PER_BIN)
+        edges = np.unique(np.quantile(energy[rows], np.linspace(0, 1, bins + 1)[1:-1]))
+        counts = np.bincount(np.searchsorted(edges, energy[rows]), minlength=len(edges) + 1)
+        return {
+            "energy_edges": edges.tolist(),
+            "energy": counts.tolist(),
+            "usage": usage[rows].sum(0).tolist(),
+        }
+
+    names = np.array(cameras)
+    rows_of = {name: np.flatnonzero(names == name) for name in sorted(set(cameras) - {""})}
+    return {
+        "groups": groups.tolist(),
+        "default": part(np.arange(len(energy))),
+        "cameras": {
+            name: part(rows) for name, rows in rows_of.items() if len(rows) >= 2 * NORMALS_PER_BIN
+        },
+    }
+
+
+def group_counts(winners: NDArray[Any], groups: Counts) -> Counts:
+    """(N, L) nearest prototypes -> (N, G) patches by group."""
+    num_images, num_groups = len(winners), int(groups.max()) + 1
+    flat = groups[winners] + num_groups * np.arange(num_images)[:, None]
+    return np.bincount(flat.ravel(), minlength=num_images * num_groups).reshape(num_images, -1)
+
+
+def _groups(used: Counts) -> Counts:
+    """(K,) group of each prototype: the most used first, about the same mass in each group."""
+    order = np.argsort(-used, kind="stable")
+    before = np.cumsum(used[order]) - used[order]
+    rank = np.minimum(GROUPS - 1, before * GROUPS // max(1, int(used.sum())))
+    groups = np.empty(len(used), np.int64)
+    groups[order] = np.unique(rank, return_inverse=True)[1]
+    return groups
+
+
+class Drift:
+    """The last frames of each camera under one version, and their PSI.
+
+    A window: it starts empty with the process and with each version, so a restart costs ENOUGH
+    frames of silence and never shows a wrong figure. `add` from one thread, `psi` from any.
+
+    Args:
+        kept: what reference() made; {} or None follows nothing.
+    """
+
+    def __init__(self, kept: Mapping[str, Any] | None) -> None:
+        self._kept = kept or {}
+        self._groups = np.array(self._kept.get("groups", []), np.int64)
+        self._windows: dict[str, _Window] = {}
+
+    def add(self, cameras: Sequence[str], energy: NDArray[Any], winners: NDArray[Any]) -> None:
+        """A batch: N cameras, energy (N,), winners (N, L)."""
+        if not self._kept:
+            return
+        usage = group_counts(winners, self._groups)
+        for row, camera in enumerate(cameras):
+            window = self._windows.get(camera)
+            if window is None:
+                if len(self._windows) >= MAX_CAMERAS:
+                    continue
+                mine = self._kept["cameras"].get(camera, self._kept["default"])
+                window = self._windows[camera] = _Window(mine)
+            window.add(float(energy[row]), usage[row])
+
+    def psi(self) -> dict[str, dict[str, float]]:
+        """Camera -> {"energy": psi, "prototypes": psi}, of cameras with ENOUGH frames."""
+        return {
+            camera: window.psi()
+            for camera, window in list(self._windows.items())
+            if window.frames >= ENOUGH
+        }
+
+
+class _Window:
+    def __init__(self, normals: Mapping[str, Any]) -> None:
+        self._edges = np.array(normals["energy_edges"], np.float64)
+        self._normal_energy = np.array(normals["energy"], np.int64)
+        self._normal_usage = np.array(normals["usage"], np.int64)
+        self._bins = np.zeros(WINDOW, np.uint8)
+        self._usage = np.zeros((WINDOW, len(self._normal_usage)), np.uint16)
+        self.frames = 0
+
+    def add(self, energy: float, usage: Counts) -> None:
+        at = self.frames % WINDOW
+        self._bins[at] = np.searchsorted(self._edges, energy)
+        self._usage[at] = usage
+        self.frames += 1
+
+    def psi(self) -> dict[str, float]:
+        held = min(self.frames, WINDOW)
+        energy = np.bincount(self._bins[:held], minlength=len(self._normal_energy))
+        usage = self._usage[:held].sum(0, dtype=np.int64)
+        return {
+            "energy": psi(energy, self._normal_energy),
+            "prototypes": psi(usage, self._normal_usage),
+        }

@@ -1,0 +1,59 @@
+"""What the gate decided on each refresh, as small files beside the versions. Written once."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from infra.errors import PointerConflict
+from infra.s3_client import conditional_put, get, make_minio, s3_errors
+from infra.settings import Settings
+
+
+@dataclass(frozen=True)
+class Decision:
+    candidate: str
+    parent: str
+    decision: str
+    """promoted or held."""
+    why: str
+    numbers: dict[str, Any]
+    inputs: dict[str, str]
+    """Incoming objects that this settles: key -> ETag."""
+    at: str = ""
+    """UTC, ISO 8601; set when it is recorded."""
+
+
+def record(settings: Settings, model: str, decision: Decision) -> None:
+    """The first record of a candidate stands; a second one changes nothing."""
+    decision = replace(decision, at=datetime.now(UTC).isoformat(timespec="milliseconds"))
+    data = (json.dumps(asdict(decision), indent=1, sort_keys=True) + "\n").encode()
+    key = f"{model}/decisions/{decision.candidate}.json"
+    with s3_errors(settings.s3), suppress(PointerConflict):
+        conditional_put(make_minio(settings), settings.s3.models_bucket, key, data)
+
+
+def recorded(settings: Settings, model: str) -> list[Decision]:
+    """All decisions, in the order of their candidates' ids."""
+    return Recorded(settings, model).all()
+
+
+class Recorded:
+    """Decisions, each read once: for who looks again and again."""
+
+    def __init__(self, settings: Settings, model: str) -> None:
+        self._s3, self._prefix = settings.s3, f"{model}/decisions/"
+        self._client = make_minio(settings)
+        self._known: dict[str, Decision] = {}
+
+    def all(self) -> list[Decision]:
+        bucket = self._s3.models_bucket
+        with s3_errors(self._s3):
+            found = self._client.list_objects(bucket, prefix=self._prefix, recursive=True)
+            for key in [str(item.object_name) for item in found]:
+                if key not in self._known:
+                    self._known[key] = Decision(**json.loads(get(self._client, bucket, key)[0]))
+        return [self._known[key] for key in sorted(self._known)]

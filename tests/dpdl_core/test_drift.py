@@ -1,0 +1,115 @@
+"""Drift: PSI by its formula, no alarm without drift, and what a version keeps of its normals."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dpdl_core import drift
+from dpdl_core.drift import ENOUGH, WINDOW, Drift, psi, reference
+
+PROTOTYPES, PATCHES = 64, 49
+
+
+def normals(rng, count, *, shift=0.0, first=0):
+    """Energies and winners of `count` images; `first` moves patches on to other prototypes."""
+    energy = rng.gamma(4.0, 1.0, count) + shift
+    winners = (rng.geometric(0.1, (count, PATCHES)) - 1 + first) % PROTOTYPES
+    return energy, winners
+
+
+def kept(rng, count=400, cameras=None):
+    energy, winners = normals(rng, count)
+    made = reference(energy, winners, cameras or [""] * count, PROTOTYPES)
+    return json.loads(json.dumps(made))
+
+
+def test_psi_by_hand():
+    """Oracle: the sum of Kullback-Leibler both ways (SciPy), on counts too large for smoothing."""
+    from scipy.stats import entropy
+
+    p, q = np.array([10_000, 30_000, 60_000]), np.array([50_000, 25_000, 25_000])
+    want = entropy(p, q) + entropy(q, p)
+    assert psi(p, q) == pytest.approx(want, rel=1e-3)
+    assert psi(p, p) == 0
+    assert psi(p, q) == pytest.approx(psi(q, p))
+
+
+def test_an_empty_bin_is_finite():
+    assert 0 < psi(np.array([0, 200]), np.array([100, 100])) < 10
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_same_distribution_is_no_drift(seed):
+    rng = np.random.default_rng(seed)
+    watched = Drift(kept(rng))
+    for _ in range(10):
+        watched.add(["a"] * 50, *normals(rng, 50))
+    found = watched.psi()["a"]
+    assert found["energy"] < 0.1
+    assert found["prototypes"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("moved", "of"), [({"shift": 1.5}, "energy"), ({"first": 3}, "prototypes")]
+)
+def test_what_has_moved_is_seen_and_what_has_not_is_not(moved, of):
+    rng = np.random.default_rng(0)
+    watched = Drift(kept(rng))
+    watched.add(["a"] * 500, *normals(rng, 500, **moved))
+    found = watched.psi()["a"]
+    other = {"energy": "prototypes", "prototypes": "energy"}[of]
+    assert found[of] > 0.25
+    assert found[other] < 0.1
+
+
+def test_only_the_last_frames_count_and_few_say_nothing():
+    rng = np.random.default_rng(0)
+    watched = Drift(kept(rng))
+    watched.add(["a"] * (ENOUGH - 1), *normals(rng, ENOUGH - 1, shift=5))
+    assert watched.psi() == {}
+    watched.add(["a"], *normals(rng, 1, shift=5))
+    assert watched.psi()["a"]["energy"] > 1
+    watched.add(["a"] * WINDOW, *normals(rng, WINDOW))
+    assert watched.psi()["a"]["energy"] < 0.1
+
+
+def test_a_camera_with_enough_normals_is_held_against_its_own():
+    rng = np.random.default_rng(0)
+    plain, odd = normals(rng, 200), normals(rng, 200, shift=4, first=20)
+    energy, winners = (np.concatenate(both) for both in zip(plain, odd, strict=True))
+    made = reference(energy, winners, ["plain"] * 200 + ["odd"] * 200, PROTOTYPES)
+    watched = Drift(made)
+    for camera in ("odd", "unknown"):
+        watched.add([camera] * 400, *normals(rng, 400, shift=4, first=20))
+    assert max(watched.psi()["odd"].values()) < 0.1
+    assert min(watched.psi()["unknown"].values()) > 0.25
+
+
+def test_too_few_normals_keep_nothing_and_nothing_is_followed():
+    rng = np.random.default_rng(0)
+    assert reference(*normals(rng, 39), [""] * 39, PROTOTYPES) == {}
+    for nothing in (None, {}):
+        watched = Drift(nothing)
+        watched.add(["a"] * 300, *normals(rng, 300))
+        assert watched.psi() == {}
+
+
+def test_groups_share_the_mass_and_cover_every_prototype():
+    rng = np.random.default_rng(0)
+    made = kept(rng)
+    assert len(made["groups"]) == PROTOTYPES
+    usage = np.array(made["default"]["usage"])
+    assert usage.sum() == 400 * PATCHES
+    assert len(usage) == max(made["groups"]) + 1 <= drift.GROUPS
+    assert usage.max() < 0.2 * usage.sum()
+    assert sum(made["default"]["energy"]) == 400
+
+
+def test_cameras_are_bounded(monkeypatch):
+    monkeypatch.setattr(drift, "MAX_CAMERAS", 3)
+    rng = np.random.default_rng(0)
+    watched = Drift(kept(rng))
+    for i in range(5):
+        watched.add([f"c{i}"] * ENOUGH, *normals(rng, ENOUGH))
+    assert set(watched.psi()) == {"c0", "c1", "c2"}
