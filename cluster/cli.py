@@ -13,7 +13,17 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands import bench, cameras, data, learn, machine, models, research, stream
+from cluster.commands import (
+    bench,
+    cameras,
+    dashboards,
+    data,
+    learn,
+    machine,
+    models,
+    research,
+    stream,
+)
 from cluster.commands.shared import err
 
 app = typer.Typer(
@@ -28,6 +38,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")
 app.add_typer(cameras.app, name="camera")
 app.add_typer(bench.app, name="bench")
+app.add_typer(dashboards.app, name="dashboards")
 
 traceback_wanted = False
 

@@ -155,6 +155,13 @@ class ServeSettings(_Group):
     """Asked of every HTTP caller that is not on loopback."""
 
 
+class GrafanaSettings(_Group):
+    url: str = ""
+    """http(s)://HOST[:PORT] of a Grafana; promotions and rollbacks are annotated there."""
+    token: SecretStr | None = None
+    """Of a service account with the role Editor; `dpdl dashboards push` wants Admin."""
+
+
 class EmbeddedSettings(_Group):
     """Of the services that `dpdl up` and `dpdl demo` start on this machine."""
 
@@ -175,6 +182,7 @@ class Settings(_Group):
     s3: S3Settings = S3Settings()
     stream: StreamSettings = StreamSettings()
     serve: ServeSettings = ServeSettings()
+    grafana: GrafanaSettings = GrafanaSettings()
     embedded: EmbeddedSettings = EmbeddedSettings()
 
     _config_file: Path | None = PrivateAttr(default=None)

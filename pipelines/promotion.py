@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dpdl_core.artifact import ArtifactError, LoadedVersion, unpack
 from infra.errors import PointerConflict, VersionBroken
+from infra.grafana_client import announce_move
 from infra.model_store import ModelStore, Pointer
 from infra.settings import Settings
 from pipelines.dataset_index import Progress
@@ -46,7 +47,7 @@ def consider(
         held_out = held_out or HeldOut(settings, manifest["data"])
         verdict = _against_current(store, name, version, pointer, held_out, limits, progress)
     if verdict.promote:
-        move(store, name, version, pointer, verdict.why)
+        move(settings, store, name, version, pointer, verdict.why)
     return verdict
 
 
@@ -58,10 +59,17 @@ def load(store: ModelStore, name: str, version: str) -> LoadedVersion:
         raise VersionBroken(f"{name} {version}: {error}") from None
 
 
-def move(store: ModelStore, name: str, version: str, seen: Pointer | None, why: str) -> Pointer:
-    """Point at `version`; harmless where another process did the same first."""
+def move(
+    settings: Settings, store: ModelStore, name: str, version: str, seen: Pointer | None, why: str
+) -> Pointer:
+    """Point at `version` and annotate it in Grafana; harmless where another process did it first.
+
+    Whoever moved it annotates it, so that one move is one annotation.
+    """
     try:
-        return store.move_pointer(name, version, seen, by=who(), why=why)
+        pointer = store.move_pointer(name, version, seen, by=who(), why=why)
+        announce_move(settings, name, pointer)
+        return pointer
     except PointerConflict:
         now = store.current(name)
         if now is not None and now.version == version:

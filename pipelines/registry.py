@@ -91,7 +91,7 @@ class Registry:
         if pointer is not None and pointer.version == version:
             return pointer
         load(self._store, self.model_name, version)
-        return move(self._store, self.model_name, version, pointer, why)
+        return move(self._settings, self._store, self.model_name, version, pointer, why)
 
     def rollback(self, why: str) -> Pointer:
         """Back to the version before the current one; again, to the one before that."""

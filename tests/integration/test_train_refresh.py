@@ -118,18 +118,20 @@ def refreshes(store):
 
 
 def test_a_refresh_renews_calibrates_by_camera_and_moves_the_pointer(settings, deployed):
-    put_incoming(settings, "plates", new_plates(60))
+    put_incoming(settings, "plates", new_plates(100))
     report = refresh_once(settings, OPTIONS)
     assert (report.decision, report.from_version) == ("promoted", "train-0"), report.why
     pointer = deployed.current("plates")
     assert (pointer.version, pointer.previous) == (report.to_version, "train-0")
     assert pointer.why == report.why
-    assert report.new_normals == 60
+    assert report.new_normals == 100
     assert report.renewal["kept"] + report.renewal["replaced"] > 0
     loaded = load(deployed, "plates", report.to_version)
     assert loaded.thresholds == report.thresholds_after
     assert loaded.thresholds["false_alarm_rate"] == RATE
     assert set(loaded.thresholds["cameras"]) == {"cam-1"}
+    held_out = loaded.thresholds["calibration_normals"]
+    assert sum(loaded.metrics["drift"]["default"]["energy"]) == held_out > 40
     assert refresh_once(settings, OPTIONS).decision == "none"
 
 

@@ -1,0 +1,130 @@
+"""One camera: scores against the threshold, alerts, drift."""
+
+from __future__ import annotations
+
+from infra.dashboards.panels import (
+    GREEN,
+    RED,
+    YELLOW,
+    Json,
+    api,
+    console,
+    dashboard,
+    heatmap,
+    labels,
+    override,
+    prom,
+    stat,
+    steps,
+    table,
+    timeseries,
+)
+from infra.dashboards.queries import ALERT_COLUMNS, ALERT_LINKS, LAST_FRAME, alarm_rate, quantile
+
+
+def camera(console_url: str) -> Json:
+    mine = '{camera="$camera"}'
+    return dashboard(
+        "dpdl-camera",
+        "DPDL Camera",
+        help="One camera: its scores against the threshold, its alerts, its drift.",
+        variables=[labels("camera", "Camera", LAST_FRAME, "camera"), console(console_url)],
+        rows=[
+            [
+                timeseries(
+                    "Score against threshold",
+                    prom(quantile(0.5, "ray_dpdl_score", where=mine), "score p50"),
+                    prom(quantile(0.95, "ray_dpdl_score", where=mine), "score p95"),
+                    prom(quantile(0.99, "ray_dpdl_score", where=mine), "score p99"),
+                    prom(f"max(ray_dpdl_threshold{mine})", "threshold"),
+                    help="Quantiles of the scores; what lies above the threshold is an anomaly. "
+                    "Beyond the first 100 cameras of a consumer there is only the camera `other`.",
+                    size=(16, 9),
+                    overrides=[
+                        override(
+                            "threshold",
+                            color={"mode": "fixed", "fixedColor": RED},
+                            custom__lineStyle={"fill": "dash", "dash": [10, 10]},
+                        )
+                    ],
+                ),
+                stat(
+                    "Silent for",
+                    prom(f"time() - max({LAST_FRAME}{mine})", "silent"),
+                    unit="s",
+                    steps=steps((None, GREEN), (60, YELLOW), (300, RED)),
+                    help="Since its last frame was captured.",
+                    size=(4, 9),
+                ),
+                stat(
+                    "Alarm rate, 1 h",
+                    prom(alarm_rate("1h", '="$camera"'), "alarm rate"),
+                    unit="percentunit",
+                    steps=steps((None, GREEN), (0.02, YELLOW), (0.05, RED)),
+                    help="Share of its frames that raised an alert.",
+                    size=(4, 9),
+                ),
+            ],
+            [
+                timeseries(
+                    "Frames by outcome",
+                    prom(
+                        f"sum by (outcome) (rate(ray_dpdl_frames_total{mine}[$__rate_interval]))",
+                        "{{outcome}}",
+                    ),
+                    unit="reqps",
+                    stacked=True,
+                    help="Anomaly: over the threshold, but not often enough for an alert (k of n).",
+                    size=(12, 8),
+                ),
+                timeseries(
+                    "Drift",
+                    prom(f"max by (of) (ray_dpdl_drift_psi{mine})", "{{of}}"),
+                    help="Population stability index of the last 500 frames against the version's "
+                    "held-out normals: under 0.1 nothing, above 0.25 it has moved. Empty for the "
+                    "first 200 frames of a process or version, and where a version has under 40 "
+                    "held-out normals.",
+                    size=(12, 8),
+                    defaults={"thresholds": steps((None, GREEN), (0.1, YELLOW), (0.25, RED))},
+                ),
+            ],
+            [
+                heatmap(
+                    "Scores",
+                    prom(
+                        f"sum by (le) (increase(ray_dpdl_score_bucket{mine}[$__rate_interval]))",
+                        "{{le}}",
+                        heatmap=True,
+                    ),
+                    unit="short",
+                    help="How many frames had which score.",
+                    size=(12, 8),
+                ),
+                heatmap(
+                    "Energy",
+                    prom(
+                        f"sum by (le) (increase(ray_dpdl_energy_bucket{mine}[$__rate_interval]))",
+                        "{{le}}",
+                        heatmap=True,
+                    ),
+                    unit="short",
+                    help="The part of the score that is distance to normal prototypes.",
+                    size=(12, 8),
+                ),
+            ],
+            [
+                table(
+                    "Alerts",
+                    api(
+                        "/api/v1/alerts",
+                        "alerts",
+                        ALERT_COLUMNS,
+                        params={"count": "200", "camera": "${camera}"},
+                    ),
+                    help="Its newest 200, from the alert API; images open in the console.",
+                    size=(24, 12),
+                    overrides=ALERT_LINKS,
+                )
+            ],
+        ],
+    )

@@ -1,0 +1,40 @@
+"""Queries and columns that several dashboards share."""
+
+from __future__ import annotations
+
+from infra.dashboards.panels import (
+    link,
+    override,
+)
+
+LAST_FRAME = "ray_dpdl_camera_last_frame_timestamp_seconds"
+CAMERA_LINK = "/d/dpdl-camera/dpdl-camera?${__url_time_range}&var-camera="
+
+ALERT_COLUMNS = {
+    "captured_at_ms": ("Time", "timestamp_epoch"),
+    "camera": ("Camera", "string"),
+    "score": ("Score", "number"),
+    "threshold": ("Threshold", "number"),
+    "version": ("Version", "string"),
+    "frame_url": ("Frame", "string"),
+    "heat_url": ("Heat map", "string"),
+}
+ALERT_LINKS = [
+    override("Frame", links=link("Open the frame", "${console}/${__value.raw}", new_tab=True)),
+    override("Heat map", links=link("Open the map", "${console}/${__value.raw}", new_tab=True)),
+    override("Time", unit="dateTimeAsLocal"),
+]
+
+
+def alarm_rate(window: str, camera: str = '!=""') -> str:
+    frames = f"sum by (camera) (increase(ray_dpdl_frames_total{{camera{camera}}}[{window}]))"
+    alerts = (
+        "sum by (camera) "
+        f'(increase(ray_dpdl_frames_total{{camera{camera}, outcome="alert"}}[{window}]))'
+    )
+    return f"{alerts} / ({frames} > 0)"
+
+
+def quantile(q: float, metric: str, by: str = "", where: str = "") -> str:
+    le = f"le, {by}" if by else "le"
+    return f"histogramquantile({q}, sum by ({le}) (rate({metric}_bucket{where}[$__rate_interval])))"
