@@ -31,17 +31,23 @@ def pool(maps: list[Tensor]) -> Tensor:
     """
     parts: list[Tensor] = []
     for m in maps:
-        flat = m.float().flatten(2)
-        mean = flat.mean(2)
-        # One pass over the map; features are of order 1, so the difference does not cancel.
-        variance = flat.square().mean(2) - mean.square()
+        m = m.float()
+        mean = m.mean((2, 3))
+        # Features are of order 1, so the difference does not cancel.
+        variance = m.square().mean((2, 3)) - mean.square()
         parts += [mean, variance.clamp_min(0).sqrt()]
-    last = maps[-1].float()
-    half = (last.shape[-1] + 1) // 2
-    for rows in (slice(None, half), slice(-half, None)):
-        for columns in (slice(None, half), slice(-half, None)):
-            parts.append(last[:, :, rows, columns].mean((2, 3)))
-    return torch.cat(parts, 1)
+    last = maps[-1].float().permute(0, 2, 3, 1).flatten(1, 2)
+    quadrants = _quadrants(maps[-1].shape[-1]).to(last)
+    return torch.cat([*parts, (quadrants @ last).flatten(1)], 1)
+
+
+def _quadrants(side: int) -> Tensor:
+    """(4, side * side) weights of the means over the quadrants of a map."""
+    half = (side + 1) // 2
+    upper = torch.zeros(side)
+    upper[:half] = 1 / half
+    halves = torch.stack([upper, upper.flip(0)])
+    return torch.einsum("ay,bx->abyx", halves, halves).view(4, side * side)
 
 
 class PooledEnergy(nn.Module):
@@ -93,22 +99,40 @@ class PatchSpace(nn.Module):
 
     def join(self, maps: list[Tensor]) -> Tensor:
         """Maps of all stages -> unit-norm patches, joined, (B, side * side, in_dims)."""
-        return torch.cat([self._patches(maps[s]) for s in self.stages], -1)
+        parts = [self._on_grid(self._coarse(maps[s])) for s in self.stages]
+        return torch.cat([F.normalize(m.flatten(2).transpose(1, 2), dim=-1) for m in parts], -1)
 
-    def _patches(self, m: Tensor) -> Tensor:
+    def _coarse(self, m: Tensor) -> Tensor:
+        """A stage's map, no finer than the grid."""
         m = m.float()
         if m.shape[-1] > self.side:
             m = F.adaptive_avg_pool2d(m, self.side)
         if self.smooth:
             m = F.avg_pool2d(m, 3, stride=1, padding=1, count_include_pad=False)
+        return m
+
+    def _on_grid(self, m: Tensor) -> Tensor:
         if m.shape[-1] < self.side:
             size = (self.side, self.side)
             m = F.interpolate(m, size=size, mode="bilinear", align_corners=False)
-        return F.normalize(m.flatten(2).transpose(1, 2), dim=-1)
+        return m
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Maps of all stages -> (B, side * side, dims)."""
-        return (self.join(maps) - self.center) @ self.axes
+        """Maps of all stages -> (B, side * side, dims).
+
+        (join() - center) @ axes, but deep stages are projected before they are spread on the
+        grid: both are linear, and a map of 7 x 7 has a quarter of the places.
+        """
+        total = -(self.center @ self.axes)
+        start = 0
+        for stage in self.stages:
+            m = self._coarse(maps[stage])
+            axes = self.axes[start : start + m.shape[1]]
+            start += m.shape[1]
+            norm = torch.linalg.vector_norm(self._on_grid(m), dim=1).clamp_min(1e-12)
+            projected = self._on_grid((m.permute(0, 2, 3, 1) @ axes).permute(0, 3, 1, 2))
+            total = total + (projected / norm[:, None]).flatten(2).transpose(1, 2)
+        return total
 
 
 class PatchEnergy(nn.Module):
