@@ -24,7 +24,7 @@ from dpdl_core.features import Trunk
 from dpdl_core.learn import Parts
 from dpdl_core.model import Dpdl
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, CONFIG, THRESHOLDS, METRICS = (
     "weights.safetensors",
     "config.json",

@@ -88,10 +88,9 @@ def cross_fit(
     keep: Parts | None = None,
 ) -> CrossFit:
     """Every kept normal, spoiled normal and seen anomaly under fits without it."""
-    kept = len(normals.kept)
-    order = distributed.broadcast(torch.randperm(kept, generator=generator))
-    folds = min(config.folds, kept)
-    mine = (order % folds)[normals.mine]
+    folds = min(config.folds, len(normals.kept))
+    fold_of = deal_folds(normals.pooled[normals.kept], folds, generator)
+    mine = fold_of[normals.mine]
     num_parts = len(Parts(config, channels, full).names)
     values = torch.zeros(len(mine), num_parts)
     spoiled = [torch.zeros(len(level), num_parts) for level in normals.spoiled]
@@ -99,7 +98,7 @@ def cross_fit(
     seen_values = torch.zeros(len(seen) if len(seen) > 1 else 0, num_parts)
     for fold in range(folds):
         inside = torch.ones(len(normals.pooled), dtype=torch.bool)
-        inside[normals.kept[order % folds == fold]] = False
+        inside[normals.kept[fold_of == fold]] = False
         local = normals.features.take((mine != fold).nonzero().squeeze(1))
         energies = fit_energies(
             config,
@@ -126,6 +125,33 @@ def cross_fit(
         [distributed.gather_rows(level) for level in spoiled],
         seen_values,
     )
+
+
+TWINS = 0.1
+"""Distance of two images' standardised pooled features, per dimension, below which they are one
+picture taken or stored twice. Distinct images of a set stand at 0.2 and more (ELPV's cells)."""
+
+
+def deal_folds(pooled: Tensor, folds: int, generator: torch.Generator) -> Tensor:
+    """A fold for each row of (K, P), evenly, near-duplicates in one: (K,), same on every rank.
+
+    Were a normal's twin in the fit that judges it, it would look far too normal.
+    """
+    scaled = (pooled - pooled.mean(0)) / pooled.std(0).clamp_min(1e-6)
+    near = torch.cdist(scaled, scaled) < TWINS * math.sqrt(pooled.shape[1])
+    order = distributed.broadcast(torch.randperm(len(pooled), generator=generator)).tolist()
+    fold_of = torch.full((len(pooled),), -1)
+    sizes = [0] * folds
+    for row in order:
+        if fold_of[row] >= 0:
+            continue
+        near[row, row] = True
+        # No more than a fold holds: a set of one picture many times must still fill all folds.
+        twins = (near[row] & (fold_of < 0)).nonzero().squeeze(1)[: -(-len(pooled) // folds)]
+        smallest = sizes.index(min(sizes))
+        fold_of[twins] = smallest
+        sizes[smallest] += len(twins)
+    return fold_of
 
 
 def fit_parts(
@@ -197,7 +223,7 @@ def directions(config: DpdlConfig, energies: Energies, seen: Tensor) -> Tensor:
     return towards
 
 
-FULL_SHARE = 10.0
+FULL_SHARE = 14.0
 """Weight of all seen parts over an energy's mean weight, were there anomalies without end."""
 HALF_SHOTS = 10
 """Seen anomalies at which the seen parts have half of that."""
@@ -206,7 +232,7 @@ FAINT = 0.8
 
 
 def weigh(cross: CrossFit, num_energies: int, num_seen: int) -> Tensor:
-    """(V,) weights of the parts' tails.
+    """(V,) weights of the parts' evidence.
 
     Energies: by how well each separates faint cut-paste on held-out normals; their mean is 1.
     Seen parts: FULL_SHARE * M / (M + HALF_SHOTS) in all, times how well they find left-out

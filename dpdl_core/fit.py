@@ -209,7 +209,7 @@ def _calibrated(
     model.weights.copy_(calibrate.weigh(cross, len(energies.names), len(seen)))
     if before is not None and not len(seen):
         model.weights[len(energies.names) :] = before.weights[len(energies.names) :].cpu()
-    share = (model.tails(cross.normals) * model.weights)[:, : len(energies.names)].sum(1)
+    share = model.weigh(model.tails(cross.normals))[:, : len(energies.names)].sum(1)
     model.energy_limit.copy_(share.quantile(0.995))
     _calibrate_maps(model, normals)
     tell("calibration", 1.0, {})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpdl_core.config import DpdlConfig
 from dpdl_core.features import Trunk
 from dpdl_core.learn import Parts
-from dpdl_core.parts import Tails, pool
+from dpdl_core.parts import Tails, evidence, pool
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Scores:
     """What a model says of B images; float32, on the model's device."""
 
     score: Tensor
-    """(B,) weighted sum of -log tail probabilities; higher is more anomalous."""
+    """(B,) weighted sum of every part's log odds against normality; 0 for the most normal."""
     energy: Tensor
     """(B,) the share of the score that the bridges' energies have, without any head."""
     maps: Tensor
@@ -83,7 +83,7 @@ class Dpdl(nn.Module):
         """Scores of images whose features are at hand: pool()'s (B, P) and the trunk's maps."""
         values, grids, winners = self.parts(pooled, maps)
         tails = self.tails(values)
-        weighted = tails * self.weights
+        weighted = self.weigh(tails)
         num_energies = len(self.parts.energies.names)
         heat = (grids - self.map_median[:, None, None]) / self.map_scale[:, None, None]
         return Scores(
@@ -93,6 +93,10 @@ class Dpdl(nn.Module):
             parts=dict(zip(self.part_names, tails.unbind(1), strict=True)),
             winners=winners,
         )
+
+    def weigh(self, tails: Tensor) -> Tensor:
+        """(B, V) -log tail probabilities -> every part's share of the score."""
+        return evidence(tails, len(self.parts.energies.names)) * self.weights
 
 
 def resize(images: Tensor, size: int) -> Tensor:

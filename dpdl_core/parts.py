@@ -291,6 +291,24 @@ class Tails(nn.Module):
         return (inside + beyond).T
 
 
+ENERGY_FLOOR = -4.0
+SEEN_FLOOR = -1.0
+"""Least log odds that an energy, or a part that knows the seen anomalies, can give."""
+
+
+def evidence(tails: Tensor, num_energies: int) -> Tensor:
+    """Log odds against normality, log((1 - p) / p), above each part's floor: (B, V), >= 0.
+
+    `tails` are -log p, p the share of normals with such a value or more; the energies come first.
+    Looking more normal than most is evidence too, so an energy's floor is deep. To be unlike the
+    seen anomalies says little where others may come: the floor of what knows them is shallow.
+    """
+    floor = tails.new_full((tails.shape[1],), SEEN_FLOOR)
+    floor[:num_energies] = ENERGY_FLOOR
+    odds = tails + torch.log1p(-torch.exp(-tails.clamp_min(1e-6)))
+    return torch.maximum(odds, floor) - floor
+
+
 def shrinkage(centred: Tensor) -> float:
     """Ledoit-Wolf's share of the scaled identity for (N, D) rows of zero mean.
 

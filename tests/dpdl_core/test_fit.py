@@ -148,8 +148,10 @@ def test_broken_files_are_told(model, tmp_path):
             artifact.unpack({k: v for k, v in files.items() if k != name})
         with pytest.raises(artifact.ArtifactError, match=name):
             artifact.unpack(files | {name: b"nonsense"})
-    newer = files["config.json"].replace(b'"format": 1', b'"format": 2')
-    with pytest.raises(artifact.ArtifactError, match="format 2"):
+    newer = files["config.json"].replace(
+        b'"format": %d' % artifact.FORMAT, b'"format": %d' % (artifact.FORMAT + 1)
+    )
+    with pytest.raises(artifact.ArtifactError, match=f"format {artifact.FORMAT + 1}"):
         artifact.unpack(files | {"config.json": newer})
     other = files["config.json"].replace(b'"patch_dims": 8', b'"patch_dims": 6')
     with pytest.raises(artifact.ArtifactError, match="does not fit"):

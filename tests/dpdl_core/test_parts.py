@@ -11,7 +11,7 @@ from dpdl_core.bridge import Bridge
 from dpdl_core.calibrate import auroc, make_spoilers
 from dpdl_core.learn import Heads
 from dpdl_core.metrics import auroc as slow_auroc
-from dpdl_core.parts import Tails, hard_nearest, pool, whitening
+from dpdl_core.parts import PatchSpace, Tails, hard_nearest, pool, whitening
 
 
 @pytest.mark.parametrize(("rows", "dims"), [(30, 50), (200, 12)])
@@ -107,3 +107,15 @@ def test_folded_heads_give_what_the_plain_ones_do():
     maps, residuals = [torch.randn(3, 3, 8, 8), torch.randn(3, 4, 4, 4)], torch.randn(3, 5, 6, 6)
     plain = heads.logits(heads.whiten(heads.join(maps)), residuals)
     torch.testing.assert_close(heads(maps, residuals), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_projecting_before_spreading_changes_nothing(smooth):
+    """Oracle: the patches themselves, joined on the grid and projected there."""
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.rand(3, c, s, s, generator=generator) for c, s in ((4, 16), (6, 8), (10, 4))]
+    space = PatchSpace([0, 1, 2], 20, 5, side=8, smooth=smooth)
+    space.center.copy_(torch.rand(20, generator=generator))
+    space.axes.copy_(torch.rand(20, 5, generator=generator))
+    want = (space.join(maps) - space.center) @ space.axes
+    torch.testing.assert_close(space(maps), want, rtol=1e-5, atol=1e-6)
