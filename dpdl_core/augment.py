@@ -5,12 +5,13 @@ CutPaste, arXiv:2104.04015, for the sizes; rotation as in DRA.
 Shapes: images (B, 3, H, W), floating point in [0, 1], before any normalisation.
 
 Every random number comes from `generator`, drawn on its own device: a CPU generator gives the
-same augmentations on every device.
+same augmentations on every device. A rank that holds some images of a batch gives `Draws`.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +23,24 @@ ASPECT = 0.3
 """Height over width is log-uniform in (ASPECT, 1 / ASPECT)."""
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Some rows' share of the random numbers that a whole batch takes from `generator`.
+
+    Each image is then augmented as it would be beside all the others, whoever holds them, and the
+    generator ends in the same state.
+    """
+
+    generator: torch.Generator
+    total: int
+    """Images in the whole batch."""
+    rows: Tensor
+    """(B,), which of them the images at hand are."""
+
+
+Source = torch.Generator | Draws | None
+
+
 def cut_paste(
     images: Tensor,
     *,
@@ -29,7 +48,7 @@ def cut_paste(
     area: tuple[float, float] = AREA,
     aspect: float = ASPECT,
     jitter: float = 0.1,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> tuple[Tensor, Tensor]:
     """Paste a jittered rectangle of each image, or of its donor, at a uniform place.
 
@@ -43,14 +62,14 @@ def cut_paste(
     if not 0 < area[0] <= area[1] < 1:
         raise ValueError(f"area={area}: want two shares of the image, in order, in (0, 1)")
     batch, _, height, width = images.shape
-    draw = _uniform((4, batch), generator, images.device)
+    draw = _uniform(4, batch, generator, images.device)
     share = area[0] + (area[1] - area[0]) * draw[0]
     # height / width of the rectangle, in pixels; what does not fit is cut to the image.
     ratio = ((2 * draw[1] - 1) * math.log(1 / aspect)).exp()
     tall = (share * height * width * ratio).sqrt().round().clamp(1, height)
     wide = (share * height * width / ratio).sqrt().round().clamp(1, width)
     top, left = _start(draw[2], height - tall), _start(draw[3], width - wide)
-    sources = _uniform((2, batch), generator, images.device)
+    sources = _uniform(2, batch, generator, images.device)
     source_top, source_left = _start(sources[0], height - tall), _start(sources[1], width - wide)
 
     rows = torch.arange(height, device=images.device)
@@ -70,7 +89,7 @@ def rotate(
     degrees: float = 180.0,
     *,
     padding: str = "reflection",
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> Tensor:
     """Turn each image by an angle uniform in (-degrees, degrees), bilinear.
 
@@ -78,7 +97,7 @@ def rotate(
     DRA's RandomRotation does; black corners are something a detector can learn.
     """
     _check(images)
-    turn = (2 * _uniform((len(images),), generator, images.device) - 1) * math.radians(degrees)
+    turn = (2 * _uniform(1, len(images), generator, images.device)[0] - 1) * math.radians(degrees)
     cosine, sine, zero = turn.cos(), turn.sin(), torch.zeros_like(turn)
     # The grid's unit is half a side: an oblong image needs its aspect to turn rigidly.
     oblong = images.shape[2] / images.shape[3]
@@ -89,11 +108,11 @@ def rotate(
     return turned
 
 
-def dihedral(images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+def dihedral(images: Tensor, *, generator: Source = None) -> Tensor:
     """Flip and quarter-turn each image to one of its eight poses, or four if it is oblong."""
     _check(images)
     batch, _, height, width = images.shape
-    flips = _uniform((3, batch), generator, images.device) < 0.5
+    flips = _uniform(3, batch, generator, images.device) < 0.5
     rows = _flipped(height, flips[0], images.device)
     columns = _flipped(width, flips[1], images.device)
     taken = _take(images, rows, columns)
@@ -114,12 +133,11 @@ def _flipped(size: int, flip: Tensor, device: torch.device) -> Tensor:
     return torch.where(flip[:, None], size - 1 - index, index)
 
 
-def _jitter(
-    images: Tensor, inside: Tensor, amount: float, generator: torch.Generator | None
-) -> Tensor:
+def _jitter(images: Tensor, inside: Tensor, amount: float, generator: Source) -> Tensor:
     """Brightness, contrast about the rectangle's mean, and saturation, each times
     U(1 - amount, 1 + amount), in this order; clipped to [0, 1]."""
-    draw = _uniform((3, len(images), 1, 1, 1), generator, images.device).to(images.dtype)
+    draw = _uniform(3, len(images), generator, images.device).to(images.dtype)
+    draw = draw.view(3, -1, 1, 1, 1)
     brightness, contrast, saturation = 1 + amount * (2 * draw - 1)
     grey = images.mean(1, keepdim=True)
     within = inside[:, None].to(images.dtype)
@@ -136,11 +154,13 @@ def _start(draw: Tensor, room: Tensor) -> Tensor:
     return torch.minimum((draw * (room + 1)).floor(), room)
 
 
-def _uniform(
-    shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device
-) -> Tensor:
+def _uniform(count: int, batch: int, generator: Source, device: torch.device) -> Tensor:
+    """(count, batch) in [0, 1)."""
+    if isinstance(generator, Draws):
+        drawn = _uniform(count, generator.total, generator.generator, device)
+        return drawn[:, generator.rows.to(device)]
     source = device if generator is None else generator.device
-    return torch.rand(shape, generator=generator, device=source).to(device)
+    return torch.rand(count, batch, generator=generator, device=source).to(device)
 
 
 def _check(images: Tensor) -> None:

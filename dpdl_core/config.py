@@ -31,9 +31,11 @@ class DpdlConfig:
     tuned_stages: int = 0
     """How many of the last stages are tuned; 0 leaves the trunk as it is."""
     tune_epochs: int = 50
-    """Of tune_iterations batches of 16 normal, 16 pseudo and 16 seen images."""
+    """Of tune_iterations batches each; a checkpoint follows every epoch."""
     tune_iterations: int = 20
     """Batches in an epoch."""
+    tune_batch: int = 48
+    """Images in a batch over all workers: a third each normal, pseudo and seen."""
     tune_learning_rate: float = 2e-4
     """AdamW's, with a cosine schedule; the prototypes' is ten times that."""
     tune_prototypes: int = 32
@@ -44,6 +46,10 @@ class DpdlConfig:
     """Concentration of eqs. 18-19."""
     rotate: bool = False
     """Turn training images by any angle; for objects without an upright pose."""
+    renew_every_epochs: int = 0
+    """Prototypes are re-initialised after every so many epochs of tuning; 0: never by the clock."""
+    renew_min_new: int = 0
+    """And as soon as so many new normals have arrived, which then join the run; 0: none join."""
     literal_loss: bool = False
     """Eqs. 16-17 as printed, for the ablation; they diverge."""
 
@@ -98,6 +104,8 @@ class DpdlConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: need at least {low}")
         if not 0 < self.patch_worst <= 1:
             raise ValueError(f"patch_worst={self.patch_worst}: need a share above 0, at most 1")
+        if self.tune_batch % 3:
+            raise ValueError(f"tune_batch={self.tune_batch}: need a multiple of 3")
         for name in ("eps", "kappa", "tune_learning_rate", "head_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: need a number above 0")
@@ -119,7 +127,10 @@ _AT_LEAST = {
     "tuned_stages": 0,
     "tune_epochs": 1,
     "tune_iterations": 1,
+    "tune_batch": 3,
     "tune_prototypes": 1,
+    "renew_every_epochs": 0,
+    "renew_min_new": 0,
     "head_iterations": 1,
     "head_normals": 2,
     "pseudo_normals": 1,

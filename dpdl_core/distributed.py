@@ -2,9 +2,14 @@
 
 Knows torch.distributed only. Whoever starts the processes (Ray Train, torchrun, a test)
 initialises the group; nothing here does. Every function is collective: all ranks must call it.
+
+Gradients. In training each rank computes the same loss of all ranks' rows (`gather_with_grad`) and
+the ranks' gradients are averaged, as DistributedDataParallel does: that is the loss's own gradient.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +47,15 @@ def all_sum(tensor: Tensor) -> Tensor:
     return total.to(tensor.device)
 
 
+def all_max(tensor: Tensor) -> Tensor:
+    """Element-wise largest over all ranks, on every rank."""
+    if not is_distributed():
+        return tensor
+    largest = tensor.detach().to(_wire_device(tensor), copy=True).contiguous()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.to(tensor.device)
+
+
 def broadcast(tensor: Tensor) -> Tensor:
     """Rank 0's values on every rank. Shape and dtype must be the same on all ranks."""
     if not is_distributed():
@@ -75,3 +89,45 @@ def gather_rows(tensor: Tensor) -> Tensor:
     dist.all_gather(shards, padded)
     rows = torch.cat([shard[:n] for shard, n in zip(shards, counts, strict=True)])
     return rows.to(tensor.device)
+
+
+def gather_with_grad(tensor: Tensor) -> Tensor:
+    """`gather_rows` for a loss that every rank computes: this rank's rows keep their gradient.
+
+    Scaled by the number of ranks, since averaging the ranks' gradients divides by it.
+    """
+    if not is_distributed():
+        return tensor
+    gathered: Tensor = _Gather.apply(tensor)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def all_sum_with_grad(tensor: Tensor) -> Tensor:
+    """`all_sum` that passes gradients on to every rank's summand."""
+    if not is_distributed():
+        return tensor
+    total: Tensor = _AllSum.apply(tensor)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        counts = row_counts(tensor)
+        start = sum(counts[: rank()])
+        ctx.mine = slice(start, start + len(tensor))
+        return gather_rows(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0][ctx.mine] * world_size()
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_sum(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return all_sum(grads[0])

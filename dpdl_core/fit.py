@@ -16,6 +16,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +31,10 @@ from dpdl_core.images import ImageSource
 from dpdl_core.model import Dpdl
 from dpdl_core.observe import Features, Normals, look_at_all, observe
 from dpdl_core.parts import Energies
-from dpdl_core.tune import tune
+from dpdl_core.shard import Shard
+from dpdl_core.tune import Keeper, tune
 
-Progress = Callable[[str, float, dict[str, float]], None]
+Progress = Callable[[str, float, dict[str, Any]], None]
 """progress(stage, share done 0..1, figures)."""
 MIN_NORMALS = 10
 
@@ -61,11 +63,14 @@ def fit(
     seed: int,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    keeper: Keeper | None = None,
 ) -> Dpdl:
     """A model from normals and M >= 0 seen anomalies, uint8 (M, S, S, 3).
 
     Under torch.distributed every rank calls it with its shard of the normals and the same
-    anomalies; the data set is the shards in rank order. Raises ValueError for too few or wrong
+    anomalies; the data set is the shards in rank order. A Shard says itself which numbers its
+    images have: then tuning is the same on any number of ranks. `keeper` keeps the state of a
+    tuning after every epoch and brings it new normals. Raises ValueError for too few or wrong
     images, WeightsUnavailable without a trunk.
     """
     tell = progress or _silent
@@ -74,13 +79,14 @@ def fit(
         torch.manual_seed(seed)  # modules draw their first weights from the global generator
         trunk = Trunk(config.trunk, config.weights).to(device)
         if config.tuned_stages and len(anomalies):
-            tune(
+            normals = tune(
                 config,
                 trunk,
-                normals,
+                Shard.of(normals),
                 _as_images(config, anomalies),
                 generator=generator,
-                tell=lambda share, figures: tell("tuning", share, figures),
+                tell=tell,
+                keeper=keeper,
             )
     trunk.fuse()
     found = _observe(config, trunk, normals, seed, generator, tell)

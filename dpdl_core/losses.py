@@ -1,6 +1,6 @@
 """The objective of DPDL, one function per equation.
 
-Knows tensors and Bridge. Used by fit.py.
+Knows tensors, Bridge and ranks. Used by tune.py and learn.py.
 Paper: DPDL eqs. 16-23. Deviations are mended faults, each said where it is made.
 Letters: B images or vectors, U unit features, D features. Means over the batch, natural logs.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
 from dpdl_core.bridge import Bridge
-from dpdl_core.distributed import gather_rows
+from dpdl_core.distributed import gather_rows, gather_with_grad
 
 # Bridge, anchored: eqs. 16 and 17 as they must be -------------------------------------------
 
@@ -39,9 +39,9 @@ def transport_loss(bridge: Bridge, x: Tensor, y: Tensor) -> Tensor:
     """Eq. 16, anchored: eps * mean[log varpi(x) - log phi1(y)] - mean <x, y>, a scalar.
 
     That is -eps times the mean log plan density of y given x, and computed as such.
-    x (B, D) normals, y (B, D) their targets.
+    x (B, D) normals, y (B, D) their targets; the mean is over all ranks' rows.
     """
-    return -bridge.eps * bridge.log_density(x, y).mean()
+    return -bridge.eps * gather_with_grad(bridge.log_density(x, y)).mean()
 
 
 def margin_loss(energy: Tensor, margin: Tensor | float) -> Tensor:
@@ -106,7 +106,7 @@ def literal_anomaly_loss(bridge: Bridge, x: Tensor, bound: float = 10.0) -> Tens
 def _literal(bridge: Bridge, x: Tensor) -> Tensor:
     means = bridge.means
     log_phi1 = bridge.log_potential(means) - means.square().sum(1) / (2 * bridge.eps)
-    return bridge.eps * (bridge.log_normalizer(x).mean() - log_phi1.mean())
+    return bridge.eps * (gather_with_grad(bridge.log_normalizer(x)).mean() - log_phi1.mean())
 
 
 # Dispersion ---------------------------------------------------------------------------------

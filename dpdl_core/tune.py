@@ -1,147 +1,299 @@
 """Fine-tuning of the trunk's last stages by the paper's objective, eqs. 16-23, on images.
 
-Knows the trunk, heads, bridge and losses. What it trains besides the trunk is thrown away:
-fit.py learns energies and heads anew on the features it leaves. Off in the edge recipe, where
+Knows images, ranks and the network of tune_network.py. What it trains besides the trunk is thrown
+away: fit.py learns energies and heads anew on the features it leaves. Off in the edge recipe, where
 ten anomalies overfit a tuned trunk (docs/accuracy.md); the paper recipe is made of it.
+
+Any number of ranks draws the same batches (deal.py), sees the same losses and takes the same steps,
+to rounding. After each epoch the state can be kept, and a training that starts from it goes on as
+if it had not been stopped.
 Letters: B batch, S image side, F channels of the last stage, C prototypes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dpdl_core import distributed
-from dpdl_core.augment import cut_paste, dihedral, rotate
+from dpdl_core.augment import Draws, cut_paste, dihedral, rotate
 from dpdl_core.bridge import Bridge
-from dpdl_core.codebook import EmaCodebook, assign, kmeans
+from dpdl_core.codebook import Codebook, EmaCodebook, kmeans
 from dpdl_core.config import DpdlConfig
+from dpdl_core.deal import Dealt, deal
 from dpdl_core.features import Trunk
-from dpdl_core.heads import AnomalyHead, NormalHead, ResidualHead, to_map, to_rows, top_mean
-from dpdl_core.images import ImageSource
-from dpdl_core.losses import (
-    LossTerms,
-    RunningMargin,
-    anomaly_head_loss,
-    dispersion_loss,
-    literal_anomaly_loss,
-    literal_normal_loss,
-    margin_loss,
-    normal_head_loss,
-    residual_head_loss,
-    targets,
-    transport_loss,
-)
+from dpdl_core.losses import LossTerms
+from dpdl_core.norms import narrow_norms, widen_norms
+from dpdl_core.renewal import renew_prototypes
+from dpdl_core.shard import Shard
+from dpdl_core.tune_network import Step, TuneNetwork, last_map
+from dpdl_core.tune_state import TuneState, capture, restore
 
-_THIRD = 16
-"""Images of each kind in a batch: normal, pseudo, seen."""
-_START_IMAGES = 256
-"""Normals of each rank whose patches the prototypes start from."""
-_SHUFFLE = 512
-"""Images held to draw from, so that a source's order is not the order of training."""
+START_IMAGES = 512
+"""Of the first so many normals every eighth is held out, to measure renewals on; the prototypes
+start from the others' patches."""
 
-Tell = Callable[[float, dict[str, float]], None]
+Tell = Callable[[str, float, dict[str, Any]], None]
+"""tell(stage, share done 0..1, figures): `tuning` after every epoch, `renewal` after each."""
 
 
-class _Network(nn.Module):
-    """Trunk, three heads, prototypes: what is trained together."""
+class Keeper(Protocol):
+    """What a long training asks of whoever runs it. All ranks call, at the same moments."""
 
-    def __init__(self, trunk: Trunk, bridge: Bridge, codebook: EmaCodebook) -> None:
-        super().__init__()
-        channels = trunk.channels[-1]
-        self.trunk, self.bridge, self.codebook = trunk, bridge, codebook
-        self.anomaly = AnomalyHead(channels)
-        self.normal = NormalHead(channels)
-        self.residual = ResidualHead(channels)
-        self.margin = RunningMargin()
+    def resume(self) -> TuneState | None:
+        """Where to go on from, the same on every rank; None to start anew. The normals given to
+        the training then hold those that had arrived before it."""
 
-    def losses(self, images: Tensor, label: Tensor, config: DpdlConfig) -> LossTerms:
-        """images (B, S, S, 3) in 0..255, label (B,) 1 for anomalies."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            features = self.trunk(images)[-1]
-        features = features.float()
-        batch, _, height, width = features.shape
-        rows = nn.functional.normalize(to_rows(features), dim=1)
-        energy, winner = self.bridge.nearest(rows)
-        residuals = to_map(self.bridge.residual(rows, winner), batch, height, width)
-        normal = label == 0
-        on_normal = normal.repeat_interleave(height * width)
-        image_energy = top_mean(energy.view(batch, height, width))
-        self.margin.update(image_energy[normal])
-        if config.literal_loss:
-            transport = literal_normal_loss(self.bridge, rows[on_normal])
-            margin = literal_anomaly_loss(self.bridge, rows[~on_normal])
-        else:
-            code, _ = assign(rows[on_normal].detach(), self.codebook.means)
-            goal = targets(self.codebook.means, code)
-            transport = transport_loss(self.bridge, rows[on_normal], goal)
-            margin = margin_loss(image_energy[~normal], self.margin.margin)
-        self.codebook.update(rows[on_normal], energy[on_normal])
-        return LossTerms(
-            anomaly_head=anomaly_head_loss(self.anomaly(features).logit, label),
-            normal_head=normal_head_loss(self.normal(features), label),
-            residual_head=residual_head_loss(self.residual(residuals).logit, label),
-            transport=transport,
-            margin=margin,
-            dispersion=dispersion_loss(features[normal].mean((2, 3)), config.kappa),
-        )
+    def keep(self, state: TuneState, figures: dict[str, Any]) -> None:
+        """An epoch is done; `state` is the same on every rank."""
+
+    def arrivals(self, at_least: int) -> Shard | None:
+        """This rank's share of new normals, numbered above all others, once `at_least` of them
+        have landed since the last ones; None before."""
 
 
 def tune(
     config: DpdlConfig,
     trunk: Trunk,
-    normals: ImageSource,
+    normals: Shard,
     anomalies: Tensor,
     *,
     generator: torch.Generator,
     tell: Tell,
-) -> None:
+    keeper: Keeper | None = None,
+) -> Shard:
     """Fine-tune `config.tuned_stages` stages of an unfused trunk in place.
 
-    anomalies uint8 (M, S, S, 3), M >= 1, the same on every rank. Ranks draw batches from their
-    shards and average gradients, so that more ranks mean larger batches. Raises ValueError if
-    the loss stops being finite.
+    anomalies uint8 (M, S, S, 3), M >= 1, and the generator's state are the same on every rank.
+    Returns the normals learnt from: those given, and what arrived meanwhile and looked normal.
+    Raises ValueError if the loss stops being finite, or for a checkpoint of another config.
     """
-    device = trunk.mean_255.device
-    net = _Network(trunk, *_start_prototypes(config, trunk, normals, generator)).to(device)
-    for parameter in trunk.parameters():
-        parameter.requires_grad_(False)
-    for parameter in trunk.tuned_parameters(config.tuned_stages):
-        parameter.requires_grad_(True)
-    _same_start(net)
-    optimizer = _optimizer(net, config)
-    steps = config.tune_epochs * config.tune_iterations
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    stream = _shuffled(normals, 2 * _THIRD, generator)
-    label = torch.cat([torch.zeros(_THIRD), torch.ones(2 * _THIRD)]).to(device)
-    net.train()
-    for stage in list(trunk.stages)[: len(trunk.stages) - config.tuned_stages]:
-        stage.eval()  # statistics of frozen stages stay frozen too
-    for step in range(steps):
-        images = _batch(next(stream), anomalies, config, generator).to(device)
-        terms = net.losses(images, label, config)
-        loss = terms.total(config.dispersion_weight)
+    training = _Training(config, trunk, normals, anomalies, generator, keeper)
+    while training.epoch < config.tune_epochs:
+        figures = training.run_epoch()
+        tell("tuning", training.epoch / config.tune_epochs, figures)
+        renewal = training.renew_if_due()
+        if renewal is not None:
+            tell("renewal", training.epoch / config.tune_epochs, renewal)
+            figures = figures | {"renewal": renewal}
+        if keeper is not None:
+            keeper.keep(training.state(), figures)
+    narrow_norms(trunk)
+    trunk.eval().requires_grad_(False)
+    return training.normals
+
+
+class _Training:
+    """Network, optimiser and stream of batches, an epoch at a time."""
+
+    def __init__(
+        self,
+        config: DpdlConfig,
+        trunk: Trunk,
+        normals: Shard,
+        anomalies: Tensor,
+        generator: torch.Generator,
+        keeper: Keeper | None,
+    ) -> None:
+        self.config, self.generator, self.keeper = config, generator, keeper
+        self.device = trunk.mean_255.device
+        self.third = config.tune_batch // 3
+        before = keeper.resume() if keeper is not None else None
+        self.normals = normals
+        self.epoch = self.step = self.stream_start = 0
+        if before is None:
+            first = normals.everyone()[0][:START_IMAGES]
+            self.held_out = first[::8]
+            start = normals.only(first).without(self.held_out)
+            self.network = TuneNetwork(
+                config, trunk, *_start_prototypes(config, trunk, start, generator)
+            )
+            self.stream_seed = int(torch.randint(2**31, (1,), generator=generator))
+        else:
+            self.network = TuneNetwork(config, trunk, *_blank_prototypes(config, before))
+        widen_norms(self.network)
+        self._choose_parameters()
+        self.network.to(self.device)
+        if self.device.type == "cuda":
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = _optimizer(self.network, config)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, config.tune_epochs * config.tune_iterations
+        )
+        if before is not None:
+            self._restore(before)
+        self.model: nn.Module = self.network
+        if distributed.is_distributed():
+            # It copies rank 0's weights to the others, and averages gradients while they come.
+            self.model = nn.parallel.DistributedDataParallel(
+                self.network, forward_sync_buffers=False
+            )
+        self.anomalies = anomalies.to(self.device)
+        self.held_images = _all_of(self.normals.only(self.held_out), config)
+        self._begin_stream()
+
+    # An epoch ---------------------------------------------------------------------------------
+
+    def run_epoch(self) -> dict[str, Any]:
+        """`tune_iterations` steps; their mean losses and how they went."""
+        self._train_mode()
+        started, waited = time.perf_counter(), 0.0
+        rate = self.schedule.get_last_lr()[0]
+        names = [field.name for field in fields(LossTerms)]
+        sums = torch.zeros(len(names) + 2, device=self.device)
+        for _ in range(self.config.tune_iterations):
+            found, loss = self._take_step()
+            parts = [getattr(found.terms, name) for name in names]
+            sums += torch.stack([loss, found.energy, *parts]).detach()
+            # The next batch is fetched while an accelerator works on this one; only then is the
+            # loss looked at, for which the accelerator is waited for.
+            waited += self._fetch()
+            self._check_finite(loss)
+        self.epoch += 1
+        seconds = time.perf_counter() - started
+        means = (sums / self.config.tune_iterations).tolist()
+        return {
+            "epoch": self.epoch,
+            "steps": self.step,
+            "lr": rate,
+            **dict(zip(["loss", "energy_of_normals", *names], means, strict=True)),
+            "seconds": seconds,
+            "data_wait_share": waited / seconds,
+        }
+
+    def _take_step(self) -> tuple[Step, Tensor]:
+        images, label = self._augmented(self.batch)
+        found: Step = self.model(images, label)
+        loss = found.terms.total(self.config.dispersion_weight)
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.network.bridge.project_()
+        self.step += 1
+        return found, loss
+
+    def _check_finite(self, loss: Tensor) -> None:
         if not bool(loss.isfinite()):
             raise ValueError(
-                f"the loss is {loss.item()} at step {step}: lower tune_learning_rate "
-                f"({config.tune_learning_rate}), or set literal_loss=false"
+                f"the loss is {loss.item()} at step {self.step}: lower tune_learning_rate "
+                f"({self.config.tune_learning_rate}), or set literal_loss=false"
             )
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        _average_gradients(net)
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        net.bridge.project_()
-        if (step + 1) % config.tune_iterations == 0:
-            tell((step + 1) / steps, {"loss": float(loss.detach())})
-    _average_statistics(trunk)
-    trunk.eval().requires_grad_(False)
+
+    def _train_mode(self) -> None:
+        self.network.train()
+        stages = list(self.network.trunk.stages)
+        for stage in stages[: len(stages) - self.config.tuned_stages]:
+            stage.eval()  # statistics of frozen stages stay frozen too
+
+    def _choose_parameters(self) -> None:
+        trunk = self.network.trunk
+        trunk.requires_grad_(False)
+        for parameter in trunk.tuned_parameters(self.config.tuned_stages):
+            parameter.requires_grad_(True)
+
+    # Batches ----------------------------------------------------------------------------------
+
+    def _begin_stream(self) -> None:
+        self.stream = deal(
+            self.normals.without(self.held_out),
+            self.third,
+            seed=self.stream_seed,
+            skip=self.step - self.stream_start,
+        )
+        self._fetch()
+
+    def _fetch(self) -> float:
+        """The next batch, on its way to the device; seconds that the device waited for it."""
+        started = time.perf_counter()
+        dealt = next(self.stream)
+        images = dealt.normals
+        if self.device.type == "cuda":
+            images = images.pin_memory().to(self.device, non_blocking=True)
+        self.batch = Dealt(images, dealt.normal_places, dealt.seen_places)
+        waited = time.perf_counter() - started
+        if self.device.type == "cuda" and not torch.cuda.current_stream().query():
+            return 0.0  # it had work all the while
+        return waited
+
+    def _augmented(self, part: Dealt) -> tuple[Tensor, Tensor]:
+        """This rank's images, augmented, (B, S, S, 3) float in 0..255, and their labels (B,)."""
+        third, generator = self.third, self.generator
+        picked = torch.randint(len(self.anomalies), (third,), generator=generator)
+        seen = self.anomalies[picked[part.seen_places].to(self.device)]
+        plain = torch.cat([part.normals, seen]).permute(0, 3, 1, 2).float() / 255
+        spoil = part.normal_places >= third
+        clean, to_spoil = plain[: len(spoil)][~spoil], plain[: len(spoil)][spoil]
+        pseudo_places = part.normal_places[spoil]
+        draws = Draws(generator, third, pseudo_places - third)
+        pseudo, _ = cut_paste(to_spoil, generator=draws)
+        together = torch.cat([clean, pseudo, plain[len(spoil) :]])
+        places = torch.cat(
+            [part.normal_places[~spoil], pseudo_places, 2 * third + part.seen_places]
+        )
+        draws = Draws(generator, 3 * third, places)
+        images = dihedral(together, generator=draws)
+        if self.config.rotate:
+            images = rotate(images, generator=draws)
+        return images.permute(0, 2, 3, 1) * 255, (places >= third).float().to(self.device)
+
+    # Renewal and state ------------------------------------------------------------------------
+
+    def renew_if_due(self) -> dict[str, Any] | None:
+        """Re-initialise the prototypes when the time has come or enough has arrived."""
+        config = self.config
+        if self.epoch >= config.tune_epochs:
+            return None  # no step would follow it
+        new = None
+        if self.keeper is not None and config.renew_min_new:
+            new = self.keeper.arrivals(config.renew_min_new)
+        every = config.renew_every_epochs
+        if new is None and not (every and self.epoch % every == 0):
+            return None
+        self.network.eval()
+        done = renew_prototypes(
+            self.network,
+            self.optimizer,
+            self.normals.without(self.held_out),
+            new,
+            self.held_images,
+            max_images=config.max_maps,
+            batch_size=config.batch_size,
+        )
+        if new is not None:
+            self.normals = self.normals.and_also(new).without(done.set_aside)
+            self.stream_start, self.stream_seed = self.step, self.stream_seed + 1
+            self._begin_stream()
+        return {"epoch": self.epoch, **done.figures()}
+
+    def state(self) -> TuneState:
+        return capture(
+            self.network,
+            self.optimizer,
+            self.schedule,
+            self.generator,
+            {"held_out": self.held_out, "left_out": self.normals.left_out},
+            {name: getattr(self, name) for name in _COUNTERS},
+        )
+
+    def _restore(self, state: TuneState) -> None:
+        restore(state, self.network, self.optimizer, self.schedule, self.generator)
+        self.held_out = state.tensors["held_out"]
+        self.normals = self.normals.without(state.tensors["left_out"])
+        for name in _COUNTERS:
+            setattr(self, name, state.facts[name])
 
 
-def _optimizer(net: _Network, config: DpdlConfig) -> torch.optim.Optimizer:
+_COUNTERS = ("epoch", "step", "stream_start", "stream_seed")
+
+
+def _optimizer(net: TuneNetwork, config: DpdlConfig) -> torch.optim.Optimizer:
     """AdamW; prototypes and their S faster and without decay: they follow a moving trunk."""
     prototypes = list(net.bridge.parameters())
     known = {id(p) for p in prototypes}
@@ -155,20 +307,11 @@ def _optimizer(net: _Network, config: DpdlConfig) -> torch.optim.Optimizer:
     )
 
 
-@torch.no_grad()
 def _start_prototypes(
-    config: DpdlConfig, trunk: Trunk, normals: ImageSource, generator: torch.Generator
+    config: DpdlConfig, trunk: Trunk, images: Shard, generator: torch.Generator
 ) -> tuple[Bridge, EmaCodebook]:
     """k-means of unit-norm patches of the last stage; variances from within the clusters."""
-    parts: list[Tensor] = []
-    seen = 0
-    for images in normals.batches(config.batch_size):
-        maps = trunk(images.to(trunk.mean_255.device))[-1].float()
-        parts.append(nn.functional.normalize(to_rows(maps), dim=1).cpu())
-        seen += len(images)
-        if seen >= _START_IMAGES:
-            break
-    rows = torch.cat(parts)
+    rows = _in_order(_patches(config, trunk, images), images)
     total = sum(distributed.row_counts(rows))
     codes = min(config.tune_prototypes, max(1, total // 3))
     book = kmeans(rows, codes, iterations=25, generator=generator)
@@ -177,48 +320,35 @@ def _start_prototypes(
     return bridge, EmaCodebook(book, decay=0.9)
 
 
-def _batch(
-    normals: Tensor, anomalies: Tensor, config: DpdlConfig, generator: torch.Generator
-) -> Tensor:
-    """16 normal, 16 pseudo, 16 seen, augmented, (48, S, S, 3) float in 0..255."""
-    picked = torch.randint(len(anomalies), (_THIRD,), generator=generator)
-    plain = torch.cat([normals, anomalies[picked].to(normals)]).permute(0, 3, 1, 2).float() / 255
-    clean, to_spoil, seen = torch.split(plain, _THIRD)
-    pseudo, _ = cut_paste(to_spoil, generator=generator)
-    images = dihedral(torch.cat([clean, pseudo, seen]), generator=generator)
-    if config.rotate:
-        images = rotate(images, generator=generator)
-    return images.permute(0, 2, 3, 1) * 255
+def _blank_prototypes(config: DpdlConfig, state: TuneState) -> tuple[Bridge, EmaCodebook]:
+    """Of the shapes that the state will fill."""
+    means = state.tensors["network.bridge.means"]
+    ones = torch.ones(len(means))
+    book = Codebook(means, ones, torch.ones_like(means), 0.0)
+    return Bridge(means, book.variances, ones, config.eps), EmaCodebook(book, decay=0.9)
 
 
-def _shuffled(source: ImageSource, count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches of `count` images for ever, drawn from a buffer that the source fills in order."""
-    held = torch.empty(0)
-    while True:
-        for images in source.batches(count):
-            held = torch.cat([held, images]) if len(held) else images
-            if len(held) < min(_SHUFFLE, max(count, source.num_images)):
-                continue
-            order = torch.randperm(len(held), generator=generator)
-            yield held[order[:count]]
-            held = held[order[count:]]
+@torch.no_grad()
+def _patches(config: DpdlConfig, trunk: Trunk, images: Shard) -> Tensor:
+    """(n, places, F) of this rank's images, each of norm one."""
+    parts = []
+    for batch in images.batches(config.batch_size):
+        maps = last_map(trunk, batch.to(trunk.mean_255.device))
+        parts.append(nn.functional.normalize(maps.flatten(2).transpose(1, 2), dim=2).cpu())
+    return torch.cat(parts) if parts else torch.zeros(0, 0, trunk.channels[-1])
 
 
-def _same_start(net: nn.Module) -> None:
-    for tensor in net.state_dict().values():
-        tensor.copy_(distributed.broadcast(tensor))
+def _in_order(patches: Tensor, images: Shard) -> Tensor:
+    """All ranks' patches, dealt out anew by their images' numbers, (n, F): what k-means draws from
+    them then does not depend on who held which image."""
+    places = int(distributed.all_max(torch.tensor(patches.shape[1])))
+    mine = patches if len(patches) else patches.new_zeros(0, places, patches.shape[2])
+    order = distributed.gather_rows(images.numbers).argsort()
+    share = distributed.gather_rows(mine)[order].tensor_split(distributed.world_size())
+    return share[distributed.rank()].flatten(0, 1)
 
 
-def _average_gradients(net: nn.Module) -> None:
-    if not distributed.is_distributed():
-        return
-    for parameter in net.parameters():
-        if parameter.grad is not None:
-            parameter.grad.copy_(distributed.all_sum(parameter.grad) / distributed.world_size())
-
-
-def _average_statistics(trunk: Trunk) -> None:
-    """Batch norms saw each rank's own images."""
-    for buffer in trunk.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(distributed.all_sum(buffer) / distributed.world_size())
+def _all_of(images: Shard, config: DpdlConfig) -> Tensor:
+    size = config.image_size
+    parts = list(images.batches(config.batch_size))
+    return torch.cat([torch.zeros(0, size, size, 3, dtype=torch.uint8), *parts])

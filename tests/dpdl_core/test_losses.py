@@ -198,16 +198,16 @@ def test_agrees_with_its_oracle(name):
 
 FAULTS = {
     "sign of the transport": (
-        "return -bridge.eps * bridge.log_density(x, y).mean()",
-        "return bridge.eps * bridge.log_density(x, y).mean()",
+        "return -bridge.eps * gather_with_grad(bridge.log_density(x, y)).mean()",
+        "return bridge.eps * gather_with_grad(bridge.log_density(x, y)).mean()",
         [
             "transport_is_equation_16_by_quadrature",
             "pulling_normals_in_and_pushing_anomalies_out",
         ],
     ),
     "eps missing in the transport": (
-        "return -bridge.eps * bridge.log_density(x, y).mean()",
-        "return -bridge.log_density(x, y).mean()",
+        "return -bridge.eps * gather_with_grad(bridge.log_density(x, y)).mean()",
+        "return -gather_with_grad(bridge.log_density(x, y)).mean()",
         ["transport_is_equation_16_by_quadrature"],
     ),
     "hinge reversed": (

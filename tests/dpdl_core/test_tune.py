@@ -1,0 +1,277 @@
+"""Tuning is the same on one rank and on two, goes on where it stopped, and renews its prototypes.
+
+Also the worker of two ranks.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small import anomalies, normals, tiny_config
+
+from dpdl_core import deal as dealing
+from dpdl_core import distributed, renewal
+from dpdl_core.deal import deal
+from dpdl_core.features import Trunk
+from dpdl_core.fit import fit
+from dpdl_core.images import ArraySource
+from dpdl_core.norms import GlobalNorm
+from dpdl_core.renewal import stand_out
+from dpdl_core.shard import Shard
+from dpdl_core.tune import tune
+from dpdl_core.tune_state import TuneState
+
+NORMALS, SEEN = normals(60), anomalies(4)
+GLARE = torch.full_like(SEEN[:3], 255)  # what even a trunk of random weights finds strange
+NEW = torch.cat([normals(20, seed=7), GLARE])
+CONFIG = tiny_config(
+    tuned_stages="2",
+    tune_epochs="4",
+    tune_iterations="3",
+    tune_batch="12",
+    tune_prototypes="6",
+    renew_every_epochs="2",
+    renew_min_new="10",
+    rotate="true",
+)
+
+
+def shard(images: torch.Tensor, first: int = 0) -> Shard:
+    """Groups of six images, dealt to the ranks in turn."""
+    rank, world = distributed.rank(), distributed.world_size()
+    mine = [i for i in range(len(images)) if i // 6 % world == rank]
+    return Shard([(ArraySource(images, mine), first + torch.tensor(mine, dtype=torch.long))])
+
+
+class Kept:
+    """A Keeper in memory, through the files that would be stored; 23 images arrive at epoch 1."""
+
+    def __init__(self, start=None, arrive=True):
+        self.start, self.arrive = start, arrive
+        self.states, self.figures = [], []
+
+    def resume(self):
+        return None if self.start is None else TuneState.from_files(self.start)
+
+    def keep(self, state, figures):
+        self.states.append(state.to_files())
+        self.figures.append(figures)
+
+    def arrivals(self, at_least):
+        assert at_least == 10
+        if not self.arrive:
+            return None
+        self.arrive = False
+        return shard(NEW, first=1000)
+
+
+def run(keeper, source=None, config=CONFIG):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trunk = Trunk(config.trunk)
+        generator = torch.Generator().manual_seed(0)
+        source = source or shard(NORMALS)
+        found = tune(
+            config, trunk, source, SEEN, generator=generator, tell=lambda *_: None, keeper=keeper
+        )
+    return trunk, found, int(torch.randint(2**31, (1,), generator=generator))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    keeper = Kept()
+    trunk, found, drawn = run(keeper)
+    return SimpleNamespace(trunk=trunk, found=found, drawn=drawn, keeper=keeper)
+
+
+CURVE = ("loss", "energy_of_normals", "transport", "margin", "dispersion", "residual_head")
+
+
+def curve(figures):
+    return torch.tensor([[epoch[name] for name in CURVE] for epoch in figures])
+
+
+def test_each_epoch_says_how_it_went(alone):
+    first, *_, last = alone.keeper.figures
+    assert (first["epoch"], last["epoch"], last["steps"]) == (1, 4, 12)
+    assert first["lr"] == pytest.approx(2e-4)
+    assert last["lr"] < first["lr"]
+    assert 0 <= first["data_wait_share"] <= 1
+    heads = first["anomaly_head"] + first["normal_head"] + first["residual_head"]
+    rest = first["transport"] + first["margin"] + 0.01 * first["dispersion"]
+    assert first["loss"] == pytest.approx(heads + rest, rel=1e-4)
+
+
+def test_renewals_come_by_the_clock_and_by_arrivals(alone):
+    by_arrival, by_clock, third, last = [f.get("renewal") for f in alone.keeper.figures]
+    assert third is None
+    assert last is None  # no step would have followed
+    assert by_arrival["new_normals"] == 23
+    assert by_clock["new_normals"] == 0
+    assert by_clock["kept"] + by_clock["replaced"] == by_clock["prototypes"] == 6
+    assert by_clock["kept"] > 3  # little changed since the first
+    assert abs(by_clock["score_shift"]) < 3
+
+
+def test_energies_beyond_the_old_and_the_bulk_of_the_new_stand_out():
+    old = torch.linspace(0.9, 1.1, 100)
+    alike, drifted = torch.linspace(0.95, 1.15, 20), torch.linspace(1.9, 2.1, 20)
+    poison = torch.tensor([3.0, 4.0])
+    assert not stand_out(alike, old).any()
+    assert not stand_out(drifted, old).any()
+    for some in (alike, drifted):
+        assert stand_out(torch.cat([some, poison]), old).tolist() == 20 * [False] + [True, True]
+
+
+def test_what_arrives_joins_but_for_what_stands_out(monkeypatch):
+    monkeypatch.setattr(renewal, "stand_out", lambda new, old: new >= new.topk(3).values.min())
+    keeper = Kept()
+    _, found, _ = run(keeper)
+    assert keeper.figures[0]["renewal"]["set_aside"] == 3
+    aside = TuneState.from_files(keeper.states[-1]).tensors["left_out"].tolist()
+    assert len(aside) == 3
+    assert all(1000 <= number < 1023 for number in aside)
+    known = {*range(60), *range(1000, 1023)}
+    assert set(found.numbers.tolist()) == known - set(aside)
+
+
+def test_a_training_goes_on_from_any_checkpoint_as_if_it_had_not_stopped(alone):
+    for epoch in (1, 3):
+        keeper = Kept(alone.keeper.states[epoch - 1], arrive=False)
+        joined = shard(NORMALS).and_also(shard(NEW, first=1000))
+        trunk, found, drawn = run(keeper, joined)
+        assert torch.equal(curve(keeper.figures), curve(alone.keeper.figures[epoch:]))
+        assert torch.equal(found.numbers, alone.found.numbers)
+        assert drawn == alone.drawn
+        for name, tensor in alone.trunk.state_dict().items():
+            assert torch.equal(trunk.state_dict()[name], tensor), name
+
+
+def test_a_broken_or_foreign_checkpoint_is_told(alone):
+    state = alone.keeper.states[0]
+    with pytest.raises(ValueError, match="not a training's checkpoint"):
+        TuneState.from_files(state | {"training.safetensors": b"\x80\x04nonsense"})
+    other = tiny_config(trunk="test_resnet", pooled_spaces="4", patch_spaces="4", tuned_stages="1")
+    with pytest.raises(ValueError, match="another config"):
+        run(Kept(state), config=other)
+
+
+def test_fit_learns_from_what_arrived():
+    keeper = Kept()
+    told = []
+    model = fit(
+        CONFIG,
+        ArraySource(NORMALS),
+        SEEN,
+        seed=0,
+        progress=lambda stage, share, figures: told.append((stage, share)),
+        keeper=keeper,
+    )
+    stages = [stage for stage, _ in told]
+    assert stages[:4] == ["tuning", "renewal", "tuning", "renewal"]
+    assert model.score(NEW[20:]).score.min() > model.score(NEW[:20]).score.median()
+
+
+# Batches --------------------------------------------------------------------------------------
+
+
+def test_a_pass_takes_every_image_at_most_once_and_nearly_all():
+    stream = deal(shard(NORMALS), 8, seed=3)
+    first, second = ([next(stream).normals for _ in range(3)] for _ in range(2))
+    known = {image.numpy().tobytes(): i for i, image in enumerate(NORMALS)}
+    taken = [known[image.numpy().tobytes()] for image in torch.cat(first)]
+    assert len(set(taken)) == len(taken) == 48
+    again = [known[image.numpy().tobytes()] for image in torch.cat(second)]
+    assert taken != again
+
+
+def test_windows_are_read_in_turn_and_skipping_lands_where_reading_would(monkeypatch):
+    monkeypatch.setattr(dealing, "WINDOW", 20)
+    whole = deal(shard(NORMALS), 4, seed=3)
+    batches = [next(whole) for _ in range(14)]
+    known = {image.numpy().tobytes(): i for i, image in enumerate(NORMALS)}
+    for number in range(2):
+        assert {known[i.numpy().tobytes()] // 20 for i in batches[2 * number].normals} == {number}
+    for skip in (1, 5, 6, 13):
+        jumped = next(deal(shard(NORMALS), 4, seed=3, skip=skip))
+        assert torch.equal(jumped.normals, batches[skip].normals)
+
+
+def test_fewer_images_than_a_batch_are_drawn_again():
+    part = next(deal(shard(NORMALS[:10]), 8, seed=0))
+    assert part.normals.shape[0] == 16
+    assert part.seen_places.tolist() == list(range(8))
+
+
+# Two ranks ------------------------------------------------------------------------------------
+
+
+def norm_of_all(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, input gradient and running variance of a GlobalNorm over rows dealt 5 and 3."""
+    torch.manual_seed(0)
+    norm = GlobalNorm(nn.BatchNorm2d(4))
+    norm.norm.weight.data.uniform_(0.5, 2)
+    mine = x if distributed.world_size() == 1 else x.split([5, 3])[distributed.rank()]
+    mine = mine.clone().requires_grad_(True)
+    y = distributed.gather_with_grad(norm(mine))
+    (y.square() * torch.linspace(-1, 2, y.numel()).view_as(y)).sum().backward()
+    grad = distributed.gather_rows(mine.grad) / distributed.world_size()
+    return y.detach(), grad, norm.norm.running_var
+
+
+def work(folder: Path | None = None):
+    x = 100 + torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    keeper = Kept()
+    trunk, found, drawn = run(keeper)
+    state = TuneState.from_files(keeper.states[-1]).tensors
+    return {
+        "curve": curve(keeper.figures),
+        "renewals": torch.tensor(
+            [list(f["renewal"].values())[:-1] for f in keeper.figures[:2]], dtype=torch.float64
+        ),
+        "prototypes": state["network.bridge.means"],
+        "codebook": state["network.codebook.means"],
+        "moments": torch.cat(
+            [t.flatten() for n, t in sorted(state.items()) if n.endswith("exp_avg")]
+        ),
+        # Of the weights themselves a few differ: where the true gradient is zero, Adam makes steps
+        # of its usual size out of rounding.
+        "features": trunk(NORMALS[:8])[-1].detach(),
+        "numbers": found.everyone()[0],
+        "drawn": torch.tensor(drawn),
+        **{f"norm {i}": t for i, t in enumerate(norm_of_all(x))},
+    }
+
+
+def test_two_ranks_see_the_losses_take_the_steps_and_find_the_prototypes_of_one(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, __file__, str(tmp_path)]
+    ranks = [subprocess.Popen([*command, str(r)], env=environment) for r in (0, 1)]
+    try:
+        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    want = work()
+    first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))
+    for name, tensor in want.items():
+        assert torch.equal(first[name], second[name]), f"{name}: ranks disagree"
+        torch.testing.assert_close(
+            first[name], tensor, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+if __name__ == "__main__":
+    place, number = Path(sys.argv[1]), int(sys.argv[2])
+    dist.init_process_group("gloo", f"file://{place}/meet", rank=number, world_size=2)
+    torch.save(work(), place / f"{number}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
