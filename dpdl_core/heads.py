@@ -76,6 +76,16 @@ class ResidualHead(nn.Module):
         score: MapScore = self.head(self.norm(residuals))
         return score
 
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight (D,) and bias () of the place logits in inference, normalisation included."""
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
+        gain = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
+        weight = self.head.classify.weight[0, :, 0, 0]
+        assert self.head.classify.bias is not None
+        shift = self.norm.bias - self.norm.running_mean * gain
+        return weight * gain, self.head.classify.bias[0] + weight @ shift
+
 
 def combine(anomaly: Tensor, normal: Tensor, residual: Tensor) -> Tensor:
     """The paper's score S = S_r + S_a - S_n from raw logits (B,), high for anomalies."""

@@ -57,10 +57,13 @@ class Heads(nn.Module):
         anomaly, residual = self.anomaly(white).logit, self.residual(residuals).logit
         return torch.stack([anomaly, -self.normal(white), residual], 1)
 
-    def forward(self, maps: list[Tensor], residuals: Tensor) -> Tensor:
-        """Maps of all stages and residuals -> logits (B, 3), for inference.
+    def forward(
+        self, maps: list[Tensor], energy: PatchEnergy, patches: Tensor, winners: Tensor
+    ) -> Tensor:
+        """Maps of all stages, patches (B, L, D) and their prototypes (B, L) -> logits (B, 3).
 
-        What logits() gives, with the whitening folded: M_a is linear, and M_n sees a mean.
+        What logits() gives in inference, with whitening, norm and residuals folded: M_a and M_r
+        are linear at each place, and M_n sees a mean.
         """
         joined = self.join(maps)
         linear = self.anomaly.classify
@@ -69,7 +72,9 @@ class Heads(nn.Module):
         if linear.bias is not None:
             places = places + linear.bias
         mean = self.whiten(joined.mean((2, 3), keepdim=True))
-        residual = self.residual(residuals).logit
+        weight, bias = self.residual.folded()
+        residual = energy.residual_logits(patches, winners, weight) + bias
+        residual = top_mean(residual, self.residual.head.share)
         anomaly = top_mean(places, self.anomaly.share)
         return torch.stack([anomaly, -self.normal(mean), residual], 1)
 
@@ -88,12 +93,12 @@ class HeadSample:
 @torch.no_grad()
 def head_sample(heads: Heads, energies: Energies, features: Features) -> HeadSample:
     """The sample of images whose features are at hand, a slice at a time."""
-    part = next(iter(energies.patches.values()))
-    assert isinstance(part, PatchEnergy)
+    part = energies.first
     joined, residuals = [], []
     for _, maps in features.batches(64):
         joined.append(heads.join(maps))
-        residuals.append(part.with_residuals(maps)[2])
+        patches = part.space(maps)
+        residuals.append(part.residuals(patches, part.nearest(patches)[1]))
     if not joined:
         return HeadSample(torch.empty(0), torch.empty(0))
     return HeadSample(torch.cat(joined), torch.cat(residuals))
@@ -220,6 +225,6 @@ class Parts(nn.Module):
     def forward(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(B, P) and the maps -> raw values (B, V), patch energies (B, patch spaces, h, w), and
         the nearest prototypes (B, h * w) of the first patch space."""
-        values, grids, residuals, winners = self.energies(pooled, maps)
-        logits = self.heads(maps, residuals)
+        values, grids, patches, winners = self.energies(pooled, maps)
+        logits = self.heads(maps, self.energies.first, patches, winners)
         return torch.cat([values, pooled @ self.seen.T, logits], 1), grids, winners

@@ -151,21 +151,31 @@ class PatchEnergy(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Energy (B,) and its map (B, side, side)."""
-        energies, _ = self._nearest(self.space(maps))
-        side = self.space.side
-        return self.image_energy(energies), energies.view(-1, side, side)
+        energies, _ = self.nearest(self.space(maps))
+        return self.image_energy(energies), self.on_grid(energies)
 
-    def with_residuals(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As forward(), eq. 22's residuals (B, D, side, side), which M_r looks at, and the nearest
-        prototype of each patch (B, side * side)."""
-        patches = self.space(maps)
-        energies, winner = self._nearest(patches)
-        side = self.space.side
-        residuals = self.bridge.residual(patches.flatten(0, 1), winner.flatten())
-        residuals = residuals.view(len(patches), side, side, -1).permute(0, 3, 1, 2)
-        return self.image_energy(energies), energies.view(-1, side, side), residuals, winner
+    def residuals(self, patches: Tensor, winners: Tensor) -> Tensor:
+        """Eq. 22 for patches (B, L, D) and their prototypes (B, L): (B, D, side, side)."""
+        rows = self.bridge.residual(patches.flatten(0, 1), winners.flatten())
+        return rows.view(len(patches), self.space.side, self.space.side, -1).permute(0, 3, 1, 2)
 
-    def _nearest(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+    def residual_logits(self, patches: Tensor, winners: Tensor, weight: Tensor) -> Tensor:
+        """weight (D,) times residuals(), (B, L), without making them.
+
+        With one variance for all prototypes a residual is a scaled difference: the prototypes'
+        share of the product is a table of C numbers.
+        """
+        zero, one = torch.zeros_like(weight)[None], torch.ones_like(weight)[None]
+        first = winners.new_zeros(1)
+        scale = self.bridge.residual(one, first) - self.bridge.residual(zero, first)
+        weight = weight * scale[0]
+        return patches @ weight - (self.bridge.means.to(weight) @ weight)[winners]
+
+    def on_grid(self, values: Tensor) -> Tensor:
+        """(B, L) -> (B, side, side)."""
+        return values.view(-1, self.space.side, self.space.side)
+
+    def nearest(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Energies and nearest prototypes of (B, L, D) patches, (B, L) each.
 
         Every patch is held against the FIRST prototypes, which bounds its energy from above; the
@@ -204,6 +214,13 @@ class Energies(nn.Module):
         return [f"pooled {s}" for s in self.pooled] + [f"patch {s}" for s in self.patches]
 
     @property
+    def first(self) -> PatchEnergy:
+        """The patch space whose residuals M_r looks at."""
+        part = next(iter(self.patches.values()))
+        assert isinstance(part, PatchEnergy)
+        return part
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Number of prototypes behind every energy."""
         parts: list[Any] = [*self.pooled.values(), *self.patches.values()]
@@ -212,19 +229,19 @@ class Energies(nn.Module):
 
     def forward(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, P) and the maps -> energies (B, E), patch energies (B, patch spaces, h, w), and of
-        the first patch space the residuals (B, D, h, w) and nearest prototypes (B, h * w)."""
+        the first patch space the patches (B, h * w, D) and nearest prototypes (B, h * w)."""
         values = [part(pooled) for part in self.pooled.values()]
         grids: list[Tensor] = []
-        first, *others = self.patches.values()
-        assert isinstance(first, PatchEnergy)
-        energy, grid, residuals, winners = first.with_residuals(maps)
-        values.append(energy)
-        grids.append(grid)
-        for part in others:
+        first = self.first
+        patches = first.space(maps)
+        energies, winners = first.nearest(patches)
+        values.append(first.image_energy(energies))
+        grids.append(first.on_grid(energies))
+        for part in list(self.patches.values())[1:]:
             energy, grid = part(maps)
             values.append(energy)
             grids.append(grid)
-        return torch.stack(values, 1), torch.stack(grids, 1), residuals, winners
+        return torch.stack(values, 1), torch.stack(grids, 1), patches, winners
 
 
 def hard_nearest(bridge: Bridge, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from dpdl_core.bridge import Bridge
 from dpdl_core.calibrate import auroc, make_spoilers
 from dpdl_core.learn import Heads
 from dpdl_core.metrics import auroc as slow_auroc
-from dpdl_core.parts import PatchSpace, Tails, hard_nearest, pool, whitening
+from dpdl_core.parts import PatchEnergy, PatchSpace, Tails, hard_nearest, pool, whitening
 
 
 @pytest.mark.parametrize(("rows", "dims"), [(30, 50), (200, 12)])
@@ -103,10 +103,17 @@ def test_folded_heads_give_what_the_plain_ones_do():
     heads = Heads([0, 1], 7, 5).eval()
     heads.center.normal_()
     heads.whitener.copy_(torch.randn(7, 7))
-    heads.residual.norm.running_mean.normal_()
-    maps, residuals = [torch.randn(3, 3, 8, 8), torch.randn(3, 4, 4, 4)], torch.randn(3, 5, 6, 6)
-    plain = heads.logits(heads.whiten(heads.join(maps)), residuals)
-    torch.testing.assert_close(heads(maps, residuals), plain, rtol=1e-4, atol=1e-4)
+    norm = heads.residual.norm
+    for parameter in (norm.running_mean, norm.weight, norm.bias):
+        torch.nn.init.normal_(parameter)
+    norm.running_var.uniform_(0.5, 2)
+    maps = [torch.randn(3, 3, 8, 8), torch.randn(3, 4, 4, 4)]
+    energy = PatchEnergy(PatchSpace([0], 3, 5, side=6, smooth=False), 7, 0.1, 0.1)
+    energy.bridge = Bridge(torch.randn(7, 5), 0.1 + torch.rand(1, 5), torch.zeros(7), 0.1)
+    patches, winners = torch.randn(3, 36, 5), torch.randint(7, (3, 36))
+    plain = heads.logits(heads.whiten(heads.join(maps)), energy.residuals(patches, winners))
+    folded = heads(maps, energy, patches, winners)
+    torch.testing.assert_close(folded, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("smooth", [False, True])
