@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
@@ -281,6 +281,12 @@ class ModelStore:
     @staticmethod
     def _key(name: str, version: str, file: str) -> str:
         return f"{name}/versions/{version}/{file}"
+
+
+def version_before(moves: Sequence[str]) -> str | None:
+    """What was current before the last of `moves` first was: rolling back twice goes back twice."""
+    first = moves.index(moves[-1])
+    return moves[first - 1] if first else None
 
 
 def _pointer(moves: tuple[Move, ...], etag: str) -> Pointer:

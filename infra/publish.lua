@@ -7,7 +7,8 @@
 --
 -- KEYS 1 next offset of (group, topic, partition)  2 alerts  3 cameras  4 dead letters by reason
 -- ARGV 1 first offset  2 next offset  3 prefix  4 scores kept  5 alerts kept  6 alert k  7 alert n
---      8 number of dead-letter reasons, then that many pairs: reason, count
+--      8 seconds over which a camera's rates are smoothed
+--      9 number of dead-letter reasons, then that many pairs: reason, count
 --      then number of fields F, F field names, and the results: F values each
 -- Returns {1, alerts raised} or {0, stored offset}. Offsets are compared as text: Lua's numbers
 -- are doubles and would round them beyond 2^53.
@@ -15,13 +16,14 @@
 local first, next_offset, prefix = ARGV[1], ARGV[2], ARGV[3]
 local scores_kept, alerts_kept = ARGV[4], ARGV[5]
 local alert_k, alert_n = tonumber(ARGV[6]), tonumber(ARGV[7])
+local smoothed_s = tonumber(ARGV[8])
 
 local stored = redis.call('GET', KEYS[1])
 if stored and stored ~= first then
   return {0, stored}
 end
 
-local at = 8
+local at = 9
 local function take()
   at = at + 1
   return ARGV[at - 1]
@@ -41,12 +43,27 @@ local cameras = {}
 local function state_of(camera)
   if not cameras[camera] then
     local key = prefix .. ':camera:' .. camera
+    local had = redis.call('HMGET', key, 'recent', 'rate_at', 'rate_s', 'rate_frames',
+      'rate_alerts')
     cameras[camera] = {
-      key = key, recent = redis.call('HGET', key, 'recent') or '',
-      frames = 0, anomalies = 0, alerts = 0,
+      key = key, recent = had[1] or '', frames = 0, anomalies = 0, alerts = 0,
+      rate_at = had[2] and tonumber(had[2]), rate_s = tonumber(had[3] or 0),
+      rate_frames = tonumber(had[4] or 0), rate_alerts = tonumber(had[5] or 0),
     }
   end
   return cameras[camera]
+end
+
+-- Sums of seconds, frames and alerts that fade with age: their quotients are the camera's rates of
+-- the last smoothed_s or so. By the scorer's clock; a camera's own may be anything. Frame by frame,
+-- so that it does not matter how frames came in batches.
+local function fade(state, scored_at)
+  local now = math.max(tonumber(scored_at) / 1e9, state.rate_at)
+  local kept = math.exp((state.rate_at - now) / smoothed_s)
+  state.rate_s = state.rate_s * kept + smoothed_s * (1 - kept)
+  state.rate_frames = state.rate_frames * kept + 1
+  state.rate_alerts = state.rate_alerts * kept
+  state.rate_at = now
 end
 
 local raised = 0
@@ -60,6 +77,8 @@ while at <= #ARGV do
   local state = state_of(value.camera)
   state.frames = state.frames + 1
   state.last = value
+  state.rate_at = state.rate_at or tonumber(value.scored_at) / 1e9
+  fade(state, value.scored_at)
   state.recent = string.sub(state.recent .. value.anomaly, -alert_n)
   redis.call('XADD', prefix .. ':scores:' .. value.camera, 'MAXLEN', '~', scores_kept, '*',
     unpack(entry))
@@ -68,6 +87,8 @@ while at <= #ARGV do
     local _, among_recent = string.gsub(state.recent, '1', '')
     if among_recent >= alert_k then
       state.alerts = state.alerts + 1
+      state.rate_alerts = state.rate_alerts + 1
+      state.last_alert = value
       raised = raised + 1
       redis.call('XADD', KEYS[2], 'MAXLEN', '~', alerts_kept, '*', unpack(entry))
     end
@@ -79,6 +100,13 @@ for camera, state in pairs(cameras) do
   redis.call('HSET', state.key, 'recent', state.recent, 'last_captured_at', last.captured_at,
     'last_scored_at', last.scored_at, 'last_score', last.score, 'last_frame', last.frame,
     'threshold_used', last.threshold, 'model', last.model, 'version', last.version)
+  for _, name in ipairs({'rate_at', 'rate_s', 'rate_frames', 'rate_alerts'}) do
+    redis.call('HSET', state.key, name, string.format('%.17g', state[name]))
+  end
+  if state.last_alert then
+    redis.call('HSET', state.key, 'last_alert_at', state.last_alert.captured_at,
+      'last_alert_frame', state.last_alert.frame, 'last_alert_evidence', state.last_alert.evidence)
+  end
   redis.call('HINCRBY', state.key, 'frames', state.frames)
   redis.call('HINCRBY', state.key, 'anomalies', state.anomalies)
   redis.call('HINCRBY', state.key, 'alerts', state.alerts)

@@ -24,6 +24,7 @@ Works on Redis 6.2 or newer and Valkey; one primary, no cluster mode. A user of 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,8 @@ MAX_BLOCK_S = 3.0
 MAX_RESULTS = 2048
 """Per publish(): a script runs alone, and this many take Redis some tens of milliseconds."""
 MAX_PAGE = 10_000
+SMOOTHED_S = 900.0
+"""A camera's rates are of about the last so many seconds; older frames count e-fold less."""
 
 
 def make_redis(settings: Settings, *, retries: int = 1) -> redis.Redis:
@@ -168,6 +171,14 @@ class CameraState:
     model: str | None
     version: str | None
     override: ThresholdOverride | None
+    frames_per_s: float | None
+    """Over about SMOOTHED_S until now; None before the second batch."""
+    alert_share: float | None
+    """Of its frames, smoothed in the same way."""
+    last_alert_at_ns: int | None
+    """When the frame was captured."""
+    last_alert_frame: str | None
+    last_alert_evidence: str | None
 
 
 class ResultStore:
@@ -239,11 +250,11 @@ class ResultStore:
         next_offset: int,
         results: Sequence[FrameResult],
         dead: Mapping[str, int],
-    ) -> list[str | int]:
+    ) -> list[str | int | float]:
         stream = self._stream
         rows = [result.to_redis() for result in results]
         names = list(rows[0]) if rows else []
-        arguments: list[str | int] = [
+        arguments: list[str | int | float] = [
             first_offset,
             next_offset,
             self._where.prefix,
@@ -251,6 +262,7 @@ class ResultStore:
             stream.alerts_kept,
             stream.alert_k,
             stream.alert_n,
+            SMOOTHED_S,
             len(dead),
         ]
         for reason, count in dead.items():
@@ -300,21 +312,61 @@ class ResultStore:
         entries = [entry for _, found in _pairs(reply) for entry in found]
         return _stored(entries)
 
-    def latest_alerts(self, count: int = 50, before_id: str | None = None) -> list[StoredResult]:
-        """A page of alerts, newest first; the next page is before the last id of this one."""
-        return self._newest("alerts", count, before_id)
+    def latest_alerts(
+        self,
+        count: int = 50,
+        before_id: str | None = None,
+        *,
+        from_ms: int | None = None,
+        to_ms: int | None = None,
+    ) -> list[StoredResult]:
+        """A page of alerts, newest first; the next page is before the last id of this one.
+
+        from_ms, to_ms: unix milliseconds, inclusive, of publishing (the stream id's).
+        """
+        return self._newest("alerts", count, before_id, from_ms, to_ms)
 
     def scores(
-        self, camera: str, count: int = 100, before_id: str | None = None
+        self,
+        camera: str,
+        count: int = 100,
+        before_id: str | None = None,
+        *,
+        from_ms: int | None = None,
+        to_ms: int | None = None,
     ) -> list[StoredResult]:
         """Results of one camera, newest first, paged like latest_alerts()."""
-        return self._newest(f"scores:{camera}", count, before_id)
+        return self._newest(f"scores:{camera}", count, before_id, from_ms, to_ms)
 
-    def _newest(self, stream: str, count: int, before_id: str | None) -> list[StoredResult]:
-        newest = f"({before_id}" if before_id else "+"
+    def alert(self, id: str) -> StoredResult | None:
+        """One alert by its stream id, None where there is none (any more)."""
+        return self._one("alerts", id)
+
+    def score(self, camera: str, id: str) -> StoredResult | None:
+        """One result of a camera by its stream id."""
+        return self._one(f"scores:{camera}", id)
+
+    def _one(self, stream: str, id: str) -> StoredResult | None:
+        with redis_errors(self._where):
+            entries = self._redis.xrange(self._key(stream), min=id, max=id, count=1)
+        found = _stored(cast("list[tuple[str, dict[str, str]]]", entries))
+        return found[0] if found else None
+
+    def _newest(
+        self,
+        stream: str,
+        count: int,
+        before_id: str | None,
+        from_ms: int | None,
+        to_ms: int | None,
+    ) -> list[StoredResult]:
+        newest = "+" if to_ms is None else str(to_ms)
+        if before_id:
+            newest = f"({before_id}"  # of a page that began within to_ms
+        oldest = "-" if from_ms is None else str(from_ms)
         with redis_errors(self._where):
             entries = self._redis.xrevrange(
-                self._key(stream), max=newest, min="-", count=min(count, MAX_PAGE)
+                self._key(stream), max=newest, min=oldest, count=min(count, MAX_PAGE)
             )
         return _stored(cast("list[tuple[str, dict[str, str]]]", entries))
 
@@ -407,6 +459,7 @@ def _camera_state(camera: str, found: Mapping[str, str]) -> CameraState:
         override = ThresholdOverride(
             float(found["threshold"]), found["threshold_by"], int(found["threshold_at"])
         )
+    frames_per_s, alert_share = _rates(found)
     return CameraState(
         camera=camera,
         frames=int(found.get("frames", 0)),
@@ -420,4 +473,19 @@ def _camera_state(camera: str, found: Mapping[str, str]) -> CameraState:
         model=found.get("model"),
         version=found.get("version"),
         override=override,
+        frames_per_s=frames_per_s,
+        alert_share=alert_share,
+        last_alert_at_ns=number("last_alert_at", int),
+        last_alert_frame=found.get("last_alert_frame"),
+        last_alert_evidence=found.get("last_alert_evidence"),
     )
+
+
+def _rates(found: Mapping[str, str]) -> tuple[float | None, float | None]:
+    """Frames a second and share of alerts, faded from the last batch until now (publish.lua)."""
+    if "rate_at" not in found:
+        return None, None
+    frames, alerts = float(found["rate_frames"]), float(found["rate_alerts"])
+    kept = math.exp(-max(0.0, time.time() - float(found["rate_at"])) / SMOOTHED_S)
+    seconds = float(found["rate_s"]) * kept + SMOOTHED_S * (1 - kept)
+    return frames * kept / seconds if float(found["rate_s"]) else None, alerts / frames

@@ -7,13 +7,12 @@ them, and their manifests become something to read.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from infra import decisions
 from infra.errors import DataError
-from infra.model_store import ModelStore, Pointer
+from infra.model_store import ModelStore, Pointer, version_before
 from infra.settings import Settings
 from pipelines.promotion import load, move
 
@@ -110,9 +109,3 @@ class Registry:
                 f"model {self.model_name!r} has no current version: run `dpdl train` first"
             )
         return pointer
-
-
-def version_before(moves: Sequence[str]) -> str | None:
-    """What was current before the last of `moves` first was: rolling back twice goes back twice."""
-    first = moves.index(moves[-1])
-    return moves[first - 1] if first else None

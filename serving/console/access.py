@@ -3,6 +3,9 @@
 A caller counts as local only when the connection comes from loopback, no proxy stands between,
 and the address in the browser's bar is a loopback name too: without the last, a web page from
 elsewhere could reach the console through a name that it points at 127.0.0.1 (DNS rebinding).
+
+What changes something needs more: a page from elsewhere can make this machine's browser send a
+request (CSRF), but neither with a header of its own choosing nor with our origin.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import ipaddress
 from collections.abc import Mapping
 
 COOKIE = "dpdl_session"
+CHANGE_HEADER = "x-dpdl"
+"""To be sent, with any value, with every request that changes something."""
 
 
 class Access:
@@ -41,6 +46,20 @@ class Access:
         if self._token is None:
             return None
         return hmac.new(self._token.encode(), b"dpdl console", hashlib.sha256).hexdigest()
+
+
+def refused_change(headers: Mapping[str, str]) -> str:
+    """Why a request may not change anything, "" where it may."""
+    if headers.get("authorization", "").lower().startswith("bearer "):
+        return ""  # no browser sends one of its own accord
+    if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        return "a page from elsewhere may not change anything here"
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != headers.get("host"):
+        return f"origin {origin[:100]!a} is not this console"
+    if CHANGE_HEADER not in headers:
+        return f"a header is wanted with changes: {CHANGE_HEADER}: 1"
+    return ""
 
 
 def _local(client: str | None, headers: Mapping[str, str]) -> bool:

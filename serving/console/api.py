@@ -1,7 +1,8 @@
-"""Console: one page and a small JSON API over what the stream left in Redis and S3.
+"""Console: the pages, and a JSON API over what the stream left in Redis and S3.
 
-Reads only. Everything is bounded: pages by count, evidence by size, waits by time. Camera ids and
-topics are hostile input: they are JSON here and text nodes in the page, never markup.
+Everything is bounded: pages by count, evidence by size, waits by time. Camera ids and topics are
+hostile input: they are JSON here and text nodes in the pages, never markup. What changes something
+(answers, thresholds, promotions) says who, and is refused to pages from elsewhere (access.py).
 """
 
 # Serve pickles the FastAPI application when it decorates Console, by value, with what the module
@@ -12,29 +13,47 @@ import logging
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Annotated, Any
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs
 
 from fastapi import FastAPI, HTTPException, Path, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from infra.errors import DpdlError
+from infra.errors import DataError, DpdlError, NotFound, PointerConflict
+from infra.messages import frame_id
 from infra.metrics import ReplicaMetrics
 from infra.redis_client import CameraState, ResultStore, StoredResult
 from infra.settings import load_settings
 from serving.archive import FRAME, HEAT, EvidenceBucket, image_type
-from serving.console.access import COOKIE, Access
+from serving.console import lookup, schema, views
+from serving.console.access import COOKIE, Access, refused_change
+from serving.console.desk import Desk
+from serving.console.parameters import (
+    CHANGES,
+    MAX_PAGE,
+    MISSING,
+    PICTURE,
+    PROBLEMS,
+    CameraFilter,
+    CameraId,
+    Count,
+    EntryId,
+    FromMs,
+    Offset,
+    Partition,
+    StreamId,
+    ToMs,
+    Topic,
+    VersionId,
+)
 from serving.logs import log_to_stderr
 from serving.watch import Watch
 
 log = logging.getLogger("dpdl.console")
 
-MAX_PAGE = 500
-MAX_SCANNED = 5_000
-"""Alerts looked through for those of one camera, per request; the page says where to go on."""
 MAX_CAMERAS = 2_000
-MAX_LOGIN_BYTES = 4_096
+MAX_BODY_BYTES = 4_096
 STATUS_S = 5.0
 
 HEADERS = {
@@ -46,15 +65,18 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-STATIC = {"console.js": "text/javascript; charset=utf-8", "console.css": "text/css; charset=utf-8"}
-
-StreamId = Annotated[str, Query(pattern=r"^\d{1,20}-\d{1,20}$|^$", description="A stream id.")]
-Count = Annotated[int, Query(ge=1, le=MAX_PAGE)]
-CameraId = Annotated[str, Query(max_length=128)]
+SCRIPTS = ("alerts", "app", "camera", "chart", "dom", "versions", "viewer", "wall")
+STATIC = {"console.css": "text/css; charset=utf-8"} | {
+    f"{name}.js": "text/javascript; charset=utf-8" for name in SCRIPTS
+}
 
 api = FastAPI(
-    title="DPDL alerts",
+    title="DPDL",
     version="1",
+    description=(
+        "Alerts, cameras, scores and versions. From loopback no token is asked; others send "
+        "`Authorization: Bearer TOKEN`. Changes also want the header `x-dpdl: 1`."
+    ),
     docs_url=None,  # FastAPI's pages load scripts from elsewhere
     redoc_url=None,
     openapi_url="/api/v1/openapi.json",
@@ -67,21 +89,45 @@ async def _guard(request: Request, go_on: Callable[[Request], Awaitable[Response
     open_to_all = request.url.path in ("/login", "/console.css")
     client = request.client.host if request.client else None
     response: Response
-    if open_to_all or access.allows(client, request.headers, request.cookies):
-        response = await go_on(request)
-    elif request.url.path == "/":
-        response = HTMLResponse(_page("login.html"), status_code=401)
+    if not open_to_all and not access.allows(client, request.headers, request.cookies):
+        if request.url.path == "/":
+            response = HTMLResponse(_file("login.html"), status_code=401)
+        else:
+            response = _problem(401, "a token is needed: Authorization: Bearer")
+    elif not open_to_all and (refused := _refused(request)):
+        response = refused
     else:
-        response = JSONResponse({"detail": "a token is needed: Authorization: Bearer"}, 401)
+        response = await go_on(request)
     response.headers.update(HEADERS)
     response.headers.setdefault("Cache-Control", "no-store")
     return response
 
 
+def _refused(request: Request) -> Response | None:
+    if request.method in ("GET", "HEAD", "OPTIONS"):
+        return None
+    if why := refused_change(request.headers):
+        return _problem(403, why)
+    length = request.headers.get("content-length", "")
+    if "transfer-encoding" in request.headers or (length and not length.isdigit()):
+        return _problem(411, "Content-Length is wanted")
+    if int(length or 0) > MAX_BODY_BYTES:
+        return _problem(413, f"at most {MAX_BODY_BYTES} bytes are wanted")
+    return None
+
+
+def _problem(status: int, detail: str) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status)
+
+
 @api.exception_handler(DpdlError)
-async def _unavailable(request: Request, error: DpdlError) -> JSONResponse:
+async def _failed(request: Request, error: DpdlError) -> JSONResponse:
+    if isinstance(error, NotFound):
+        return _problem(404, str(error))
+    if isinstance(error, PointerConflict | DataError):
+        return _problem(409, str(error))
     log.warning("%s: %s", request.url.path, error)
-    return JSONResponse({"detail": type(error).__name__}, 503 if error.retryable else 500)
+    return _problem(503 if error.retryable else 500, type(error).__name__)
 
 
 async def _asked(answer: Any) -> Any:
@@ -92,56 +138,25 @@ async def _asked(answer: Any) -> Any:
         return {"trouble": f"no answer ({type(error).__name__})"}
 
 
-def _page(name: str) -> bytes:
+def _file(name: str) -> bytes:
     return (files("serving.console") / name).read_bytes()
 
 
-def _is_picture(data: bytes) -> bool:
-    return image_type(data).startswith("image/")
-
-
-def _of(stored: StoredResult, camera: str) -> bool:
-    return not camera or stored.result.camera == camera
-
-
-def _alert(stored: StoredResult) -> dict[str, Any]:
-    result = stored.result
-    evidence = f"api/v1/evidence/{quote(result.evidence_key)}" if result.evidence_key else ""
-    return {
-        "id": stored.id,
-        "frame_id": result.frame_id,
-        "camera": result.camera,
-        # Milliseconds: nanoseconds do not fit a number of JavaScript.
-        "captured_at_ms": result.captured_at_ns / 1e6,
-        "scored_at_ms": result.scored_at_ns / 1e6,
-        "score": result.score,
-        "threshold": result.threshold,
-        "energy": result.energy,
-        "model": result.model,
-        "version": result.version,
-        "frame_url": f"{evidence}/{FRAME}" if evidence else None,
-        "heat_url": f"{evidence}/{HEAT}" if evidence else None,
+def _picture(data: bytes) -> Response:
+    kind = image_type(data)
+    # What is no known picture is never shown in the page's origin.
+    shown = "inline" if kind.startswith("image/") else "attachment"
+    headers = {
+        "Cache-Control": "private, max-age=86400, immutable",
+        "Content-Disposition": shown,
     }
+    return Response(data, media_type=kind, headers=headers)
 
 
-def _camera(state: CameraState) -> dict[str, Any]:
-    return {
-        "camera": state.camera,
-        "frames": state.frames,
-        "anomalies": state.anomalies,
-        "alerts": state.alerts,
-        "last_captured_at_ms": _ms(state.last_captured_at_ns),
-        "last_scored_at_ms": _ms(state.last_scored_at_ns),
-        "last_score": state.last_score,
-        "threshold": state.threshold_used,
-        "override": state.override.threshold if state.override else None,
-        "model": state.model,
-        "version": state.version,
-    }
-
-
-def _ms(at_ns: int | None) -> float | None:
-    return None if at_ns is None else at_ns / 1e6
+def _found(stored: StoredResult | None, id: str) -> StoredResult:
+    if stored is None:
+        raise HTTPException(404, f"no such frame: {id}")
+    return stored
 
 
 @serve.ingress(api)
@@ -151,7 +166,7 @@ class Console:
     Args:
         consumer: for its state; one of the replicas answers.
         scorer: for the version in use.
-        model_name: which model's refreshes are counted.
+        model_name: whose versions are shown and promoted.
     """
 
     def __init__(
@@ -161,22 +176,24 @@ class Console:
         settings = load_settings()
         token = settings.serve.token
         api.state.access = Access(token.get_secret_value() if token else None)
+        self._settings = settings
         self._results = ResultStore(settings)
         self._evidence = EvidenceBucket(settings)
+        self._desk = Desk(settings, model_name)
         self._consumer, self._scorer = consumer, scorer
         replica = ReplicaMetrics("console", serve.get_replica_context().rank.rank)
         self._watch = Watch(settings, self._results, model_name, replica)
 
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
     def page(self) -> HTMLResponse:
-        return HTMLResponse(_page("index.html"))
+        return HTMLResponse(_file("index.html"))
 
     @api.get("/{name}.{kind}", include_in_schema=False)
     def static(self, name: str, kind: str) -> Response:
         asked = f"{name}.{kind}"
         if asked not in STATIC:
             raise HTTPException(404)
-        return Response(_page(asked), media_type=STATIC[asked])
+        return Response(_file(asked), media_type=STATIC[asked])
 
     @api.post("/login", include_in_schema=False)
     async def login(self, request: Request) -> Response:
@@ -184,75 +201,169 @@ class Console:
         body = b""
         async for chunk in request.stream():
             body += chunk
-            if len(body) > MAX_LOGIN_BYTES:
+            if len(body) > MAX_BODY_BYTES:
                 raise HTTPException(413)
         given = parse_qs(body.decode("utf-8", "replace")).get("token", [""])[0]
         session = access.session()
         if session is None or not access.is_token(given):
             await asyncio.sleep(1)  # guessing costs time
-            return HTMLResponse(_page("login.html"), status_code=401)
+            return HTMLResponse(_file("login.html"), status_code=401)
         answer = RedirectResponse(request.scope.get("root_path", "") + "/", status_code=303)
         answer.set_cookie(
             COOKIE, session, httponly=True, samesite="strict", secure=request.url.scheme == "https"
         )
         return answer
 
-    @api.get("/api/v1/alerts")
+    # --- alerts and scores ---------------------------------------------------------------
+
+    @api.get("/api/v1/alerts", responses=PROBLEMS)
     def alerts(
-        self, count: Count = 50, before: StreamId = "", after: StreamId = "", camera: CameraId = ""
-    ) -> dict[str, Any]:
+        self,
+        count: Count = 50,
+        before: StreamId = "",
+        after: StreamId = "",
+        camera: CameraFilter = "",
+        from_ms: FromMs = None,
+        to_ms: ToMs = None,
+    ) -> schema.AlertPage:
         """Alerts, newest first.
 
         `before` pages back from `older`; `after` asks for what came since `newest`, and `skipped`
-        says that more came than fit. `camera` keeps those of one camera.
+        says that more came than fit. `camera` keeps those of one camera, `from` and `to` those of
+        a time.
         """
-        if before and after:
-            raise HTTPException(422, "before and after exclude each other")
+        if after and (before or from_ms is not None or to_ms is not None):
+            raise HTTPException(422, "after stands alone: without before, from and to")
         if after:
             fresh = self._results.alerts(after, MAX_PAGE)
-            return {
-                "alerts": [_alert(each) for each in reversed(fresh) if _of(each, camera)],
-                "newest": fresh[-1].id if fresh else after,
-                "older": None,
-                "skipped": len(fresh) == MAX_PAGE,
-            }
-        found, older, first = self._back(count, before, camera)
-        return {
-            "alerts": [_alert(each) for each in found],
-            "newest": first or "0-0",
-            "older": older,
-            "skipped": False,
-        }
+            return schema.AlertPage(
+                alerts=self._frames([each for each in reversed(fresh) if lookup.of(each, camera)]),
+                newest=fresh[-1].id if fresh else after,
+                older=None,
+                skipped=len(fresh) == MAX_PAGE,
+            )
+        found, older, first = lookup.alerts_back(
+            self._results, count, before, camera, from_ms, to_ms
+        )
+        return schema.AlertPage(
+            alerts=self._frames(found), newest=first or "0-0", older=older, skipped=False
+        )
 
-    @api.get("/api/v1/cameras")
-    def cameras(self) -> dict[str, Any]:
-        """Cameras ever seen or configured, the latest seen first; at most MAX_CAMERAS."""
+    @api.put("/api/v1/alerts/{id}/answer", responses=CHANGES)
+    def answer_alert(self, id: EntryId, order: schema.AnswerOrder) -> schema.Answered:
+        """Say what an alert was. The same again changes nothing; another one takes its place."""
+        return self._answer(_found(self._results.alert(id), id), order)
+
+    @api.delete("/api/v1/alerts/{id}/answer", responses=CHANGES)
+    def undo_alert(self, id: EntryId) -> schema.Answered:
+        """Take the answer back, with all that it did; returns the answer that was."""
+        return views.answered(self._desk.undo(_found(self._results.alert(id), id).result))
+
+    @api.get("/api/v1/cameras", responses=PROBLEMS)
+    def cameras(self) -> schema.CameraPage:
+        """Cameras ever seen or configured, the worst first; of the MAX_CAMERAS seen last."""
         known = self._results.cameras()
-        return {"cameras": [_camera(each) for each in known[:MAX_CAMERAS]], "known": len(known)}
+        return schema.CameraPage(cameras=views.cameras(known[:MAX_CAMERAS]), known=len(known))
 
-    @api.get("/api/v1/evidence/{topic}/{partition}/{offset}/{name}", response_class=Response)
+    @api.get("/api/v1/cameras/{camera:path}/scores", responses=MISSING)
+    def scores(
+        self,
+        camera: CameraId,
+        count: Count = 100,
+        before: StreamId = "",
+        from_ms: FromMs = None,
+        to_ms: ToMs = None,
+    ) -> schema.ScorePage:
+        """All scored frames of a camera, newest first; `before` pages back from `older`."""
+        self._known(camera)
+        page = self._results.scores(camera, count, before or None, from_ms=from_ms, to_ms=to_ms)
+        older = page[-1].id if len(page) == count else None
+        return schema.ScorePage(scores=self._frames(page), older=older)
+
+    @api.get("/api/v1/cameras/{camera:path}/timeline", responses=MISSING)
+    def timeline(
+        self, camera: CameraId, hours: Annotated[float, Query(gt=0, le=24 * 31)] = 24.0
+    ) -> schema.Timeline:
+        """Scores of the last `hours`, in columns; as many as are kept, at most 20,000."""
+        self._known(camera)
+        rows, complete = lookup.last_hours(self._results, camera, hours)
+        stream = self._settings.stream
+        return views.timeline(rows, complete, stream.alert_k, stream.alert_n)
+
+    @api.put("/api/v1/cameras/{camera:path}/scores/{id}/answer", responses=CHANGES)
+    def answer_frame(
+        self, camera: CameraId, id: EntryId, order: schema.AnswerOrder
+    ) -> schema.Answered:
+        """Say what any scored frame was, such as a defect that raised no alert."""
+        return self._answer(_found(self._results.score(camera, id), id), order)
+
+    @api.delete("/api/v1/cameras/{camera:path}/scores/{id}/answer", responses=CHANGES)
+    def undo_frame(self, camera: CameraId, id: EntryId) -> schema.Answered:
+        """Take the answer back, with all that it did; returns the answer that was."""
+        return views.answered(self._desk.undo(_found(self._results.score(camera, id), id).result))
+
+    @api.put("/api/v1/cameras/{camera:path}/threshold", responses=CHANGES)
+    def set_threshold(self, camera: CameraId, order: schema.ThresholdOrder) -> schema.Camera:
+        """A person's threshold for one camera, in place of the model's; null takes it back."""
+        self._known(camera)
+        self._results.set_threshold(camera, order.threshold, by=order.by)
+        return views.camera(self._known(camera))
+
+    @api.get("/api/v1/defects", responses=PROBLEMS)
+    def defects(self) -> schema.Classes:
+        """Classes of defects that people have named, the latest first."""
+        return schema.Classes(classes=self._desk.classes())
+
+    # --- pictures ------------------------------------------------------------------------
+
+    @api.get(
+        "/api/v1/evidence/{topic}/{partition}/{offset}/{name}",
+        response_class=Response,
+        responses=PICTURE,
+    )
     def evidence(
         self,
-        topic: Annotated[str, Path(pattern=r"^[A-Za-z0-9._-]{1,249}$")],
-        partition: Annotated[str, Path(pattern=r"^\d{1,10}$")],
-        offset: Annotated[str, Path(pattern=r"^\d{1,20}$")],
+        topic: Topic,
+        partition: Partition,
+        offset: Offset,
         name: Annotated[str, Path(pattern=f"^({FRAME}|{HEAT})$")],
     ) -> Response:
         """The frame as it came, or its heat map as an overlay (RGBA PNG)."""
         data = self._evidence.get(f"{topic}/{partition}/{offset}/{name}")
         if data is None:
             raise HTTPException(404, "no such evidence: expired, or not yet in S3")
-        return Response(
-            data,
-            media_type=image_type(data),
-            headers={
-                "Cache-Control": "private, max-age=86400, immutable",
-                # What is no known picture is never shown in the page's origin.
-                "Content-Disposition": "inline" if _is_picture(data) else "attachment",
-            },
+        return _picture(data)
+
+    @api.get(
+        "/api/v1/frames/{topic}/{partition}/{offset}", response_class=Response, responses=PICTURE
+    )
+    def frame(self, topic: Topic, partition: Partition, offset: Offset) -> Response:
+        """Any frame as it came, while Kafka's retention lasts: by its frame id."""
+        if topic != self._settings.kafka.topic:
+            raise HTTPException(404, "no such topic of frames")
+        return _picture(self._desk.image(frame_id(topic, int(partition), int(offset))))
+
+    # --- versions ------------------------------------------------------------------------
+
+    @api.get("/api/v1/versions", responses=PROBLEMS)
+    def versions(
+        self, count: Count = 50, skip: Annotated[int, Query(ge=0, le=10**6)] = 0
+    ) -> schema.VersionPage:
+        """Versions, newest first, with what the gate decided; and who promoted what when."""
+        return self._desk.versions(count, skip)
+
+    @api.post("/api/v1/versions/{version}/promote", responses=CHANGES)
+    def promote(self, version: VersionId, order: schema.PromoteOrder) -> schema.Promotion:
+        """Make a version current, whatever the gate said; it is verified first.
+
+        To roll back, promote `rollback_to`. 409 where another version is current than `expected`.
+        """
+        moved = self._desk.promote(version, expected=order.expected, by=order.by, why=order.why)
+        return schema.Promotion(
+            version=moved.version, at=moved.promoted_at, by=moved.by, why=moved.why
         )
 
-    @api.get("/api/v1/status")
+    @api.get("/api/v1/status", responses=PROBLEMS)
     async def status(self) -> dict[str, Any]:
         """The version in use, refused versions, one consumer's totals, dead letters."""
         scorer, consumer, dead = await asyncio.gather(
@@ -265,23 +376,20 @@ class Console:
     def check_health(self) -> None:
         """Healthy while it can be asked: Redis or S3 being away is no fault of this replica."""
 
-    def _back(
-        self, count: int, before: str, camera: str
-    ) -> tuple[list[StoredResult], str | None, str | None]:
-        """A page back in time: alerts, where it goes on, the newest id looked at."""
-        found: list[StoredResult] = []
-        scanned, newest = 0, None
-        while len(found) < count and scanned < MAX_SCANNED:
-            size = count if not camera else MAX_PAGE
-            page = self._results.latest_alerts(size, before or None)
-            newest = newest or (page[0].id if page else None)
-            scanned += len(page)
-            for each in page:
-                before = each.id
-                if _of(each, camera):
-                    found.append(each)
-                    if len(found) == count:
-                        break
-            if len(page) < size and len(found) < count:
-                return found, None, newest
-        return found, before, newest
+    # -------------------------------------------------------------------------------------
+
+    def _known(self, camera: str) -> CameraState:
+        state = self._results.camera(camera)
+        if state is None:
+            raise HTTPException(404, "no such camera")
+        return state
+
+    def _frames(self, found: list[StoredResult]) -> list[schema.Frame]:
+        answers = self._desk.answers_of(each.result for each in found)
+        return [views.frame(each, answers) for each in found]
+
+    def _answer(self, stored: StoredResult, order: schema.AnswerOrder) -> schema.Answered:
+        if (order.kind == "defect") != (order.defect is not None):
+            raise HTTPException(422, "defect, its class, belongs to the kind defect")
+        given = self._desk.answer(stored.result, order.kind, defect=order.defect or "", by=order.by)
+        return views.answered(given)

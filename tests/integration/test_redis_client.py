@@ -9,6 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,6 +96,11 @@ def test_a_batch_is_stored_whole(store: ResultStore) -> None:
         model="default",
         version="v-1",
         override=None,
+        frames_per_s=None,  # no time has passed between its frames
+        alert_share=0.5,
+        last_alert_at_ns=batch[2].captured_at_ns,
+        last_alert_frame="frames/0/8",
+        last_alert_evidence=batch[2].evidence_key,
     )
     assert (second.camera, second.frames, store.camera("cam-2")) == ("cam-2", 1, second)
     assert store.camera("nobody") is None
@@ -267,6 +273,46 @@ def test_alerts_are_paged_newest_first_and_followed_oldest_first(store: ResultSt
         followed += [each.result.offset for each in page]
         after = page[-1].id
     assert followed == list(range(25))
+
+
+def test_alerts_and_scores_are_found_by_time_and_by_id(store: ResultStore) -> None:
+    for offset in range(4):
+        put(store, offset, [result(offset, anomaly=True)])
+        time.sleep(0.003)
+    newest_first = store.latest_alerts()
+    ids = [alert.id for alert in newest_first]
+    times = [int(each.split("-")[0]) for each in ids]
+    assert [a.id for a in store.latest_alerts(from_ms=times[2])] == ids[:3]
+    assert [a.id for a in store.latest_alerts(to_ms=times[1])] == ids[1:]
+    assert [a.id for a in store.latest_alerts(from_ms=times[2], to_ms=times[1])] == ids[1:3]
+    assert [a.id for a in store.latest_alerts(5, ids[1], from_ms=times[2])] == ids[2:3]
+    scores = store.scores("cam-1")
+    assert store.scores("cam-1", from_ms=int(scores[0].id.split("-")[0])) == scores[:1]
+    assert store.alert(ids[1]) == newest_first[1]
+    assert store.score("cam-1", scores[2].id) == scores[2]
+    assert store.alert("5-0") is store.score("cam-2", scores[2].id) is None
+
+
+def test_rates_are_of_the_last_quarter_of_an_hour(store: ResultStore) -> None:
+    """An hour ago two frames a second and every fifth an alert; now one in two seconds, none."""
+    now_ns = time.time_ns()
+
+    def scored(offset: int, s_ago: float, anomaly: bool) -> FrameResult:
+        return replace(result(offset, anomaly=anomaly), scored_at_ns=now_ns - round(s_ago * 1e9))
+
+    old = [scored(i, 3600 + (1000 - i) / 2, i % 5 == 0) for i in range(1000)]
+    put(store, 0, old)
+    (camera,) = store.cameras()
+    assert camera.alert_share == pytest.approx(0.2, rel=0.02)
+    assert camera.frames_per_s is not None
+    assert camera.frames_per_s < 0.05  # it has faded since
+    put(store, 1000, [scored(1000 + i, (1800 - i) * 2, False) for i in range(1800)])
+    (camera,) = store.cameras()
+    assert camera.frames_per_s == pytest.approx(0.5, rel=0.05)
+    assert camera.alert_share is not None
+    assert camera.alert_share < 0.02
+    assert camera.last_alert_frame == frame_id(TOPIC, 0, 995)
+    assert camera.last_alert_evidence == evidence_key(frame_id(TOPIC, 0, 995))
 
 
 def test_a_follower_wakes_at_the_next_alert(settings: Settings, store: ResultStore) -> None:

@@ -354,7 +354,7 @@ def _check_console(settings, got):
     assert code == 200
     assert b"<title>DPDL" in body
     assert "default-src 'none'" in headers["content-security-policy"]
-    assert get(settings, "/console.js")[0] == 200
+    assert get(settings, "/app.js")[0] == 200
     missing = evidence_key(f"{settings.kafka.topic}/0/999999")
     assert get(settings, f"/api/v1/evidence/{missing}/frame")[0] == 404
     assert get(settings, "/api/v1/evidence/..%2F..%2Fx/0/0/frame")[0] in (404, 422)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from serving.console.access import COOKIE, Access
+from serving.console.access import COOKIE, Access, refused_change
 
 LOCAL = {"host": "127.0.0.1:8000"}
 
@@ -45,3 +45,34 @@ def test_without_a_token_nothing_is_one():
 
 def test_the_cookie_does_not_hold_the_token():
     assert "secret" not in Access("secret").session()
+
+
+OURS = {"host": "127.0.0.1:8000", "x-dpdl": "1"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        OURS,
+        {**OURS, "origin": "http://127.0.0.1:8000", "sec-fetch-site": "same-origin"},
+        {"host": "plant:8000", "authorization": "Bearer secret"},
+    ],
+)
+def test_our_own_pages_and_programs_may_change_things(headers):
+    assert refused_change(headers) == ""
+
+
+@pytest.mark.parametrize(
+    ("headers", "why"),
+    [
+        ({"host": "127.0.0.1:8000"}, "x-dpdl: 1"),
+        ({**OURS, "sec-fetch-site": "cross-site"}, "elsewhere"),
+        ({**OURS, "sec-fetch-site": "same-site"}, "elsewhere"),
+        ({**OURS, "origin": "http://evil.example"}, "evil.example"),
+        ({**OURS, "origin": "http://127.0.0.1:9000"}, "9000"),
+        ({**OURS, "origin": "null"}, "null"),
+        ({**OURS, "authorization": "Basic x", "origin": "http://evil.example"}, "evil"),
+    ],
+)
+def test_pages_from_elsewhere_may_not(headers, why):
+    assert why in refused_change(headers)

@@ -1,0 +1,166 @@
+// The live list of alerts, and the one that is selected. The list draws only what can be seen, so that
+// a hundred thousand are as quick as ten; they are fetched page by page as one scrolls.
+
+import { figure, get, h, moment, picture } from "./dom.js";
+import { answerText, makeViewer } from "./viewer.js";
+
+const ROW = 96; // pixels, as in console.css
+const SPARE = 4; // rows drawn beyond the visible ones
+const PAGE = 100;
+const KEPT = 20000; // in memory; older ones are fetched again by time
+
+export function openAlerts(root, camera) {
+  const viewer = makeViewer({
+    path: (alert) => `api/v1/alerts/${alert.id}/answer`,
+    onanswer: () => draw(true),
+    empty: "No alert yet. The first one will show here.",
+  });
+  const live = h("input", { type: "checkbox", checked: true, onchange: () => { if (live.checked) top(); } });
+  const only = h("select", { "aria-label": "Camera", onchange: () => { location.hash = `#/alerts/${encodeURIComponent(only.value)}`; } },
+    h("option", { value: "" }, "all cameras"));
+  const until = h("input", { type: "datetime-local", "aria-label": "Not later than", onchange: () => { live.checked = !until.value; restart(); } });
+  const rows = h("div", { class: "rows", role: "listbox", tabindex: 0, "aria-label": "Alerts, newest first" });
+  const list = h("div", { class: "list" }, rows);
+  const count = h("p", { class: "soft" });
+  root.append(h("div", { class: "row head" }, h("h1", {}, "Alerts"), only, h("label", {}, "until ", until),
+    h("label", {}, live, " Follow the newest ", h("kbd", {}, "L"))),
+  h("div", { class: "split" }, viewer.element, h("section", { "aria-label": "All alerts" }, count, list)));
+
+  let alerts = []; // newest first
+  let known = new Set();
+  let selected = null;
+  let older = null;
+  let newest = "";
+  let begun = false;
+  let fetching = false;
+  let drawn = new Map(); // index -> element, of those on the screen
+  let rounds = 0;
+
+  const filter = () => ({ camera, to: until.value ? new Date(until.value).getTime() : "" });
+
+  async function restart() {
+    const page = await get("api/v1/alerts", { count: PAGE, ...filter() });
+    alerts = page.alerts;
+    known = new Set(alerts.map((each) => each.id));
+    newest = page.newest;
+    older = page.older;
+    list.scrollTop = 0;
+    begun = true;
+    draw(true);
+    if (alerts.length && !alerts.some((each) => each.id === selected)) select(0);
+  }
+
+  async function more() {
+    if (fetching || !older || alerts.length >= KEPT) return;
+    fetching = true;
+    try {
+      const page = await get("api/v1/alerts", { count: PAGE, before: older, camera });
+      older = page.older;
+      const fresh = page.alerts.filter((each) => !known.has(each.id));
+      fresh.forEach((each) => known.add(each.id));
+      alerts.push(...fresh);
+      draw(true);
+    } finally {
+      fetching = false;
+    }
+  }
+
+  async function look() {
+    if (rounds++ % 10 === 0) await cameras();
+    if (!begun) return restart();
+    if (until.value) return;
+    const page = await get("api/v1/alerts", { after: newest, camera });
+    if (page.skipped) return restart();
+    newest = page.newest;
+    const fresh = page.alerts.filter((each) => !known.has(each.id));
+    if (!fresh.length) return;
+    fresh.forEach((each) => known.add(each.id));
+    alerts.unshift(...fresh);
+    if (alerts.length > KEPT && live.checked) {
+      alerts.splice(KEPT).forEach((each) => known.delete(each.id));
+      older = alerts.at(-1).id;
+    }
+    if (!live.checked) list.scrollTop += fresh.length * ROW; // what one reads stays where it is
+    draw(true);
+    if (live.checked || selected === null) top();
+  }
+
+  async function cameras() {
+    const names = (await get("api/v1/cameras")).cameras.map((each) => each.camera).sort();
+    if (camera && !names.includes(camera)) names.push(camera);
+    if (names.join("\n") === only.dataset.names) return;
+    only.dataset.names = names.join("\n");
+    only.replaceChildren(h("option", { value: "" }, "all cameras"), ...names.map((each) => h("option", { value: each }, each)));
+    only.value = camera;
+  }
+
+  function top() {
+    list.scrollTop = 0;
+    select(0);
+  }
+
+  function draw(anew = false) {
+    rows.style.height = `${alerts.length * ROW}px`;
+    count.textContent = `${alerts.length}${older ? " and more" : ""} ${alerts.length === 1 ? "alert" : "alerts"}`;
+    const first = Math.max(0, Math.floor(list.scrollTop / ROW) - SPARE);
+    const last = Math.min(alerts.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + SPARE);
+    const wanted = new Map();
+    for (let i = first; i < last; i++) {
+      const there = drawn.get(i);
+      wanted.set(i, there && there.dataset.id === alerts[i].id && !anew ? there : entry(alerts[i], i, there));
+    }
+    for (const [i, element] of drawn) if (wanted.get(i) !== element) element.remove();
+    for (const element of wanted.values()) if (!element.isConnected) rows.append(element);
+    drawn = wanted;
+    if (last > alerts.length - 2 * SPARE) more().catch(() => {});
+  }
+
+  function entry(alert, i, there) {
+    if (there?.dataset.id === alert.id) {
+      there.setAttribute("aria-selected", alert.id === selected);
+      there.querySelector(".said").textContent = answerText(alert.answer);
+      return there;
+    }
+    const thumb = h("img", { alt: "" });
+    picture(thumb, alert.frame_url);
+    const item = h("div", {
+      class: "entry", id: `a${alert.id}`, role: "option", "data-id": alert.id, "aria-selected": alert.id === selected,
+      "aria-setsize": older ? -1 : alerts.length, "aria-posinset": i + 1,
+      onclick: () => { live.checked = false; select(alerts.findIndex((each) => each.id === alert.id)); },
+    }, thumb, h("div", {}, h("div", { class: "name" }, alert.camera),
+      h("div", {}, h("span", { class: "over" }, figure(alert.score)), ` > ${figure(alert.threshold)}`),
+      h("div", { class: "soft" }, moment(alert.captured_at_ms)),
+      h("div", { class: "said" }, answerText(alert.answer))));
+    item.style.top = `${i * ROW}px`;
+    return item;
+  }
+
+  function select(i) {
+    const alert = alerts[i];
+    if (!alert) return;
+    selected = alert.id;
+    if (i * ROW < list.scrollTop) list.scrollTop = i * ROW;
+    if ((i + 1) * ROW > list.scrollTop + list.clientHeight) list.scrollTop = (i + 1) * ROW - list.clientHeight;
+    draw(true);
+    rows.setAttribute("aria-activedescendant", `a${alert.id}`);
+    viewer.show(alert);
+  }
+
+  function step(by) {
+    live.checked = false;
+    const at = alerts.findIndex((each) => each.id === selected);
+    select(Math.max(0, Math.min(alerts.length - 1, at + by)));
+  }
+
+  list.addEventListener("scroll", () => { if (list.scrollTop > ROW) live.checked = false; draw(); });
+  const down = [() => step(1), "next alert"], up = [() => step(-1), "alert before"];
+  return {
+    look,
+    close: viewer.close,
+    keys: {
+      ArrowDown: down, ArrowUp: up, J: [down[0], ""], K: [up[0], ""], ...viewer.keys,
+      L: [() => { live.checked = !live.checked; if (live.checked) top(); }, "follow the newest"],
+      C: [() => { const frame = viewer.frame(); if (frame) location.hash = `#/camera/${encodeURIComponent(frame.camera)}`; }, "open its camera"],
+    },
+  };
+}

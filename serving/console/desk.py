@@ -1,0 +1,141 @@
+"""What the console does besides showing: answers, frames out of Kafka, versions. Knows no HTTP."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+from dpdl_core.artifact import ArtifactError, unpack
+from infra.answers import Answer, Answers, Kind
+from infra.decisions import Recorded
+from infra.errors import DataError, NotFound, PointerConflict, ServiceUnavailable, VersionBroken
+from infra.grafana_client import announce_move
+from infra.messages import FrameResult, evidence_key
+from infra.model_store import ModelStore, Pointer, version_before
+from infra.settings import Settings
+from serving.archive import FRAME, EvidenceBucket, Reread
+from serving.console import schema, views
+
+log = logging.getLogger("dpdl.console")
+
+KAFKA_TURN_S = 20.0
+"""Longest wait for the one Kafka reader; each frame takes it at most serving.archive.REREAD_MS."""
+
+
+class Desk:
+    """Thread-safe. Errors are infra's: NotFound, DataError, PointerConflict, ServiceUnavailable."""
+
+    def __init__(self, settings: Settings, model_name: str) -> None:
+        self._settings, self._model = settings, model_name
+        self._store = ModelStore(settings)
+        self._decisions = Recorded(settings, model_name)
+        self._answers = Answers(settings)
+        self._evidence = EvidenceBucket(settings)
+        self._reread = Reread(settings)
+        self._kafka_turn = threading.Lock()
+        self._answer_turn = threading.Lock()
+        self._decisions_turn = threading.Lock()
+        self._manifests: dict[tuple[str, str], dict[str, Any]] = {}
+        self.answers_of = self._answers.of
+        self.classes = self._answers.classes
+
+    # --- frames and answers --------------------------------------------------------------
+
+    def image(self, frame_id: str) -> bytes:
+        """A frame as it came: out of the evidence, else out of Kafka again. NotFound: expired."""
+        kept = self._evidence.get(f"{evidence_key(frame_id)}/{FRAME}")
+        if kept is not None:
+            return kept
+        if not self._kafka_turn.acquire(timeout=KAFKA_TURN_S):
+            raise ServiceUnavailable("too many frames are being read from Kafka: try again")
+        try:
+            image = self._reread(frame_id)
+        finally:
+            self._kafka_turn.release()
+        if image is None:
+            raise NotFound(f"{frame_id} is no longer in Kafka, nor among the evidence")
+        return image
+
+    def answer(self, result: FrameResult, kind: Kind, *, defect: str, by: str) -> Answer:
+        """DataError where the version that scored the frame names no data set to put it in."""
+        dataset, image = "", b""
+        if kind != "unsure":
+            dataset = (
+                self._manifest(result.model, result.version).get("data", {}).get("dataset", "")
+            )
+            if not dataset:
+                raise DataError(
+                    f"{result.model} {result.version} names no data set in its manifest: this "
+                    "answer has nowhere to go"
+                )
+            image = self.image(result.frame_id)
+        with self._answer_turn:
+            given = self._answers.give(
+                result, kind, defect=defect, by=by, dataset=dataset, image=image
+            )
+        log.info("%s: %s %s by %a", result.frame_id, kind, defect, by)
+        return given
+
+    def undo(self, result: FrameResult) -> Answer:
+        with self._answer_turn:
+            taken_back = self._answers.undo(result)
+        if taken_back is None:
+            raise NotFound(f"{result.frame_id} has no answer to take back")
+        log.info("%s: %s by %a taken back", result.frame_id, taken_back.kind, taken_back.by)
+        return taken_back
+
+    # --- versions ------------------------------------------------------------------------
+
+    def versions(self, count: int, skip: int) -> schema.VersionPage:
+        pointer = self._store.current(self._model)
+        with self._decisions_turn:
+            decided = {each.candidate: each for each in self._decisions.all()}
+        known = {name: self._manifest(self._model, name) for name in self._listed()}
+        newest = sorted(known, key=lambda name: str(known[name]["stored_at"]), reverse=True)
+        return schema.VersionPage(
+            model=self._model,
+            current=pointer.version if pointer else None,
+            rollback_to=_back(pointer),
+            versions=[
+                views.version(name, known[name], pointer, decided.get(name))
+                for name in newest[skip : skip + count]
+            ],
+            known=len(known),
+            promotions=[
+                schema.Promotion(version=m.version, at=m.at, by=m.by, why=m.why)
+                for m in reversed(pointer.moves if pointer else ())
+            ],
+        )
+
+    def promote(self, version: str, *, expected: str | None, by: str, why: str) -> Pointer:
+        """Verify a version and point at it. PointerConflict where `expected` is not current."""
+        pointer = self._store.current(self._model)
+        current = pointer.version if pointer else None
+        if current != expected:
+            raise PointerConflict(
+                f"{current} is current now, not {expected}: look again before you promote"
+            )
+        if pointer is not None and current == version:
+            return pointer
+        try:
+            unpack(self._store.fetch(self._model, version))
+        except ArtifactError as error:
+            raise VersionBroken(f"{self._model} {version}: {error}") from None
+        moved = self._store.move_pointer(self._model, version, pointer, by=by, why=why)
+        announce_move(self._settings, self._model, moved)
+        return moved
+
+    def _listed(self) -> list[str]:
+        return self._store.list_versions(self._model)
+
+    def _manifest(self, model: str, version: str) -> dict[str, Any]:
+        """Read once: a version never changes."""
+        known = self._manifests.get((model, version))
+        if known is None:
+            known = self._manifests[model, version] = self._store.manifest(model, version)
+        return known
+
+
+def _back(pointer: Pointer | None) -> str | None:
+    return version_before([move.version for move in pointer.moves]) if pointer else None

@@ -1,0 +1,94 @@
+// The wall: all cameras, the worst first, to be read from across the hall.
+
+import { ago, get, h, percent, picture } from "./dom.js";
+
+const SHOWN = 200; // tiles at a time; the filter finds the others
+const MARK = { alerting: "\u25b2", silent: "\u25a0", ok: "\u25cf" };
+const EVERY = 2; // looks
+
+export function openWall(root) {
+  const summary = h("p", { class: "summary", "aria-live": "polite" }, "Looking for cameras\u2026");
+  const only = h("input", { type: "search", placeholder: "Camera", "aria-label": "Show cameras whose name contains" });
+  const grid = h("div", { class: "wall" });
+  const tiles = new Map();
+  let cameras = [];
+  let rounds = 0;
+  only.addEventListener("input", draw);
+  root.append(h("div", { class: "row head" }, h("h1", {}, "Cameras"), summary, only), grid);
+
+  function draw() {
+    const wanted = cameras.filter((each) => each.camera.toLowerCase().includes(only.value.toLowerCase()));
+    const shown = wanted.slice(0, SHOWN);
+    const now = shown.map((camera) => {
+      if (!tiles.has(camera.camera)) tiles.set(camera.camera, tile(camera.camera));
+      tiles.get(camera.camera).show(camera);
+      return tiles.get(camera.camera).element;
+    });
+    if (now.length !== grid.children.length || now.some((each, i) => each !== grid.children[i])) {
+      const focused = document.activeElement;
+      grid.replaceChildren(...now);
+      if (grid.contains(focused)) focused.focus();
+    }
+    summary.textContent = sentence(cameras) + (wanted.length > SHOWN ? ` The worst ${SHOWN} are shown.` : "");
+  }
+
+  async function look() {
+    if (rounds++ % EVERY) return;
+    cameras = (await get("api/v1/cameras")).cameras;
+    draw();
+  }
+
+  function step(by) {
+    const at = [...grid.children].indexOf(document.activeElement);
+    grid.children[Math.max(0, Math.min(grid.children.length - 1, at + by))]?.focus();
+  }
+
+  return {
+    look,
+    keys: {
+      ArrowRight: [() => step(1), "next camera"], ArrowLeft: [() => step(-1), "camera before"],
+      Enter: [() => document.activeElement?.click(), "open the camera"],
+      "/": [() => only.focus(), "find a camera"],
+    },
+  };
+}
+
+function sentence(cameras) {
+  if (!cameras.length) return "No camera has sent a frame yet.";
+  const alerting = cameras.filter((each) => each.state === "alerting");
+  const silent = cameras.filter((each) => each.state === "silent").length;
+  const quiet = silent ? ` ${silent} silent.` : "";
+  if (!alerting.length) return `None of ${cameras.length} is alerting.${quiet}`;
+  const [worst] = alerting;
+  return `${alerting.length} of ${cameras.length} alerting. Worst: ${worst.camera}, where `
+    + `${percent(worst.alert_share)} of the frames raise an alert.${quiet}`;
+}
+
+function tile(name) {
+  const state = h("span", { class: "pill" });
+  const share = h("strong", { class: "big" });
+  const rate = h("span", { class: "soft" });
+  const last = h("span", { class: "soft" });
+  const frame = h("img", { alt: "", hidden: true });
+  const heat = h("img", { alt: "", class: "heat", hidden: true });
+  for (const image of [frame, heat]) image.addEventListener("load", () => { image.hidden = false; });
+  const element = h("a", { class: "tile", href: `#/camera/${encodeURIComponent(name)}` },
+    h("span", { class: "shot" }, frame, heat),
+    h("span", { class: "words" }, state, h("span", { class: "name" }, name),
+      h("span", {}, share, h("span", { class: "soft" }, " of frames alert")), rate, last));
+
+  function show(camera) {
+    element.dataset.state = camera.state;
+    state.textContent = `${MARK[camera.state]} ${camera.state}`;
+    share.textContent = percent(camera.alert_share);
+    rate.textContent = camera.state === "silent"
+      ? `no frame since ${camera.last_scored_at_ms ? ago(camera.last_scored_at_ms) : "ever"}`.replace("since ever", "yet").replace("since ", "for ").replace(" ago", "")
+      : `${camera.frames_per_s === null ? "\u2013" : camera.frames_per_s.toFixed(1)} frames/s`;
+    last.textContent = camera.last_alert_at_ms ? `last alert ${ago(camera.last_alert_at_ms)}` : "no alert yet";
+    if (camera.last_alert_frame_url && frame.dataset.url !== camera.last_alert_frame_url) {
+      picture(frame, camera.last_alert_frame_url);
+      if (camera.last_alert_heat_url) picture(heat, camera.last_alert_heat_url);
+    }
+  }
+  return { element, show };
+}

@@ -1,0 +1,119 @@
+"""What an answer leaves in S3 and Redis, and that undo leaves nothing."""
+
+from __future__ import annotations
+
+import io
+
+import pyarrow.parquet as pq
+import pytest
+
+from infra import answers
+from infra.answers import Answers, is_answer
+from infra.messages import FrameResult
+from infra.redis_client import make_redis
+from infra.s3_client import ensure_buckets, get, make_minio
+
+pytestmark = pytest.mark.integration
+
+
+def result(offset=7, captured_at_ns=123):
+    return FrameResult(
+        frame_id=f"frames/0/{offset}", camera="cam/ä", captured_at_ns=captured_at_ns,
+        scored_at_ns=1, score=2.0, threshold=1.0, energy=0.0, is_anomaly=True, model="m",
+        version="v", evidence_key="",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def store(settings):
+    ensure_buckets(settings)
+    return Answers(settings)
+
+
+@pytest.fixture
+def stored(settings):
+    """Object name -> ETag, of the data bucket."""
+    client, bucket = make_minio(settings), settings.s3.data_bucket
+
+    def look():
+        return {o.object_name: o.etag for o in client.list_objects(bucket, recursive=True)}
+
+    return look
+
+
+def give(store, kind, *, defect="", by="ann", of=None, dataset="valves"):
+    of = of or result()
+    return store.give(of, kind, defect=defect, by=by, dataset=dataset, image=b"bytes")
+
+
+def test_a_false_alarm_is_a_new_normal_with_who_and_when(settings, store, stored):
+    given = give(store, "false-alarm")
+    assert list(stored()) == [given.key]
+    assert given.key.startswith("valves/incoming/answer-")
+    assert is_answer(given.key)
+    data, _ = get(make_minio(settings), settings.s3.data_bucket, given.key)
+    table = pq.read_table(io.BytesIO(data))
+    assert table.schema == answers.SCHEMA
+    (row,) = table.to_pylist()
+    assert (row["image"], row["label"], row["defect"]) == (b"bytes", 0, "")
+    assert (row["camera"], row["answered_by"]) == ("cam/ä", "ann")
+    assert table["answered_at"].cast("int64").to_pylist() == [given.at_ns]
+    assert table["captured_at"].cast("int64").to_pylist() == [123]
+
+
+def test_the_same_answer_again_changes_nothing(store, stored):
+    first = give(store, "false-alarm")
+    before = stored()
+    assert give(store, "false-alarm", by="bob") == first
+    assert stored() == before
+
+
+def test_another_answer_takes_the_place_of_the_first(store, stored):
+    give(store, "false-alarm")
+    given = give(store, "defect", defect="crack")
+    assert list(stored()) == [given.key]
+    assert given.key.startswith("valves/anomalies/answer-")
+    renamed = give(store, "defect", defect="scratch")
+    assert list(stored()) == [given.key]
+    assert store.of([result()]) == {"frames/0/7": renamed}
+    assert store.classes() == ["scratch", "crack"]
+    give(store, "unsure", dataset="")
+    assert stored() == {}
+    assert store.of([result()])["frames/0/7"].kind == "unsure"
+
+
+@pytest.mark.parametrize("kind", ["false-alarm", "defect", "unsure"])
+def test_undo_leaves_nothing(settings, store, stored, kind):
+    given = give(store, kind, defect="crack" if kind == "defect" else "")
+    assert store.undo(result()) == given
+    assert stored() == {}
+    assert store.of([result()]) == {}
+    assert store.undo(result()) is None
+
+
+def test_after_a_crash_between_s3_and_redis_the_answer_is_given_again(settings, store, stored):
+    give(store, "false-alarm")
+    make_redis(settings).delete(f"{settings.redis.prefix}:answer:frames/0/7")
+    assert store.of([result()]) == {}
+    given = give(store, "false-alarm", by="bob")
+    assert list(stored()) == [given.key]
+    assert store.undo(result()) == given
+    assert stored() == {}
+
+
+def test_an_answer_is_of_one_frame_also_when_a_topic_is_made_anew(store, stored):
+    """Offsets begin at 0 again then."""
+    give(store, "false-alarm", of=result(captured_at_ns=1))
+    again = result(captured_at_ns=2)
+    assert store.of([again]) == {}
+    give(store, "false-alarm", of=again)
+    assert len(stored()) == 2
+
+
+def test_answers_are_looked_up_for_a_page_and_expire_with_the_evidence(settings, store):
+    give(store, "unsure", of=result(1))
+    give(store, "unsure", of=result(3))
+    assert set(store.of([result(i) for i in range(5)])) == {"frames/0/1", "frames/0/3"}
+    assert store.of([]) == {}
+    left = make_redis(settings).ttl(f"{settings.redis.prefix}:answer:frames/0/1")
+    assert left == pytest.approx(settings.stream.evidence_days * 86_400, abs=60)
