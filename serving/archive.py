@@ -241,13 +241,16 @@ class Reread:
         self._consumer: KafkaConsumer | None = None
 
     def __call__(self, frame_id: str) -> bytes | None:
-        """The image's bytes; None when retention has removed them."""
+        """The image's bytes; None when retention has removed them, or they never were there."""
         topic, partition, offset = frame_id.rsplit("/", 2)
         place, wanted = TopicPartition(topic, int(partition)), int(offset)
         with kafka_errors(self._settings.kafka):
             if self._consumer is None:
                 self._consumer = make_consumer(self._settings)
-            if self._consumer.beginning_offsets([place])[place] > wanted:
+            if place.partition not in (self._consumer.partitions_for_topic(topic) or ()):
+                return None
+            begin = self._consumer.beginning_offsets([place])[place]
+            if not begin <= wanted < self._consumer.end_offsets([place])[place]:
                 return None
             self._consumer.assign([place])
             self._consumer.seek(place, wanted)

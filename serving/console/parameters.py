@@ -16,7 +16,7 @@ CameraId = Annotated[str, Path(min_length=1, max_length=128)]
 VersionId = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Topic = Annotated[str, Path(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
 Partition = Annotated[str, Path(pattern=r"^\d{1,9}$")]
-Offset = Annotated[str, Path(pattern=r"^\d{1,18}$")]
+Offset = Annotated[str, Path(pattern=r"^\d{1,20}$")]
 FromMs = Annotated[
     int | None,
     Query(alias="from", ge=0, lt=2**53, description="Scored at this time or later, unix ms."),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from minio import Minio
 
 from infra.embedded import Stack
 from infra.settings import Settings, load_settings
+
+MakeSettings = Callable[[Path, pytest.MonkeyPatch], AbstractContextManager[Settings]]
 
 
 @pytest.fixture(scope="session")
@@ -23,10 +26,25 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 @pytest.fixture
-def settings(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
-    """Settings whose topics, group, buckets and Redis prefix no other test uses.
+def settings(
+    make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Settings]:
+    """Settings whose topics, group, buckets and Redis prefix no other test uses."""
+    with make_settings(tmp_path, monkeypatch) as found:
+        yield found
 
-    They come from a file named by DPDL_CONFIG, so processes that the test starts read the same
+
+@pytest.fixture(scope="session")
+def make_settings(stack: Stack) -> MakeSettings:
+    """(folder, monkeypatch) -> a context with such settings, for fixtures of other scopes."""
+    return lambda folder, monkeypatch: _own_settings(stack, folder, monkeypatch)
+
+
+@contextmanager
+def _own_settings(
+    stack: Stack, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Settings]:
+    """They come from a file named by DPDL_CONFIG, so processes that the test starts read the same
     (settings.worker_env() names both files). Topics and buckets do not exist yet.
     """
     own = f"t{uuid.uuid4().hex[:10]}"
@@ -35,7 +53,7 @@ def settings(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         "redis": {"prefix": own},
         "s3": {f"{kind}_bucket": f"{own}-{kind}" for kind in ("data", "models", "evidence")},
     }
-    path = tmp_path / "dpdl.yaml"
+    path = folder / "dpdl.yaml"
     path.write_text(yaml.safe_dump(config))
     for name in [name for name in os.environ if name.startswith("DPDL_")]:
         monkeypatch.delenv(name)
