@@ -6,10 +6,12 @@ started here that ends with this process. Token authentication is Ray's own defa
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -50,3 +52,21 @@ def connect(*, dashboard: bool = False) -> None:
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler dumps a stack and dies at once: nothing would be ended in order.
         signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def write_scrape_targets(path: Path) -> None:
+    """Say where Prometheus finds the metrics of every living node, as its file_sd_configs reads it.
+
+    Ray writes such a file itself only where its dashboard runs. Whole or not at all.
+    """
+    alive = [node for node in ray.nodes() if node["Alive"] and node["MetricsExportPort"] > 0]  # type: ignore[no-untyped-call]
+    targets = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in alive]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps([{"targets": sorted(targets)}]) + "\n")
+    partial.replace(path)
+
+
+def scrape_targets_file(state_dir: Path) -> Path:
+    """Where `dpdl serve` keeps them."""
+    return state_dir / "prometheus" / "ray.json"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cluster.commands.shared import Model, out
+from cluster.commands.shared import Model, err, out
 
 app = typer.Typer()
+
+TARGETS_S = 15.0
+"""How often `dpdl serve` says anew where Prometheus finds the cluster's metrics."""
 
 
 @app.command()
@@ -20,13 +24,21 @@ def serve(model: Model = "default") -> None:
     """Deploy the stream application (consumer, scorer, console) and keep it until Ctrl-C."""
     import ray
 
+    from infra import ray_runtime
     from infra.settings import load_settings
     from serving import app as stream_app
 
+    settings = load_settings()
+    targets = ray_runtime.scrape_targets_file(settings.state_dir)
     try:
-        deployed = stream_app.deploy(load_settings(), model_name=model, say=out.print)
+        deployed = stream_app.deploy(settings, model_name=model, say=out.print)
         out.print(f"{deployed.version} scores; alerts at {deployed.url}   (Ctrl-C ends)")
-        threading.Event().wait()
+        while True:  # nodes come and go
+            try:
+                ray_runtime.write_scrape_targets(targets)
+            except OSError as error:
+                err.print(f"Prometheus cannot find this cluster: {error}", markup=False)
+            time.sleep(TARGETS_S)
     finally:
         if ray.is_initialized():
             stream_app.shutdown()

@@ -141,8 +141,11 @@ def dashboard_provider() -> Json:
 
 
 def provisioning() -> dict[str, Any]:
-    """File below provisioning/ -> content. Addresses and the token come from the environment."""
-    sources = data_sources("$DPDL_PROMETHEUS_URL", "$DPDL_ALERT_API_URL", "$DPDL_SERVE_TOKEN")
+    """File below provisioning/ -> content. Addresses come from the container's environment.
+
+    No token: Grafana and the alert API share the machine there, and loopback needs none.
+    """
+    sources = data_sources("$DPDL_PROMETHEUS_URL", "$DPDL_ALERT_API_URL")
     return {
         "datasources/dpdl.yaml": {
             "apiVersion": 1,

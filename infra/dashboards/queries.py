@@ -37,4 +37,6 @@ def alarm_rate(window: str, camera: str = '!=""') -> str:
 
 def quantile(q: float, metric: str, by: str = "", where: str = "") -> str:
     le = f"le, {by}" if by else "le"
-    return f"histogramquantile({q}, sum by ({le}) (rate({metric}_bucket{where}[$__rate_interval])))"
+    return (
+        f"histogram_quantile({q}, sum by ({le}) (rate({metric}_bucket{where}[$__rate_interval])))"
+    )

@@ -1,0 +1,13 @@
+#!/bin/sh
+# SeaweedFS with its S3 gateway, one node. Runs in the image chrislusf/seaweedfs.
+set -eu
+umask 077
+cat > /tmp/s3.json <<END
+{"identities": [{"name": "dpdl", "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+  "credentials": [{"accessKey": "$(cat /run/secrets/s3_access_key)",
+                   "secretKey": "$(cat /run/secrets/s3_secret_key)"}]}]}
+END
+# Only the S3 gateway leaves the container: master, volume and filer ask for no keys.
+exec weed -logtostderr=true server -ip=127.0.0.1 -ip.bind=127.0.0.1 -dir=/data \
+  -filer -s3 -s3.port=8333 -s3.ip.bind=0.0.0.0 -s3.config=/tmp/s3.json \
+  -s3.allowDeleteBucketNotEmpty=false -master.telemetry=false -master.volumeSizeLimitMB=1024

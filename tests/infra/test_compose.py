@@ -1,0 +1,149 @@
+"""infra/compose.yaml: what it starts, asks for and provisions is there, closed and complete."""
+
+from __future__ import annotations
+
+import re
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from infra.dashboards.__main__ import FOLDER as GRAFANA
+from infra.settings import load_settings
+
+INFRA = GRAFANA.parent
+COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
+SERVICES = COMPOSE["services"]
+KNOWN = {
+    "image", "entrypoint", "command", "configs", "secrets", "environment", "ports", "volumes",
+    "healthcheck", "restart", "network_mode", "depends_on",
+}  # fmt: skip
+
+
+def binds(service: dict) -> dict[str, str]:
+    """Target in the container -> source, of everything mounted."""
+    found = {}
+    for volume in service.get("volumes", []):
+        if isinstance(volume, dict):
+            found[volume["target"]] = volume["source"]
+        else:
+            source, target, *_ = volume.split(":")
+            found[target] = source
+    return found
+
+
+@pytest.fixture(scope="module")
+def env() -> dict[str, str]:
+    """What compose_env.sh prints."""
+    done = subprocess.run(
+        ["sh", str(INFRA / "compose_env.sh")], capture_output=True, text=True, check=True
+    )
+    return dict(line.split("=", 1) for line in done.stdout.splitlines())
+
+
+def test_it_is_the_plant_of_the_issue() -> None:
+    assert set(SERVICES) == {"kafka", "s3", "redis", "prometheus", "grafana"}
+    assert set(COMPOSE) == {"name", "services", "configs", "secrets", "volumes", "x-required"}
+    for name, service in SERVICES.items():
+        assert set(service) <= KNOWN, name
+        image, _, tag = service["image"].rpartition(":")
+        assert image
+        assert re.match(r"v?\d+\.\d+", tag), f"{name}: a tag that moves"
+        assert service["restart"] == "unless-stopped"
+        check = service["healthcheck"]
+        assert check["test"][0] in ("CMD", "CMD-SHELL")
+        assert {"interval", "timeout", "retries", "start_period"} <= set(check)
+
+
+def test_nothing_listens_beyond_loopback() -> None:
+    for name, service in SERVICES.items():
+        if service.get("network_mode") != "host":
+            assert service["ports"], name
+            assert all(str(port).startswith("127.0.0.1:") for port in service["ports"]), name
+    assert "--web.listen-address=127.0.0.1:9090" in SERVICES["prometheus"]["command"]
+    assert SERVICES["grafana"]["environment"]["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
+
+
+def test_every_password_is_a_secret_from_a_variable_that_must_be_set(env) -> None:
+    for name, secret in COMPOSE["secrets"].items():
+        assert set(secret) == {"environment"}, name
+        assert len(env[secret["environment"]]) >= 32
+    required = [re.match(r"\$\{(\w+):\?", each)[1] for each in COMPOSE["x-required"]]
+    assert required == [secret["environment"] for secret in COMPOSE["secrets"].values()]
+    used = {secret for service in SERVICES.values() for secret in service.get("secrets", [])}
+    assert used == set(COMPOSE["secrets"])
+    for name, service in SERVICES.items():
+        for key, value in service.get("environment", {}).items():
+            if re.search("PASSWORD|SECRET|TOKEN", key):
+                assert key.endswith("__FILE"), f"{name}: {key}"
+                assert Path(value).name in service["secrets"]
+    text = (INFRA / "compose.yaml").read_text()
+    for script in COMPOSE["configs"].values():
+        text += (INFRA / script["file"]).read_text()
+    mentioned = set(re.findall(r"/run/secrets/(\w+)", text))
+    assert mentioned == set(COMPOSE["secrets"])
+
+
+def test_dpdl_reads_the_same_file(env, tmp_path) -> None:
+    settings = load_settings(
+        {k: v for k, v in env.items() if k.startswith("DPDL_")} | {"DPDL_STATE_DIR": str(tmp_path)}
+    )
+    assert settings.kafka.sasl_mechanism == "SCRAM-SHA-512"
+    assert settings.kafka.bootstrap in str(SERVICES["kafka"]["ports"])
+    assert settings.s3.endpoint in str(SERVICES["s3"]["ports"])
+    assert f"{settings.redis.host}:{settings.redis.port}" in str(SERVICES["redis"]["ports"])
+    assert all(settings.is_external(name) for name in ("kafka", "redis", "s3"))
+
+
+def test_two_files_of_passwords_have_none_in_common(env) -> None:
+    again = subprocess.run(
+        ["sh", str(INFRA / "compose_env.sh")], capture_output=True, text=True, check=True
+    ).stdout
+    secrets = {env[secret["environment"]] for secret in COMPOSE["secrets"].values()}
+    assert len(secrets) == len(COMPOSE["secrets"])
+    assert not any(secret in again for secret in secrets)
+
+
+def test_what_is_mounted_exists_and_what_is_kept_has_a_volume() -> None:
+    used = set()
+    for service in SERVICES.values():
+        for config in service.get("configs", []):
+            script = INFRA / COMPOSE["configs"][config["source"]]["file"]
+            assert script.read_text().startswith("#!")
+            assert config["target"] in service["entrypoint"]
+        for target, source in binds(service).items():
+            if source.startswith("./"):
+                assert (INFRA / source).exists(), source
+            elif re.fullmatch(r"\w+", source):
+                used.add(source)
+                assert target in ("/var/lib/kafka/data", "/data", "/prometheus", "/var/lib/grafana")
+    assert used == set(COMPOSE["volumes"]) == set(SERVICES)
+    scripts = [INFRA / config["file"] for config in COMPOSE["configs"].values()]
+    assert not any(stat.S_IMODE(script.stat().st_mode) & 0o022 for script in scripts)
+
+
+def test_grafana_is_provisioned_from_our_files() -> None:
+    grafana = SERVICES["grafana"]
+    mounted = binds(grafana)
+    assert (INFRA / mounted["/etc/grafana/provisioning"]).resolve() == GRAFANA / "provisioning"
+    provider = yaml.safe_load((GRAFANA / "provisioning/dashboards/dpdl.yaml").read_text())
+    path = provider["providers"][0]["options"]["path"]
+    boards = (INFRA / mounted[path]).resolve()
+    assert {board.stem for board in boards.iterdir()} == {"wall", "camera", "model", "pipeline"}
+    home = grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert (boards / Path(home).relative_to(path)).exists()
+    sources = (GRAFANA / "provisioning/datasources/dpdl.yaml").read_text()
+    assert set(re.findall(r"\$(\w+)", sources)) <= set(grafana["environment"])
+    assert "yesoreyeram-infinity-datasource" in grafana["environment"]["GF_PLUGINS_PREINSTALL"]
+
+
+def test_prometheus_finds_its_rules_and_targets() -> None:
+    mounted = binds(SERVICES["prometheus"])
+    config = yaml.safe_load((INFRA / "prometheus" / "prometheus.yml").read_text())
+    for rules in config["rule_files"]:
+        assert f"/etc/prometheus/{rules}" in mounted
+    (job,) = config["scrape_configs"]
+    (pattern,) = job["file_sd_configs"][0]["files"]
+    assert f"/etc/prometheus/{Path(pattern).parent}" in mounted
