@@ -83,6 +83,7 @@ def tune(
             figures = figures | {"renewal": renewal}
         if keeper is not None:
             keeper.keep(training.state(), figures)
+    training.stream.close()
     narrow_norms(trunk)
     trunk.eval().requires_grad_(False)
     return training.normals
@@ -269,6 +270,7 @@ class _Training:
         if new is not None:
             self.normals = self.normals.and_also(new).without(done.set_aside)
             self.stream_start, self.stream_seed = self.step, self.stream_seed + 1
+            self.stream.close()
             self._begin_stream()
         return {"epoch": self.epoch, **done.figures()}
 

@@ -34,8 +34,10 @@ DECODE_BATCH = 32
 CACHE_BYTES = 2 << 30
 """A source whose decoded images fit in this keeps them (14,000 at 224 px); a larger one is read
 and decoded again in each pass."""
-DECODE_CPUS = 0.25
-"""Of a decode task. A train worker takes 0.5 (train.py): two of each leave room on two cores."""
+DECODE_CPUS = 0.0
+"""A decode task asks Ray for no CPU: its number is bounded instead (`tasks`). With a share each, a
+worker could wait in a collective, holding its own, for one whose task found none: two trainings on
+two cores stood still so."""
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -136,18 +138,15 @@ def read_with_ray(
     size: int,
     *,
     tasks: int,
-    keep_label: int | None = None,
+    keep: Keep | None = None,
 ) -> Read:
     """Read and decode in at most `tasks` Ray tasks at once, ahead of whoever consumes.
 
-    Rows come in the order of `groups`, so a shard is the same in every pass and every run. At
-    least one task of each worker must always find a CPU: a worker that waits in a collective holds
-    on to its decoded batches, and another that got no task would never reach that collective.
+    Rows come in the order of `groups`, so a shard is the same in every pass and every run.
     """
 
     def read_group(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         settings = task_settings(environment)
-        keep = None if keep_label is None else lambda row: row.label == keep_label
         group = RowGroup(str(batch["key"][0]), int(batch["index"][0]), int(batch["rows"][0]))
         for piece in read_here(settings, [group], size, keep=keep)():
             columns = [asdict(row) for row in piece.rows]

@@ -1,32 +1,32 @@
 """Train a version: data in S3 > Ray Train workers (train_worker.py) > registry. The driver.
 
-    read the index > workers fit together > rank 0 packs > version in S3 > gate > pointer
+    run.json in S3 > workers fit together > rank 0 packs > version in S3 > gate > pointer
 
-Failures: Ray Train starts the workers again, up to MAX_FAILURES times, when one dies. A fit takes
-minutes and begins anew then; nothing is registered before it is whole. The packed version reaches
-S3 through Ray Train's storage, below <models>/<model>/runs/<run>/.
+Failures. A worker that dies is started again by Ray Train, up to MAX_FAILURES times, and the run
+goes on from its last checkpoint, one per epoch of tuning, in S3 below <models>/<model>/runs/<run>/.
+A driver that dies takes the workers along; `resume` goes on in the same way and ends in the version
+that carries the run's name, however often it is called. A training that is left by an exception or
+Ctrl-C ends its workers.
 
-Logical CPUs are admission, not speed: a worker asks for half of one, so that its decode tasks
-(sources.py) and a Serve application fit beside it on two cores. With whole ones, two workers would
-take both cores and wait for ever for data that no task may decode.
+Logical CPUs are admission, not speed: a worker asks for half of one, so that a Serve application
+fits beside two on two cores; decode tasks (sources.py) ask for none.
 """
 
 from __future__ import annotations
 
-import threading
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
 from dpdl_core.config import DpdlConfig, override, recipe, to_json
-from infra.errors import DataError, DpdlError, ServiceUnavailable
+from infra.errors import DataError, ServiceUnavailable
 from infra.model_store import ModelStore, new_version_id
 from infra.ray_runtime import connect
 from infra.s3_client import ensure_buckets
@@ -36,38 +36,48 @@ from pipelines.dataset_index import (
     Progress,
     check_name,
     check_snapshot,
+    list_objects,
     load_index,
     snapshot,
 )
+from pipelines.datasets import import_dataset
 from pipelines.patience import patiently
 from pipelines.promotion import code_version, consider
-from pipelines.sources import DECODE_CPUS, row_groups, task_environment
+from pipelines.ray_run import Introduce, RayRun, cluster_total
+from pipelines.run_record import EPOCHS, RUN, RunRecord, epochs_from_lines, load_run, save_run
+from pipelines.sources import row_groups, task_environment
 from pipelines.storage import shared_filesystem
-from pipelines.train_worker import ProgressBoard, TrainJob, train_loop
+from pipelines.train_keeper import files_of
+from pipelines.train_worker import FIGURES, ProgressBoard, TrainJob, train_loop
 
 WORKER_CPUS = 0.5
-MAX_FAILURES = 2
+MAX_FAILURES = 3
 S3_PATIENCE_S = 900.0
 """How long a finished training waits for S3 to take it: its minutes are worth more."""
-POLL_S = 0.5
+
+T = TypeVar("T")
+Workers = int | tuple[int, int] | None
+"""So many; at least and at most so many, as the cluster has room; or as seems best."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     dataset: str
+    """An imported data set; `elpv` is imported where it is not there yet."""
     model_name: str = "default"
     recipe: str = "edge"
     overrides: Mapping[str, str] = field(default_factory=dict)
     """DpdlConfig fields over the recipe's."""
-    workers: int | None = None
+    workers: Workers = None
     """None: one per GPU, else two where there are two cores."""
     seed: int = 0
     false_alarm_rate: float = 0.01
     """Share of normal images that may alert; thresholds are set for it."""
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers={self.workers}: need at least 1")
+        low, high = _bounds(self.workers)
+        if not 1 <= low <= high:
+            raise ValueError(f"workers={self.workers}: need at least 1, and no less than the least")
         if not 0 < self.false_alarm_rate < 1:
             raise ValueError(f"false_alarm_rate={self.false_alarm_rate}: need it in (0, 1)")
 
@@ -75,22 +85,37 @@ class TrainOptions:
 @dataclass(frozen=True)
 class TrainReport:
     version: str
+    """Also the run's name."""
     decision: str
     """promoted or held."""
     why: str
     auroc: float | None
     """Of the test split; None where it has not both classes."""
     ap: float | None
+    epochs: int
+    """Of tuning; 0 for a recipe that keeps the trunk as it is."""
+    steps: int
     seconds: float
+    """Of this call."""
     fit_seconds: float
+    """Since the workers were last started."""
     score_seconds: float
     data_wait_share: float
-    """Of rank 0's fit, spent waiting for images."""
+    """Share of the steps' time that rank 0 waited for images; of its whole fit without tuning."""
     workers: int
+    """At the end."""
+    starts: int
+    """How often the workers were started in this call: once, and again after each failure or change
+    of their number."""
+    resumed: bool
+    curve: list[dict[str, Any]]
+    """Figures of every epoch, as epochs.jsonl has them."""
+    renewals: list[dict[str, Any]]
+    """Of the prototypes, in the run."""
     images: dict[str, dict[str, int]]
     thresholds: dict[str, Any]
     stages: dict[str, dict[str, Any]]
-    """Last figures of each stage of the fit, such as epochs, steps and losses."""
+    """Last figures of each stage of the fit."""
     notes: list[str]
 
 
@@ -105,65 +130,129 @@ def train(
     started = time.perf_counter()
     check_name(options.model_name)
     config = _config(options)
+    ensure_buckets(settings)
+    index = _index(settings, options.dataset, progress)
+    check_snapshot(settings, index)
+    record = RunRecord(
+        run=new_version_id("train"),
+        model=options.model_name,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        options={**asdict(options), "overrides": dict(options.overrides)},
+        config=json.loads(to_json(config)),
+        data=snapshot(index),
+        code=code_version(),
+    )
+    save_run(settings, record)
+    return _carry_out(settings, record, options, index, started, progress)
+
+
+def resume(
+    settings: Settings, model_name: str, run: str, progress: Progress | None = None
+) -> TrainReport:
+    """Go on with a run whose driver died, from its last checkpoint, to the version of its name.
+
+    Raises DataError where there is no such run or its data set has changed since.
+    """
+    started = time.perf_counter()
+    check_name(model_name)
+    record = load_run(settings, model_name, run)
+    options = _options(record)
     index = load_index(settings, options.dataset)
     check_snapshot(settings, index)
-    ensure_buckets(settings)
+    if snapshot(index)["objects"] != record.data["objects"]:
+        raise DataError(
+            f"data set {index.name!r} was imported anew since {run} started: train again, "
+            f"`dpdl train --dataset {index.name}`"
+        )
+    return _carry_out(settings, record, options, index, started, progress, resumed=True)
+
+
+def parse_workers(text: str) -> Workers:
+    """`2`, or `1:4` for between one and four. Raises ValueError for anything else."""
+    try:
+        low, colon, high = text.partition(":")
+        return (int(low), int(high)) if colon else int(low)
+    except ValueError:
+        raise ValueError(f"workers={text}: wanted a number, or LEAST:MOST as in 1:4") from None
+
+
+def _carry_out(
+    settings: Settings,
+    record: RunRecord,
+    options: TrainOptions,
+    index: DatasetIndex,
+    started: float,
+    progress: Progress | None,
+    resumed: bool = False,
+) -> TrainReport:
     if progress is not None:
-        progress("start", 0.0, {"on": "Ray"})
+        progress("start", 0.0, {"run": record.run})
     connect()
-    job, workers = _job(settings, options, config, index)
-    version = new_version_id("train")
-    run = _Run(_trainer(settings, options.model_name, version, job, workers))
-    stages = run.follow(job.board, progress)
-    result = run.result()
-    figures = dict(result.metrics or {})
-    with result.checkpoint.as_directory() as folder:
-        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    job, workers = _job(settings, options, record, index)
+    trainer = _trainer(settings, record, job, workers)
+    with RayRun(trainer, job.board) as run:
+        told = run.follow(progress)
+    files = files_of(run.result().checkpoint)
+    figures = json.loads(files.pop(FIGURES))
+    epochs = epochs_from_lines(files[EPOCHS])
+    files[RUN] = record.to_json()
     manifest = {
         "kind": "train",
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "parent": None,
         "line": [],
-        "data": snapshot(index),
+        "data": record.data | {key: figures[key] for key in ("incoming", "set_aside")},
         "false_alarm_rate": options.false_alarm_rate,
-        "options": {**asdict(options), "overrides": dict(options.overrides)},
-        "code": code_version(),
+        "options": record.options,
+        "code": record.code,
         "auroc": figures["metrics"]["auroc"],
         "fit_seconds": figures["fit_seconds"],
     }
-    store = ModelStore(settings)
-    name = options.model_name
-
-    def waiting(error: ServiceUnavailable) -> None:
-        if progress is not None:
-            progress("waiting for S3", 0.0, {"because": str(error)})
-
-    patiently(
-        lambda: store.put_version(name, version, files, manifest),
-        deadline_s=S3_PATIENCE_S,
-        waiting=waiting,
-    )
-    verdict = patiently(
-        lambda: consider(settings, store, name, version, progress=progress),
-        deadline_s=S3_PATIENCE_S,
-        waiting=waiting,
+    store, name = ModelStore(settings), record.model
+    _when_s3_answers(lambda: store.put_version(name, record.run, files, manifest), progress)
+    verdict = _when_s3_answers(
+        lambda: consider(settings, store, name, record.run, progress=progress), progress
     )
     return TrainReport(
-        version=version,
+        version=record.run,
         decision="promoted" if verdict.promote else "held",
         why=verdict.why,
         auroc=figures["metrics"]["auroc"],
         ap=figures["metrics"]["ap"],
+        epochs=len(epochs),
+        steps=epochs[-1]["steps"] if epochs else 0,
         seconds=time.perf_counter() - started,
         fit_seconds=figures["fit_seconds"],
         score_seconds=figures["score_seconds"],
         data_wait_share=figures["data_wait_share"],
-        workers=workers,
+        workers=figures["workers"],
+        starts=sum("workers" in told_figures for _, _, told_figures in told),
+        resumed=resumed,
+        curve=epochs,
+        renewals=[epoch["renewal"] for epoch in epochs if "renewal" in epoch],
         images=index.counts(),
         thresholds=figures["thresholds"],
-        stages=stages,
+        stages=_last_of_each(told),
         notes=figures["notes"],
     )
+
+
+def _last_of_each(told: list[tuple[str, float, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    stages: dict[str, dict[str, Any]] = {}
+    for stage, _, figures in told:
+        stages[stage] = stages.get(stage, {}) | figures
+    return stages
+
+
+def _when_s3_answers(call: Callable[[], T], progress: Progress | None) -> T:
+    def waiting(error: ServiceUnavailable) -> None:
+        if progress is not None:
+            progress("waiting for S3", 0.0, {"because": str(error)})
+
+    return patiently(call, deadline_s=S3_PATIENCE_S, waiting=waiting)
+
+
+# What to run ----------------------------------------------------------------------------------
 
 
 def _config(options: TrainOptions) -> DpdlConfig:
@@ -173,113 +262,84 @@ def _config(options: TrainOptions) -> DpdlConfig:
         raise DataError(str(error)) from None
 
 
+def _options(record: RunRecord) -> TrainOptions:
+    values = dict(record.options)
+    workers = values["workers"]
+    values["workers"] = tuple(workers) if isinstance(workers, list) else workers
+    try:
+        return TrainOptions(**values)
+    except TypeError as error:
+        raise DataError(f"run {record.run} was started by another version ({error})") from None
+
+
+def _index(settings: Settings, name: str, progress: Progress | None) -> DatasetIndex:
+    """The data set's index. ELPV comes from its package, where it was not imported yet."""
+    check_name(name)
+    if name == "elpv" and not list_objects(settings, f"{name}/dataset.json"):
+        if progress is not None:
+            progress("import", 0.0, {"because": "elpv is not in S3 yet, its package is imported"})
+        import_dataset(settings, name, name, progress=progress)
+    return load_index(settings, name)
+
+
+def _bounds(workers: Workers) -> tuple[int, int]:
+    if workers is None:
+        return 1, 1
+    return workers if isinstance(workers, tuple) else (workers, workers)
+
+
 def _job(
-    settings: Settings, options: TrainOptions, config: DpdlConfig, index: DatasetIndex
-) -> tuple[TrainJob, int]:
+    settings: Settings, options: TrainOptions, record: RunRecord, index: DatasetIndex
+) -> tuple[TrainJob, int | tuple[int, int]]:
     normals = row_groups(settings, index.keys("train", 0))
-    cpus, gpus = _cluster("CPU"), int(_cluster("GPU"))
-    workers = options.workers or gpus or min(2, int(cpus))
-    workers = min(workers, len(normals))  # a worker with no data would have no part in the fit
-    if workers * (WORKER_CPUS + DECODE_CPUS) > cpus:
+    cpus, gpus = cluster_total("CPU"), int(cluster_total("GPU"))
+    chosen = options.workers or gpus or min(2, int(cpus))
+    # A worker with no data would have no part in the fit.
+    low, high = (min(bound, len(normals)) for bound in _bounds(chosen))
+    if low * WORKER_CPUS > cpus:
         raise DataError(
-            f"workers={workers} and their decoding need {workers * (WORKER_CPUS + DECODE_CPUS):g} "
-            f"CPUs, the Ray cluster has {cpus:g}: lower --workers"
+            f"workers={low} need {low * WORKER_CPUS:g} CPUs, the Ray cluster has {cpus:g}: "
+            "lower --workers"
         )
-    spare = cpus / workers - WORKER_CPUS
     job = TrainJob(
         environment=task_environment(settings),
-        config=to_json(config),
+        config=json.dumps(record.config),
         seed=options.seed,
         false_alarm_rate=options.false_alarm_rate,
+        dataset=index.name,
         normals=normals,
         defects=row_groups(settings, index.keys("train", 1)),
         calibration=row_groups(settings, index.keys("calibration")),
         test=row_groups(settings, index.keys("test")),
-        # Half of what is spare at most, so that one worker's tasks never crowd out another's.
-        decode_tasks=max(1, int(spare / DECODE_CPUS / 2)),
+        # One per core that is left when every worker has its own.
+        decode_tasks=max(1, int(cpus / high) - 1),
         board=ray.remote(num_cpus=0)(ProgressBoard).remote(),
     )
-    return job, workers
+    return job, low if low == high else (low, high)
 
 
-def _cluster(resource: str) -> float:
-    """How much of a resource the Ray cluster has, used or not."""
-    found = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return float(found.get(resource, 0.0))
-
-
-def _trainer(settings: Settings, model: str, run: str, job: TrainJob, workers: int) -> TorchTrainer:
-    use_gpu = workers <= int(_cluster("GPU"))
+def _trainer(
+    settings: Settings, record: RunRecord, job: TrainJob, workers: int | tuple[int, int]
+) -> TorchTrainer:
+    use_gpu = _bounds(workers)[0] <= int(cluster_total("GPU"))
+    # Ray's annotations are those of its first version.
+    elastic: Any = workers
+    callbacks: list[Any] = [Introduce(job.board)]
     return TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
+            num_workers=elastic,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": WORKER_CPUS} | ({"GPU": 1} if use_gpu else {}),
         ),
+        # A run of the same name in the same place goes on from its last checkpoint.
         run_config=ray.train.RunConfig(
-            name=run,
+            name=record.run,
             storage_filesystem=shared_filesystem(settings),
-            storage_path=f"{settings.s3.models_bucket}/{model}/runs",
+            storage_path=f"{settings.s3.models_bucket}/{record.model}/runs",
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            callbacks=callbacks,
         ),
     )
-
-
-def cause(error: BaseException) -> str:
-    """The worker's own last line, out of Ray's wrapping.
-
-    When one worker fails, the others fail too, for want of it: theirs is not the cause.
-    """
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    last = [_last_line(failure) for _, failure in sorted(failures.items())]
-    return next((line for line in last if "gloo" not in line and "NCCL" not in line), last[0])
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-class _Run(threading.Thread):
-    """trainer.fit() in a thread of its own, begun at once.
-
-    In the main thread Ray Train would put its own Ctrl-C handler in place and leave it there: it
-    ends the process with exit code 0, also long after the training. Here Ctrl-C interrupts
-    whoever follows, and Ray ends the workers with the process, or at ray.shutdown().
-    """
-
-    def __init__(self, trainer: TorchTrainer) -> None:
-        super().__init__(name="train", daemon=True)
-        self._trainer = trainer
-        self._result: Any = None
-        self._error: Exception | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._result = self._trainer.fit()
-        except Exception as error:
-            self._error = error
-
-    def follow(self, board: Any, progress: Progress | None) -> dict[str, dict[str, Any]]:
-        """Pass the workers' progress on until the run ends; the last figures of each stage."""
-        stages: dict[str, dict[str, Any]] = {}
-        alive = True
-        while alive:
-            self.join(POLL_S)
-            alive = self.is_alive()
-            for stage, fraction, figures in ray.get(board.take.remote()):
-                stages[stage] = stages.get(stage, {}) | figures
-                if progress is not None:
-                    progress(stage, fraction, figures)
-        return stages
-
-    def result(self) -> Any:
-        """Ray Train's result. DpdlError, in one line, where the workers failed for good."""
-        if isinstance(self._error, ray.train.TrainingFailedError):
-            raise DpdlError(f"training failed: {cause(self._error)}") from self._error
-        if self._error is not None:
-            raise self._error
-        return self._result

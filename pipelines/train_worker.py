@@ -2,39 +2,47 @@
 
 Runs on the cluster; train.py is the driver. The normals are dealt to the ranks by row group, rank r
 reads groups r, r + W, r + 2W, ...: no row is read twice and a rank's shard is the same in every
-run. The few known defects are on every rank. Rank 0 packs the version as a Ray Train checkpoint.
+run. The few known defects are on every rank. Rank 0 packs the version as the last checkpoint.
+
+Started again, the workers go on from the run's latest checkpoint: after the last whole epoch of
+tuning, or at the end where the version was packed. A recipe without tuning has no epochs: its
+minute of work begins anew and gives the same version.
 Letters: W workers.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed
 
 from dpdl_core import artifact
 from dpdl_core.config import from_json
 from dpdl_core.fit import fit
 from dpdl_core.metrics import auroc, average_precision
+from pipelines.run_record import CURVES, EPOCHS, draw, epochs_to_lines
 from pipelines.scoring import Observed, calibrate, drift_reference, observe, yield_cores
 from pipelines.sources import (
     RowGroup,
+    RowRef,
     StreamedImages,
     read_here,
     read_with_ray,
     stack,
     task_settings,
 )
+from pipelines.train_keeper import WorkerKeeper, gather, latest, report
+
+FIGURES = "figures.json"
+"""In the last checkpoint, beside the version's files: what the driver reports."""
 
 Figures = dict[str, Any]
 
@@ -48,6 +56,7 @@ class TrainJob:
     """DpdlConfig as JSON."""
     seed: int
     false_alarm_rate: float
+    dataset: str
     normals: Sequence[RowGroup]
     defects: Sequence[RowGroup]
     calibration: Sequence[RowGroup]
@@ -63,6 +72,7 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self._entries: list[tuple[str, float, Figures]] = []
+        self._controller: Any = None
 
     def put(self, stage: str, fraction: float, figures: Figures) -> None:
         self._entries.append((stage, fraction, figures))
@@ -71,22 +81,27 @@ class ProgressBoard:
         entries, self._entries = self._entries, []
         return entries
 
+    def set_controller(self, handle: list[Any]) -> None:
+        """The actor that runs the training, in a list so that Ray passes it as it is."""
+        self._controller = handle[0]
+
+    def controller(self) -> Any:
+        return self._controller
+
 
 def train_loop(config: dict[str, TrainJob]) -> None:
     """Ray Train's entry: fit, score, and on rank 0 report the packed version."""
     worker = _Worker(config["job"])
+    if FIGURES in worker.before:
+        return  # the version is packed: a worker died after that
     started = time.perf_counter()
     model, waited = worker.fit()
     fitted = time.perf_counter()
     calibration, normals = worker.score(model, worker.job.calibration, "calibrate")
     test, _ = worker.score(model, worker.job.test, "test")
-    figures: Figures = {
-        "fit_seconds": fitted - started,
-        "score_seconds": time.perf_counter() - fitted,
-        "data_wait_share": waited / (fitted - started),
-    }
+    set_aside = worker.keeper.digests(worker.keeper.left_out)
     if worker.rank != 0:
-        ray.train.report(figures)
+        ray.train.report({})
         return
     thresholds, notes = calibrate(
         np.array([row[0] for row in calibration]),
@@ -98,11 +113,31 @@ def train_loop(config: dict[str, TrainJob]) -> None:
         "test_images": len(test),
         "drift": drift_reference(model, normals, [row[2] for row in calibration]),
     }
-    figures |= {"metrics": metrics, "thresholds": thresholds, "notes": notes}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, data in artifact.pack(model, thresholds=thresholds, metrics=metrics).items():
-            Path(folder, name).write_bytes(data)
-        ray.train.report(figures, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    epochs = worker.keeper.epochs
+    seconds = sum(epoch["seconds"] for epoch in epochs)
+    stalled = sum(epoch["seconds"] * epoch["data_wait_share"] for epoch in epochs)
+    figures: Figures = {
+        "fit_seconds": fitted - started,
+        "score_seconds": time.perf_counter() - fitted,
+        "data_wait_share": stalled / seconds if epochs else waited / (fitted - started),
+        "workers": worker.world,
+        "metrics": metrics,
+        "thresholds": thresholds,
+        "notes": notes,
+        "incoming": worker.keeper.arrived,
+        "set_aside": set_aside,
+    }
+    files = artifact.pack(model, thresholds=thresholds, metrics=metrics) | {
+        EPOCHS: epochs_to_lines(epochs),
+        CURVES: draw(
+            epochs,
+            [row[0] for row in calibration],
+            [row[:2] for row in test],
+            thresholds["default"],
+        ),
+        FIGURES: json.dumps(figures).encode(),
+    }
+    report({}, files)
 
 
 class _Worker:
@@ -115,12 +150,17 @@ class _Worker:
         # Workers that share a machine share its cores: more threads than cores only thrash.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
         self.config = from_json(job.config)
+        self.before = latest()
+        """Files of the checkpoint to go on from."""
+        self.keeper = WorkerKeeper(
+            task_settings(job.environment), job.dataset, self._shard, self.before
+        )
 
     def fit(self) -> tuple[Any, float]:
         """The model and the seconds this rank waited for data."""
         size = self.config.image_size
-        self.progress("read", 0.0, {})
-        normals = self._shard(self.job.normals)
+        self.progress("read", 0.0, {"workers": self.world, "epochs_done": len(self.keeper.epochs)})
+        normals = self.keeper.normals(self.job.normals)
         groups = self.job.defects
         defects = StreamedImages(
             read_here(task_settings(self.job.environment), groups, size),
@@ -135,8 +175,9 @@ class _Worker:
             seed=self.job.seed,
             device=self.device,
             progress=self.progress,
+            keeper=self.keeper,
         )
-        return model, normals.waited_s
+        return model, self.keeper.waited_s
 
     def score(
         self, model: Any, groups: Sequence[RowGroup], stage: str
@@ -147,10 +188,7 @@ class _Worker:
         source = self._shard(groups)
         seen = observe(model, source, self.device)
         rows = [(float(s), r.label, r.camera) for s, r in zip(seen.score, source.rows, strict=True)]
-        everyone: list[Any] = [(rows, seen)]
-        if torch.distributed.is_initialized():
-            everyone = [None] * self.world
-            torch.distributed.all_gather_object(everyone, (rows, seen))
+        everyone = gather((rows, seen))
         self.progress(stage, 1.0, {"images": sum(len(rows) for rows, _ in everyone)})
         return [row for rows, _ in everyone for row in rows], [seen for _, seen in everyone]
 
@@ -158,11 +196,13 @@ class _Worker:
         if self.rank == 0:
             self.job.board.put.remote(stage, fraction, figures)
 
-    def _shard(self, groups: Sequence[RowGroup]) -> StreamedImages:
+    def _shard(
+        self, groups: Sequence[RowGroup], keep: Callable[[RowRef], bool] | None = None
+    ) -> StreamedImages:
         mine = groups[self.rank :: self.world]
-        size = self.config.image_size
+        size, tasks = self.config.image_size, self.job.decode_tasks
         return StreamedImages(
-            read_with_ray(self.job.environment, mine, size, tasks=self.job.decode_tasks),
+            read_with_ray(self.job.environment, mine, size, tasks=tasks, keep=keep),
             size,
             expected=sum(group.rows for group in mine),
         )

@@ -24,33 +24,45 @@ app = typer.Typer()
 
 @app.command()
 def train(
-    dataset: Annotated[str, typer.Option(help="Name of an imported data set.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="Name of an imported data set; elpv is imported if need be.")
+    ] = None,
     model: Model = "default",
     recipe: Annotated[str, typer.Option(help="edge or paper.")] = "edge",
-    workers: Annotated[int | None, typer.Option(min=1, help="Training processes.")] = None,
+    workers: Annotated[
+        str | None, typer.Option(help="Training processes: a number, or LEAST:MOST as in 1:4.")
+    ] = None,
     seed: int = 0,
     false_alarm_rate: Annotated[
         float, typer.Option(help="Share of normal images that may alert.")
     ] = 0.01,
     sets: Sets = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with this run, by its own options.", metavar="RUN")
+    ] = None,
     report: Report = None,
 ) -> None:
     """Train with Ray Train and register a version; the gate decides whether it becomes current."""
+    if (dataset is None) == (resume is None):
+        raise ValueError("wanted either --dataset NAME, or --resume RUN of a run that was cut off")
     from infra.settings import load_settings
-    from pipelines.train import TrainOptions
-    from pipelines.train import train as run
+    from pipelines import train as training
 
-    chosen = TrainOptions(
-        dataset=dataset,
-        model_name=model,
-        recipe=recipe,
-        overrides=key_values(sets),
-        workers=workers,
-        seed=seed,
-        false_alarm_rate=false_alarm_rate,
-    )
+    settings = load_settings()
     with progress_line("training") as progress:
-        done = run(load_settings(), chosen, progress)
+        if resume is not None:
+            done = training.resume(settings, model, resume, progress)
+        else:
+            chosen = training.TrainOptions(
+                dataset=str(dataset),
+                model_name=model,
+                recipe=recipe,
+                overrides=key_values(sets),
+                workers=training.parse_workers(workers) if workers else None,
+                seed=seed,
+                false_alarm_rate=false_alarm_rate,
+            )
+            done = training.train(settings, chosen, progress)
     out.print(f"{done.version} {done.decision}: {done.why}", markup=False)
     for note in done.notes:
         err.print(note, style="yellow", markup=False)

@@ -51,6 +51,10 @@ def numbers(text: str) -> list[int]:
         raise ValueError(f"{text}: wanted whole numbers with commas between") from None
 
 
+EVENTS = ("start", "tuning", "renewal")
+"""Stages of which every report is a line that stays: a run's name, its epochs, its renewals."""
+
+
 @contextmanager
 def progress_line(title: str) -> Iterator[Callable[[str, float, dict[str, Any]], None]]:
     """One line that says how far a long job is; stages go by as plain lines where no one looks."""
@@ -58,6 +62,8 @@ def progress_line(title: str) -> Iterator[Callable[[str, float, dict[str, Any]],
         with err.status(title) as live:
 
             def show(stage: str, fraction: float, figures: dict[str, Any]) -> None:
+                if stage in EVENTS:
+                    err.print(f"{title}: {stage}  {_figures(figures)}")
                 live.update(f"{title}: {stage} {fraction:.0%}  {_figures(figures)}")
 
             yield show
@@ -65,9 +71,11 @@ def progress_line(title: str) -> Iterator[Callable[[str, float, dict[str, Any]],
     seen: list[str] = []
 
     def say(stage: str, fraction: float, figures: dict[str, Any]) -> None:
-        if seen[-1:] != [stage]:
-            seen.append(stage)
+        if stage in EVENTS or "because" in figures:
+            err.print(f"{title}: {stage}  {_figures(figures)}", soft_wrap=True)
+        elif seen[-1:] != [stage]:
             err.print(f"{title}: {stage}", markup=False)
+        seen.append(stage)
 
     yield say
 

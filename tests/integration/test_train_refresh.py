@@ -1,19 +1,15 @@
-"""Training on a real Ray with two workers, and refreshes that die, race and are poisoned.
+"""Refreshes that die, race and are poisoned, on a real S3. Training is in test_train.py.
 
 The images are 64 px noise plates, defects carry a bright square, so that the right verdict is
 known. Refresh needs no Ray: its tests start from a version that was fitted once, in this process.
 """
 
-import contextlib
 import io
 import json
-import os
-import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
@@ -32,7 +28,6 @@ from pipelines.refresh import RefreshOptions, refresh_every, refresh_once
 from pipelines.registry import Registry
 from pipelines.scoring import calibrate, score_images
 from pipelines.sources import stack
-from pipelines.train import TrainOptions, train
 
 pytestmark = pytest.mark.integration
 
@@ -290,76 +285,3 @@ def test_the_loop_goes_on_after_what_may_pass(settings, deployed, monkeypatch):
 def test_without_a_model_refresh_says_what_to_do(settings, dataset):
     with pytest.raises(DataError, match="dpdl train"):
         refresh_once(settings, OPTIONS)
-
-
-# Training on Ray -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def ray_here():
-    import ray
-
-    from infra.ray_runtime import connect
-
-    connect()
-    yield
-    ray.shutdown()
-
-
-TRAIN = TrainOptions(
-    dataset="plates",
-    model_name="plates",
-    overrides=SMALL,
-    workers=2,
-    false_alarm_rate=RATE,
-)
-
-
-def a_train_worker() -> int:
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # Ray's processes come and go
-            if any("RayTrainWorker" in part for part in process.cmdline()):
-                return process.pid
-    raise AssertionError("no Ray Train worker runs")
-
-
-def test_two_workers_train_a_version_and_a_killed_one_is_started_again(settings, dataset, ray_here):
-    """kill -9 of a worker in the middle of the first attempt; the run ends in one version."""
-    stages, killed = [], []
-
-    def progress(stage, fraction, figures):
-        stages.append(stage)
-        if stage == "read" and not killed:
-            killed.append(a_train_worker())
-            os.kill(killed[0], signal.SIGKILL)
-
-    report = train(settings, TRAIN, progress)
-    assert killed
-    assert stages.count("read") > 2  # it began anew
-    assert (report.decision, report.why) == ("promoted", "the first version")
-    assert report.workers == 2
-    assert report.auroc > 0.9
-    assert 0 <= report.data_wait_share <= 1
-    store = ModelStore(settings)
-    assert store.list_versions("plates") == [report.version]
-    manifest = store.manifest("plates", report.version)
-    assert manifest["data"]["objects"] == snapshot(dataset)["objects"]
-    loaded = load(store, "plates", report.version)
-    held_out = images(settings, dataset.keys("calibration"), 64)
-    scores = score_images(loaded.model, held_out)
-    again, _ = calibrate(scores, [""] * len(scores), RATE)
-    assert again["default"] == pytest.approx(loaded.thresholds["default"], rel=1e-4)
-
-
-def test_training_again_goes_through_the_gate(settings, deployed, ray_here):
-    report = train(settings, TRAIN)
-    assert report.decision == "promoted", report.why
-    assert "AUROC on known defects" in report.why
-    assert deployed.current("plates").previous == "train-0"
-
-
-def test_a_worker_that_cannot_go_on_ends_the_run_in_one_line(settings, dataset, ray_here):
-    with pytest.raises(DataError, match="no such setting"):
-        train(settings, TrainOptions(dataset="plates", overrides={"nonsense": "1"}))
-    with pytest.raises(DataError, match="lower --workers"):
-        train(settings, TrainOptions(dataset="plates", overrides=SMALL, workers=64))

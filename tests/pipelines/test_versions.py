@@ -9,11 +9,12 @@ from ray.train import WorkerGroupError
 
 from infra.settings import load_settings
 from pipelines.held_out import HELD_OUT_OF, is_held_out
+from pipelines.ray_run import cause
 from pipelines.refresh import _Inputs
 from pipelines.registry import version_before
 from pipelines.sources import RowRef, task_environment, task_settings
 from pipelines.storage import shared_filesystem
-from pipelines.train import TrainOptions, cause
+from pipelines.train import TrainOptions, parse_workers
 
 
 @pytest.mark.parametrize(
@@ -92,10 +93,20 @@ def test_a_task_reads_the_same_settings_from_its_own_files(settings, monkeypatch
     assert task_settings(environment).s3 == settings.s3
 
 
-@pytest.mark.parametrize("change", [{"workers": 0}, {"false_alarm_rate": 0.0}])
+@pytest.mark.parametrize(
+    "change", [{"workers": 0}, {"workers": (2, 1)}, {"workers": (0, 2)}, {"false_alarm_rate": 0.0}]
+)
 def test_options_that_cannot_be_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         TrainOptions(dataset="d", **change)
+
+
+def test_workers_are_a_number_or_two_bounds():
+    assert parse_workers("2") == 2
+    assert parse_workers("1:4") == (1, 4)
+    for text in ("", "1:", "two", "1:2:3"):
+        with pytest.raises(ValueError, match="LEAST:MOST"):
+            parse_workers(text)
 
 
 def test_the_cause_of_a_failed_run_is_the_worker_that_failed_first():

@@ -1,0 +1,191 @@
+"""What a worker's tuning is given and keeps: its shard, new normals, and checkpoints in S3.
+
+The other half of dpdl_core.tune.Keeper. Checkpoints go through Ray Train's storage: rank 0 hands
+in a folder of safetensors and JSON, nothing is unpickled. Images are numbered by the objects' order
+and their rows, so a number means the same image on any number of workers.
+Letters: W workers.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray.train
+import torch
+import torch.distributed
+
+from dpdl_core.shard import Shard
+from dpdl_core.tune_state import TuneState
+from infra.settings import Settings
+from pipelines.dataset_index import incoming
+from pipelines.held_out import is_held_out
+from pipelines.run_record import EPOCHS, epochs_from_lines, epochs_to_lines
+from pipelines.sources import RowGroup, RowRef, StreamedImages, row_groups
+
+ARRIVED = "arrived.json"
+"""In a checkpoint: the objects of new normals that joined the run, in order, with their ETags."""
+
+
+class Numbers:
+    """The number of every image of some objects, in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, int] = {}
+        self._next = 0
+
+    def add(self, groups: Sequence[RowGroup]) -> None:
+        for group in groups:
+            self._first.setdefault(group.key, self._next)
+            self._next += group.rows
+
+    def of(self, rows: Sequence[RowRef]) -> torch.Tensor:
+        return torch.tensor([self._first[r.key] + r.row for r in rows], dtype=torch.long)
+
+
+class Open(Protocol):
+    def __call__(
+        self, groups: Sequence[RowGroup], keep: Callable[[RowRef], bool] | None = None
+    ) -> StreamedImages:
+        """This worker's share of some row groups."""
+        ...
+
+
+class WorkerKeeper:
+    """Keeper of one worker; every rank has one and they are called together."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        dataset: str,
+        open_images: Open,
+        files: Mapping[str, bytes],
+    ) -> None:
+        """files: of the checkpoint to go on from, none to start anew."""
+        self._settings, self._dataset, self._open = settings, dataset, open_images
+        self._files = dict(files)
+        self._numbers = Numbers()
+        self._sources: list[tuple[StreamedImages, torch.Tensor]] = []
+        self.epochs = epochs_from_lines(self._files.get(EPOCHS, b""))
+        self.arrived: dict[str, str] = json.loads(self._files.get(ARRIVED, b"{}"))
+        """Object -> ETag of the new normals that joined."""
+        self.left_out = torch.zeros(0, dtype=torch.long)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that reading was waited for, in all passes."""
+        return sum(source.waited_s for source, _ in self._sources)
+
+    def normals(self, groups: Sequence[RowGroup]) -> Shard:
+        """This worker's shard of the data set's normals, and of those that had joined before."""
+        self._numbers.add(groups)
+        shard = self._shard(groups)
+        for key in self.arrived:
+            shard = shard.and_also(self._joined([key]))
+        return shard
+
+    def resume(self) -> TuneState | None:
+        return TuneState.from_files(self._files) if self.epochs else None
+
+    def keep(self, state: TuneState, figures: dict[str, Any]) -> None:
+        """One checkpoint in S3; returns when it is whole."""
+        self.epochs.append(figures)
+        self.left_out = state.tensors["left_out"]
+        if _rank() != 0:
+            ray.train.report(figures)
+            return
+        files = state.to_files() | {
+            EPOCHS: epochs_to_lines(self.epochs),
+            ARRIVED: json.dumps(self.arrived).encode(),
+        }
+        report(figures, files)
+
+    def arrivals(self, at_least: int) -> Shard | None:
+        found = _from_first(lambda: self._new(at_least))
+        if not found:
+            return None
+        self.arrived |= found
+        return self._joined(list(found))
+
+    def digests(self, numbers: torch.Tensor) -> list[str]:
+        """Of the images of these numbers on all ranks: what a manifest calls them."""
+        mine = [
+            source.rows[place].digest
+            for source, known in self._sources
+            for place in torch.isin(known, numbers).nonzero().flatten().tolist()
+        ]
+        return sorted(digest for each in gather(mine) for digest in each)
+
+    def _new(self, at_least: int) -> dict[str, str]:
+        """Objects that have not joined, if they hold enough rows together."""
+        objects = {o.key: o.etag for o in incoming(self._settings, self._dataset)}
+        new = {key: etag for key, etag in objects.items() if key not in self.arrived}
+        rows = sum(group.rows for group in row_groups(self._settings, new))
+        return new if rows >= at_least else {}
+
+    def _joined(self, keys: Sequence[str]) -> Shard:
+        groups = row_groups(self._settings, keys)
+        self._numbers.add(groups)
+        # A share of new normals is never learnt from: refreshes judge candidates by it.
+        return self._shard(groups, lambda row: not is_held_out(row))
+
+    def _shard(
+        self, groups: Sequence[RowGroup], keep: Callable[[RowRef], bool] | None = None
+    ) -> Shard:
+        source = self._open(groups, keep)
+        part = (source, self._numbers.of(source.rows))
+        self._sources.append(part)
+        return Shard([part])
+
+
+def report(figures: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    """Hand files to Ray Train as this run's latest checkpoint, from rank 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            Path(folder, name).write_bytes(data)
+        ray.train.report(dict(figures), checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def latest() -> dict[str, bytes]:
+    """Files of the run's latest checkpoint; none at its first start."""
+    checkpoint = ray.train.get_checkpoint()
+    return {} if checkpoint is None else files_of(checkpoint)
+
+
+def files_of(checkpoint: Any) -> dict[str, bytes]:
+    with checkpoint.as_directory() as folder:
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+
+def gather(mine: Any) -> list[Any]:
+    """One object of every rank, in rank order, on every rank."""
+    if not torch.distributed.is_initialized():
+        return [mine]
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _from_first(look: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """What rank 0 sees, on every rank: two looks at S3 may differ. Its error is every rank's."""
+    error: Exception | None = None
+    found: dict[str, str] = {}
+    if _rank() == 0:
+        try:
+            found = look()
+        except Exception as failed:
+            error = failed
+    if torch.distributed.is_initialized():
+        box: list[Any] = [(found, error)]
+        torch.distributed.broadcast_object_list(box)
+        found, error = box[0]
+    if error is not None:
+        raise error
+    return found
+
+
+def _rank() -> int:
+    return int(ray.train.get_context().get_world_rank())

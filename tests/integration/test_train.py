@@ -1,0 +1,287 @@
+"""Training on a real Ray: as one, as two, killed, resumed, elastic, abandoned; what it records.
+
+Sixty-four pixel plates and a trunk of random weights, so that an epoch takes a second: what is
+tested is the machinery. test_tune.py has the same without Ray.
+"""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from dpdl_core import artifact
+from dpdl_core.config import override, recipe
+from dpdl_core.fit import fit
+from infra.errors import DataError
+from infra.model_store import ModelStore
+from pipelines.dataset_index import load_index, snapshot
+from pipelines.datasets import NewImage, import_dataset, put_incoming
+from pipelines.held_out import images
+from pipelines.promotion import load
+from pipelines.run_record import list_runs
+from pipelines.scoring import calibrate, score_images
+from pipelines.sources import stack
+from pipelines.train import TrainOptions, resume, train
+
+pytestmark = pytest.mark.integration
+
+FROZEN = {
+    "trunk": "test_efficientnet",
+    "weights": "random",
+    "image_size": "64",
+    "pooled_spaces": "5q",
+    "patch_spaces": "3-5",
+    "patch_prototypes": "12",
+    "patch_dims": "8",
+    "patch_side": "4",
+    "head_stages": "4-5",
+    "head_iterations": "10",
+    "pseudo_normals": "16",
+    "folds": "2",
+}
+TUNED = FROZEN | {
+    "tuned_stages": "2",
+    "tune_epochs": "5",
+    "tune_iterations": "4",
+    "tune_prototypes": "6",
+    "renew_every_epochs": "2",
+}
+CURVE = ("loss", "energy_of_normals", "transport", "margin", "dispersion", "residual_head")
+
+
+def plate(seed, *, spot=False):
+    """A 64 x 64 PNG of grey noise; with a bright square where it is a defect."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.normal(110, 12, (64, 64))
+    if spot:
+        x, y = rng.integers(4, 40, 2)
+        pixels[y : y + 20, x : x + 20] = 250
+    out = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "plates"
+    for kind, count, spot in (("normal", 80, False), ("anomaly/spot", 16, True)):
+        (root / kind).mkdir(parents=True)
+        for i in range(count):
+            (root / kind / f"{i:03}.png").write_bytes(plate(i + 1000 * spot, spot=spot))
+    return root
+
+
+@pytest.fixture
+def dataset(settings, folder):
+    import_dataset(settings, folder, "plates", shots=6, calibration_share=0.4)
+    return load_index(settings, "plates")
+
+
+@pytest.fixture(scope="module")
+def ray_here():
+    import ray
+
+    from infra.ray_runtime import connect
+
+    connect()
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def curves():
+    """Curves of trainings on the same data, filled by the first test."""
+    return {}
+
+
+def options(overrides=TUNED, **changes):
+    values = {"dataset": "plates", "workers": 2, "overrides": overrides, "false_alarm_rate": 0.1}
+    return TrainOptions(**values | changes)
+
+
+def curve(report):
+    return np.array([[epoch[name] for name in CURVE] for epoch in report.curve])
+
+
+def same_curve(report, want):
+    """Losses and energies of every epoch, once each; rounding adds up over twenty steps."""
+    assert [epoch["epoch"] for epoch in report.curve] == [1, 2, 3, 4, 5]
+    np.testing.assert_allclose(curve(report), want, rtol=0.02, atol=2e-3)
+
+
+def train_workers():
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # Ray's processes come and go
+            if any("RayTrainWorker" in part for part in process.cmdline()):
+                found.append(process.pid)
+    return found
+
+
+def test_one_worker_and_two_have_the_same_curve_even_at_the_same_time(
+    settings, dataset, ray_here, curves
+):
+    """On two cores: neither starves the other of its decode tasks."""
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(
+            lambda workers: train(settings, options(workers=workers, model_name=f"w{workers}")),
+            (1, 2),
+        )
+    assert (one.workers, two.workers, one.starts, two.starts) == (1, 2, 1, 1)
+    assert (one.epochs, one.steps) == (5, 20)
+    curves["plates"] = curve(one)
+    same_curve(two, curves["plates"])
+    assert [renewal["epoch"] for renewal in two.renewals] == [2, 4]
+    for mine, theirs in zip(one.renewals, two.renewals, strict=True):
+        same = ("kept", "replaced", "revived")
+        assert [mine[name] for name in same] == [theirs[name] for name in same]
+    assert 0 <= two.data_wait_share <= 1
+    assert two.auroc > 0.9
+    assert (two.decision, two.why) == ("promoted", "the first version")
+
+
+def test_a_killed_worker_goes_on_from_the_last_checkpoint(settings, dataset, ray_here, curves):
+    """kill -9 in mid-run; every epoch is there once, and the curve is that of an unharmed run."""
+    killed, read = [], []
+
+    def progress(stage, fraction, figures):
+        if stage == "read" and "epochs_done" in figures:
+            read.append(figures["epochs_done"])
+        if stage == "tuning" and figures["epoch"] == 3 and not killed:
+            killed.append(train_workers()[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    report = train(settings, options(), progress)
+    assert killed
+    assert report.starts == 2
+    assert read[0] == 0
+    assert 1 <= read[1] <= 4  # the controller takes note of a checkpoint a moment after it is made
+    same_curve(report, curves["plates"])
+    assert ModelStore(settings).list_versions("default") == [report.version]
+
+
+def test_a_killed_driver_is_resumed_to_the_version_of_its_name(settings, dataset, ray_here, curves):
+    code = "import sys; from cluster.cli import main; sys.argv[0] = 'dpdl'; main()"
+    sets = [f"--set={key}={value}" for key, value in TUNED.items()]
+    command = [sys.executable, "-c", code, "train", "--dataset=plates", "--workers=2", *sets]
+    address = ray_here.get_runtime_context().gcs_address
+    driver = subprocess.Popen(
+        [*command, "--false-alarm-rate=0.1"],
+        env=os.environ | {"RAY_ADDRESS": address},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in driver.stderr:
+            if "tuning" in line and "epoch 3" in line:
+                break
+    finally:
+        driver.kill()
+        driver.wait()
+    (run,) = list_runs(settings, "default")
+    assert ModelStore(settings).list_versions("default") == []
+    report = resume(settings, "default", run)
+    assert report.resumed
+    assert report.version == run
+    same_curve(report, curves["plates"])
+    again = resume(settings, "default", run)
+    assert (again.version, again.why, again.starts) == (run, report.why, 0)
+    assert ModelStore(settings).list_versions("default") == [run]
+    with pytest.raises(DataError, match=run):
+        resume(settings, "default", "train-of-nobody")
+
+
+def test_new_normals_join_an_elastic_run_and_all_is_recorded(settings, dataset, ray_here):
+    new = [NewImage(plate(5000 + i), "cam-1") for i in range(30)]
+    key = put_incoming(settings, "plates", new).key
+    overrides = TUNED | {"renew_every_epochs": "0", "renew_min_new": "20"}
+    report = train(settings, options(overrides, workers=(1, 2)))
+    assert report.workers in (1, 2)
+    (renewal,) = report.renewals
+    assert renewal["epoch"] == 1
+    assert 15 <= renewal["new_normals"] < 30  # one in five is held out for the gates to come
+    store = ModelStore(settings)
+    manifest = store.manifest("default", report.version)
+    assert manifest["data"]["objects"] == snapshot(dataset)["objects"]
+    assert list(manifest["data"]["incoming"]) == [key]
+    assert len(manifest["data"]["set_aside"]) == renewal["set_aside"]
+    files = store.fetch("default", report.version)
+    lines = [json.loads(line) for line in files["epochs.jsonl"].splitlines()]
+    assert lines == report.curve
+    assert files["curves.png"].startswith(b"\x89PNG")
+    record = json.loads(files["run.json"])
+    assert record["config"]["renew_min_new"] == 20
+    assert record["code"]["dpdl"]
+    assert record["data"]["objects"] == snapshot(dataset)["objects"]
+    assert load(store, "default", report.version).thresholds == report.thresholds
+
+
+class Abandoned(Exception):
+    pass
+
+
+def test_a_training_that_is_left_ends_its_workers(settings, dataset, ray_here):
+    def progress(stage, fraction, figures):
+        if stage == "tuning":
+            raise Abandoned
+
+    with pytest.raises(Abandoned):
+        train(settings, options(), progress)
+    deadline = time.monotonic() + 20
+    while train_workers() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not train_workers()
+    total = ray_here.cluster_resources()["CPU"]
+    while ray_here.available_resources().get("CPU") != total and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray_here.available_resources()["CPU"] == total
+
+
+def first_version(settings, dataset):
+    """A current version, fitted without Ray on what the training will see."""
+    normals = images(settings, dataset.keys("train", 0), 64)
+    defects = stack(images(settings, dataset.keys("train", 1), 64))
+    model = fit(override(recipe("edge"), FROZEN), normals, defects, seed=1)
+    held_out = images(settings, dataset.keys("calibration"), 64)
+    thresholds, _ = calibrate(score_images(model, held_out), [""] * held_out.num_images, 0.1)
+    manifest = {"kind": "train", "parent": None, "line": [], "data": snapshot(dataset)}
+    store = ModelStore(settings)
+    files = artifact.pack(model, thresholds=thresholds, metrics={})
+    store.put_version("default", "train-0", files, manifest)
+    store.move_pointer("default", "train-0", None, by="test", why="the first version")
+
+
+def test_a_recipe_without_tuning_begins_anew_when_a_worker_dies(settings, dataset, ray_here):
+    first_version(settings, dataset)
+    killed = []
+
+    def progress(stage, fraction, figures):
+        if stage == "read" and not killed:
+            killed.append(train_workers()[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    report = train(settings, options(FROZEN), progress)
+    assert (report.epochs, report.steps, report.curve) == (0, 0, [])
+    assert report.starts == 2
+    assert "AUROC on known defects" in report.why  # it went through the gate
+    files = ModelStore(settings).fetch("default", report.version)
+    assert files["curves.png"].startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_trained_is_told_in_one_line(settings, dataset, ray_here):
+    with pytest.raises(DataError, match="no such setting"):
+        train(settings, options({"nonsense": "1"}))
+    with pytest.raises(DataError, match="dpdl data import"):
+        train(settings, options(dataset="nothing"))
+    with pytest.raises(DataError, match="lower --workers"):
+        train(settings, options(workers=64))
