@@ -1,6 +1,6 @@
 """One Ray Train run, followed, and stopped when nobody follows it any more.
 
-Knows Ray and the worker's progress board; nothing of data sets or versions. Used by train.py.
+Knows Ray and the workers' progress board; nothing of data sets or versions. Used by train.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from infra.errors import DpdlError
 from pipelines.dataset_index import Progress
+from pipelines.train_worker import FAILED
 
 POLL_S = 0.5
 STARTING_S = 20.0
@@ -68,7 +69,10 @@ class RayRun(threading.Thread):
             self._error = error
 
     def follow(self, progress: Progress | None) -> list[tuple[str, float, dict[str, Any]]]:
-        """Pass the workers' progress on until the run ends; all of it, in order."""
+        """Pass the workers' progress on until the run ends; all of it, in order.
+
+        Raises DpdlError when a worker says that it met an error which would come again.
+        """
         seen: list[tuple[str, float, dict[str, Any]]] = []
         tell = progress or (lambda stage, fraction, figures: None)
         alive, started, told = True, time.monotonic(), False
@@ -76,6 +80,8 @@ class RayRun(threading.Thread):
             self.join(POLL_S)
             alive = self.is_alive()
             for entry in ray.get(self._board.take.remote()):
+                if entry[0] == FAILED:
+                    raise DpdlError(f"training failed: {entry[2]['error']}")
                 seen.append(entry)
                 tell(*entry)
             if alive and not seen and not told and time.monotonic() - started > STARTING_S:

@@ -156,6 +156,8 @@ def read_with_ray(
             }
 
     def read() -> Iterator[Decoded]:
+        if not groups:  # more workers than row groups
+            return
         import ray.data
 
         context = ray.data.DataContext.get_current()

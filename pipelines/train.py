@@ -51,7 +51,7 @@ from pipelines.train_keeper import files_of
 from pipelines.train_worker import FIGURES, ProgressBoard, TrainJob, train_loop
 
 WORKER_CPUS = 0.5
-MAX_FAILURES = 3
+MAX_FAILURES = 2
 S3_PATIENCE_S = 900.0
 """How long a finished training waits for S3 to take it: its minutes are worth more."""
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -28,6 +29,7 @@ from dpdl_core import artifact
 from dpdl_core.config import from_json
 from dpdl_core.fit import fit
 from dpdl_core.metrics import auroc, average_precision
+from infra.errors import DpdlError
 from pipelines.run_record import CURVES, EPOCHS, draw, epochs_to_lines
 from pipelines.scoring import Observed, calibrate, drift_reference, observe, yield_cores
 from pipelines.sources import (
@@ -67,6 +69,10 @@ class TrainJob:
     """Handle of the ProgressBoard."""
 
 
+FAILED = "failed"
+"""A stage on the board: the workers met an error that trying again will not mend."""
+
+
 class ProgressBoard:
     """A Ray actor where rank 0 writes how far it is, and the driver reads it."""
 
@@ -90,8 +96,20 @@ class ProgressBoard:
 
 
 def train_loop(config: dict[str, TrainJob]) -> None:
-    """Ray Train's entry: fit, score, and on rank 0 report the packed version."""
-    worker = _Worker(config["job"])
+    """Ray Train's entry. What would fail again is told to the driver, which ends the run; all
+    other errors are Ray Train's to answer: it starts the workers again."""
+    job = config["job"]
+    try:
+        _train(job)
+    except (ValueError, DpdlError) as error:
+        if not getattr(error, "retryable", False):
+            ray.get(job.board.put.remote(FAILED, 0.0, {"error": str(error)}))
+        raise
+
+
+def _train(job: TrainJob) -> None:
+    """Fit, score, and on rank 0 report the packed version."""
+    worker = _Worker(job)
     if FIGURES in worker.before:
         return  # the version is packed: a worker died after that
     started = time.perf_counter()

@@ -22,7 +22,7 @@ from PIL import Image
 from dpdl_core import artifact
 from dpdl_core.config import override, recipe
 from dpdl_core.fit import fit
-from infra.errors import DataError
+from infra.errors import DataError, DpdlError
 from infra.model_store import ModelStore
 from pipelines.dataset_index import load_index, snapshot
 from pipelines.datasets import NewImage, import_dataset, put_incoming
@@ -285,3 +285,12 @@ def test_what_cannot_be_trained_is_told_in_one_line(settings, dataset, ray_here)
         train(settings, options(dataset="nothing"))
     with pytest.raises(DataError, match="lower --workers"):
         train(settings, options(workers=64))
+    read = []
+    with pytest.raises(DpdlError, match="training failed: space '9'"):
+        train(
+            settings,
+            options(FROZEN | {"pooled_spaces": "9"}),
+            lambda stage, fraction, figures: read.append("workers" in figures),
+        )
+    assert read.count(True) == 1  # it would fail again: nobody tries
+    assert not train_workers()
