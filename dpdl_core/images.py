@@ -36,6 +36,7 @@ MAX_PIXELS = 64_000_000
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the encoded image
 
+_STRIP_ROWS = 256
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PILLOW_FORMATS = ("BMP", "GIF", "PPM", "TIFF", "WEBP")
 
@@ -141,7 +142,7 @@ def _decode_png(data: bytes, max_pixels: int) -> Pixels:
         raise ImageRejected("corrupt", f"PNG: {error.err}") from None
     if bgr is None:
         raise ImageRejected("corrupt", "PNG: the pixel data cannot be decompressed")
-    return _to_rgb8(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
+    return cv2.cvtColor(_to_rgb8(bgr), cv2.COLOR_BGR2RGB)  # type: ignore[return-value]
 
 
 def _check_png(data: bytes, max_pixels: int) -> None:
@@ -208,9 +209,16 @@ def _pillow_to_rgb8(image: Image.Image) -> Pixels:
 
 
 def _to_rgb8(pixels: npt.NDArray[np.generic]) -> Pixels:
-    """uint8 or uint16 (H, W) or (H, W, 3) -> uint8 (H, W, 3); 65535 becomes 255 and 0 stays 0."""
+    """uint8 or uint16 (H, W) or (H, W, 3) -> uint8 (H, W, 3); 65535 becomes 255 and 0 stays 0.
+
+    The order of channels stays.
+    """
     if pixels.dtype == np.uint16:
-        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        deep, pixels = pixels, np.empty(pixels.shape, np.uint8)
+        # By strips: as a whole, 64 million pixels would take 2 GB on the way.
+        for top in range(0, len(deep), _STRIP_ROWS):
+            rows = slice(top, top + _STRIP_ROWS)
+            pixels[rows] = (deep[rows].astype(np.uint32) + 128) // 257
     elif pixels.dtype != np.uint8:
         raise ImageRejected("unsupported", f"pixels of type {pixels.dtype}; save 8 or 16 bit")
     if pixels.ndim == 2:

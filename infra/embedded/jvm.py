@@ -87,7 +87,11 @@ def class_path(cache_dir: Path, say: Callable[[str], None], jars: list[Jar] | No
 
 
 def command(
-    cache_dir: Path, say: Callable[[str], None], *, record_to: Path | None = None
+    cache_dir: Path,
+    say: Callable[[str], None],
+    *,
+    heap_mb: int = 512,
+    record_to: Path | None = None,
 ) -> list[str]:
     """`java` with our options and the verified class path; a main class comes next.
 
@@ -100,7 +104,7 @@ def command(
         aot = [f"-XX:AOTCacheOutput={record_to}"]
     else:
         aot = [f"-XX:AOTCache={archive}"] if archive.exists() else []
-    return [str(program()), "-Xmx512m", *aot, *_OPTIONS, _LOGGING, "-cp", classes]
+    return [str(program()), f"-Xmx{heap_mb}m", *aot, *_OPTIONS, _LOGGING, "-cp", classes]
 
 
 def archive_path(cache_dir: Path) -> Path:

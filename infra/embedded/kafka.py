@@ -1,6 +1,8 @@
-"""Apache Kafka 4.4 itself: one KRaft node on the JVM that comes by pip.
+"""Apache Kafka 4.4 itself: a KRaft node on the JVM that comes by pip, alone or one of several.
 
 Clients authenticate by SASL/SCRAM, the controller listener by SASL/PLAIN; both on loopback.
+The stack runs one node and speaks plainly; several nodes, and TLS, are what the tests of faults
+and of security run, from this same code.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra.embedded import jvm
@@ -20,27 +23,49 @@ from infra.embedded.service import (
     Command,
     Place,
     ServiceName,
+    Tls,
     plain_environment,
 )
 from infra.errors import ServiceUnavailable
 
 _SCRAM = "SCRAM-SHA-256"
 _FORMAT_TIMEOUT_S = 120
+RETENTION_MB = 512
+"""Per partition of a topic: four partitions of frames and the dead letters stay below 3 GB."""
 
 
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A node of a cluster as the others know it."""
+
+    controller_port: int
+    directory_id: str
+    """A UUID in Kafka's spelling, as new_secret("cluster_id") makes them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Kafka:
-    name: ServiceName = "kafka"
-    title = "Apache Kafka"
-    port_uses = ("client", "controller")
-    secret_names = ("password", "controller_password", "cluster_id")
-    grace_s = 15.0
+    node: int = 1
+    peers: Mapping[int, Peer] = field(default_factory=dict)
+    """Every node of the cluster by its number, this one too; empty: it is alone."""
+    heap_mb: int = 512
+    tls: Tls | None = None
+    """Clients and other nodes then come by SASL_SSL."""
+
+    name: ServiceName = field(default="kafka", init=False)
+    title: str = field(default="Apache Kafka", init=False)
+    port_uses: tuple[str, ...] = field(default=("client", "controller"), init=False)
+    secret_names: tuple[str, ...] = field(
+        default=("password", "controller_password", "cluster_id"), init=False
+    )
+    grace_s: float = field(default=15.0, init=False)
 
     def fetch(self, cache_dir: Path, say: Callable[[str], None]) -> None:
         jvm.program()
         jvm.class_path(cache_dir, say)
 
     def prepare(self, place: Place) -> Command:
-        java = jvm.command(place.cache_dir, place.say)
+        java = jvm.command(place.cache_dir, place.say, heap_mb=self.heap_mb)
         self.lay_out(place, java)
         return self.run(place, java)
 
@@ -57,7 +82,7 @@ class Kafka:
         Raises ServiceUnavailable with what Kafka's own tool says.
         """
         properties = place.home / "server.properties"
-        write_private(properties, _properties(place))
+        write_private(properties, self._properties(place))
         formatted = place.home / "formatted"
         if formatted.exists():
             return
@@ -65,8 +90,7 @@ class Kafka:
         (place.home / "tmp").mkdir(exist_ok=True)
         credential = f"{_SCRAM}=[name={USER},password={place.secrets['password']}]"
         words = ["format", "-t", place.secrets["cluster_id"], "-c", str(properties)]
-        words += ["--standalone", "--ignore-formatted", "--add-scram", credential]
-        arguments = place.home / "format.args"
+        words += [*self._quorum(), "--ignore-formatted", "--add-scram", credential]
         # "@file" is read by the tool itself, so that the password is on no command line.
         arguments = place.home / "format.args"
         write_private(arguments, "\n".join(words))
@@ -94,7 +118,8 @@ class Kafka:
         timeout_ms = int(PROBE_TIMEOUT_S * 1000)
         admin = KafkaAdminClient(
             bootstrap_servers=f"{HOST}:{address[1]}",
-            security_protocol="SASL_PLAINTEXT",
+            security_protocol=self._protocol,
+            ssl_cafile=str(self.tls.ca) if self.tls else None,
             sasl_mechanism=_SCRAM,
             sasl_plain_username=USER,
             sasl_plain_password=place.secrets["password"],
@@ -107,32 +132,51 @@ class Kafka:
             admin.close()
 
     def settings(self, place: Place) -> dict[str, object]:
-        return {
+        found: dict[str, object] = {
             "bootstrap": f"{HOST}:{place.ports['client']}",
-            "security_protocol": "SASL_PLAINTEXT",
+            "security_protocol": self._protocol,
             "sasl_mechanism": _SCRAM,
             "sasl_username": USER,
             "sasl_password": place.secrets["password"],
+            # Topics that we create: a laptop keeps less than a plant.
+            "retention_mb": RETENTION_MB,
         }
+        return found | ({"tls_ca": str(self.tls.ca)} if self.tls else {})
 
     def litter(self, place: Place) -> list[Path]:
         return []
 
+    @property
+    def _protocol(self) -> str:
+        return "SASL_SSL" if self.tls else "SASL_PLAINTEXT"
 
-def _properties(place: Place) -> str:
-    client, controller = place.ports["client"], place.ports["controller"]
-    scram = "org.apache.kafka.common.security.scram.ScramLoginModule"
-    plain = "org.apache.kafka.common.security.plain.PlainLoginModule"
-    password, inner = place.secrets["password"], place.secrets["controller_password"]
-    return f"""\
+    def _quorum(self) -> list[str]:
+        """How the storage tool is told of the controllers."""
+        if not self.peers:
+            return ["--standalone"]
+        voters = (
+            f"{node}@{HOST}:{peer.controller_port}:{peer.directory_id}"
+            for node, peer in self.peers.items()
+        )
+        return ["--initial-controllers", ",".join(voters)]
+
+    def _properties(self, place: Place) -> str:
+        client, controller = place.ports["client"], place.ports["controller"]
+        scram = "org.apache.kafka.common.security.scram.ScramLoginModule"
+        plain = "org.apache.kafka.common.security.plain.PlainLoginModule"
+        password, inner = place.secrets["password"], place.secrets["controller_password"]
+        controllers = [peer.controller_port for peer in self.peers.values()] or [controller]
+        copies = min(3, len(controllers))
+        in_sync = 2 if copies == 3 else 1
+        return f"""\
 process.roles=broker,controller
-node.id=1
-controller.quorum.bootstrap.servers={HOST}:{controller}
+node.id={self.node}
+controller.quorum.bootstrap.servers={",".join(f"{HOST}:{port}" for port in controllers)}
 listeners=CLIENT://{HOST}:{client},CONTROLLER://{HOST}:{controller}
 advertised.listeners=CLIENT://{HOST}:{client},CONTROLLER://{HOST}:{controller}
 inter.broker.listener.name=CLIENT
 controller.listener.names=CONTROLLER
-listener.security.protocol.map=CLIENT:SASL_PLAINTEXT,CONTROLLER:SASL_PLAINTEXT
+listener.security.protocol.map=CLIENT:{self._protocol},CONTROLLER:SASL_PLAINTEXT
 sasl.mechanism.inter.broker.protocol=SCRAM-SHA-256
 sasl.mechanism.controller.protocol=PLAIN
 listener.name.client.sasl.enabled.mechanisms=SCRAM-SHA-256
@@ -144,16 +188,16 @@ listener.name.controller.plain.sasl.jaas.config={plain} required \\
 log.dirs={place.home / "data"}
 auto.create.topics.enable=false
 
-# one node: nothing is replicated
-default.replication.factor=1
-min.insync.replicas=1
-offsets.topic.replication.factor=1
+# alone, nothing is replicated
+default.replication.factor={copies}
+min.insync.replicas={in_sync}
+offsets.topic.replication.factor={copies}
 offsets.topic.num.partitions=4
-transaction.state.log.replication.factor=1
-transaction.state.log.min.isr=1
+transaction.state.log.replication.factor={copies}
+transaction.state.log.min.isr={in_sync}
 transaction.state.log.num.partitions=4
-share.coordinator.state.topic.replication.factor=1
-share.coordinator.state.topic.min.isr=1
+share.coordinator.state.topic.replication.factor={copies}
+share.coordinator.state.topic.min.isr={in_sync}
 share.coordinator.state.topic.num.partitions=4
 group.initial.rebalance.delay.ms=0
 # after kill -9 it waits for its own dead session: back in 3.5 s, with the defaults in 11 s
@@ -171,4 +215,15 @@ message.max.bytes=34603008
 replica.fetch.max.bytes=34603008
 num.network.threads=2
 num.io.threads=4
+{self._tls_lines()}"""
+
+    def _tls_lines(self) -> str:
+        if not self.tls:
+            return ""
+        # Kafka wants a key and its certificate in one PEM file. Nodes are clients of each other.
+        return f"""
+ssl.keystore.type=PEM
+ssl.keystore.location={self.tls.key}
+ssl.truststore.type=PEM
+ssl.truststore.location={self.tls.ca}
 """

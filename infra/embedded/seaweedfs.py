@@ -12,6 +12,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -24,18 +25,23 @@ from infra.embedded.service import (
     Command,
     Place,
     ServiceName,
+    Tls,
     not_installed,
     plain_environment,
 )
 
 
+@dataclass(frozen=True, slots=True)
 class SeaweedFs:
-    name: ServiceName = "s3"
-    title = "SeaweedFS"
-    port_uses = ("s3", "filer", "master", "volume")
-    secret_names = ("access_key", "secret_key")
+    tls: Tls | None = None
+    """The S3 port then speaks https; the stack's own speaks plainly."""
+
+    name: ServiceName = field(default="s3", init=False)
+    title: str = field(default="SeaweedFS", init=False)
+    port_uses: tuple[str, ...] = field(default=("s3", "filer", "master", "volume"), init=False)
+    secret_names: tuple[str, ...] = field(default=("access_key", "secret_key"), init=False)
     # It waits for its own open streams and never ends by itself; kill -9 loses nothing.
-    grace_s = 1.0
+    grace_s: float = field(default=1.0, init=False)
 
     def fetch(self, cache_dir: Path, say: Callable[[str], None]) -> None:
         _program()
@@ -74,6 +80,8 @@ class SeaweedFs:
             "-volume.minFreeSpace=1GiB",  # the default, 1 % of the disk, can be more than is free
             "-master.electionTimeout=1s",
         ]
+        if self.tls:  # with no https port of its own, -s3.port speaks https
+            argv += [f"-s3.cert.file={self.tls.certificate}", f"-s3.key.file={self.tls.key}"]
         # One volume to begin a bucket with, not seven.
         environment = {**plain_environment(), "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
         return Command(argv, place.home, environment)
@@ -87,25 +95,27 @@ class SeaweedFs:
         with urlopen(status, timeout=PROBE_TIMEOUT_S) as answer:
             if not json.load(answer)["Topology"].get("Max"):
                 raise ConnectionError("no volume server yet")
-        pool = urllib3.PoolManager(timeout=PROBE_TIMEOUT_S, retries=False)
+        ca = str(self.tls.ca) if self.tls else None
+        pool = urllib3.PoolManager(timeout=PROBE_TIMEOUT_S, retries=False, ca_certs=ca)
         try:
             Minio(
                 f"{HOST}:{place.ports['s3']}",
                 access_key=place.secrets["access_key"],
                 secret_key=place.secrets["secret_key"],
-                secure=False,
+                secure=self.tls is not None,
                 http_client=pool,
             ).list_buckets()
         finally:
             pool.clear()
 
     def settings(self, place: Place) -> dict[str, object]:
-        return {
+        found: dict[str, object] = {
             "endpoint": f"{HOST}:{place.ports['s3']}",
             "access_key": place.secrets["access_key"],
             "secret_key": place.secrets["secret_key"],
-            "secure": False,
+            "secure": self.tls is not None,
         }
+        return found | ({"tls_ca": str(self.tls.ca)} if self.tls else {})
 
     def litter(self, place: Place) -> list[Path]:
         temporary = Path("/tmp")

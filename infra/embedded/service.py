@@ -29,6 +29,15 @@ class Command:
 
 
 @dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM files of a server that speaks TLS; the certificate is for 127.0.0.1."""
+
+    certificate: Path
+    key: Path
+    ca: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where one service lives: its folder, its ports by use, its secrets by name."""
 

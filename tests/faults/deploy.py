@@ -1,0 +1,20 @@
+"""The application as `dpdl serve` deploys it, with two consumers; it ends with its stdin.
+
+    python tests/faults/deploy.py MODEL
+
+A process of its own, so that a fault can take all of Ray with it, driver included.
+"""
+
+import sys
+
+import ray
+
+from infra.settings import load_settings
+from serving import app
+
+if __name__ == "__main__":
+    app.deploy(load_settings(), model_name=sys.argv[1], consumers=2, device="cpu", deadline_s=300)
+    print("running", flush=True)
+    sys.stdin.read()
+    app.shutdown()
+    ray.shutdown()
