@@ -174,10 +174,10 @@ class CameraFacts:
 
 
 class WatchMetrics:
-    """What the stores say, whoever is alive to process it. One thread calls; see GAUGES_S.
+    """What the stores say, whoever is alive to process it; for gauges see GAUGES_S.
 
-    Counters follow totals that the stores keep: they begin at the total and are never lowered, so
-    that a restart is what Prometheus takes any restarted counter for.
+    Counters, set from one thread, follow totals that the stores keep: they begin at the total and
+    are never lowered, so that a restart is what Prometheus takes any restarted counter for.
     """
 
     def __init__(self) -> None:
@@ -196,6 +196,9 @@ class WatchMetrics:
             "dpdl_lag_frames",
             "Frames in Kafka whose result is not yet published.",
             ("topic", "partition"),
+        )
+        self._up = Gauge(
+            "dpdl_store_up", "1 for a store that answers, 0 for one that does not.", ("store",)
         )
         self._last_frame = Gauge(
             "dpdl_camera_last_frame_timestamp_seconds",
@@ -217,6 +220,9 @@ class WatchMetrics:
             "When the gate last decided so (Unix seconds), 0 for never.",
             ("model", "decision"),
         )
+
+    def store(self, store: str, *, up: bool) -> None:
+        self._up.set(int(up), {"store": store})
 
     def counts(self, camera: str, frames: int, anomalies: int, alerts: int) -> None:
         """Totals of one camera, as Redis keeps them."""

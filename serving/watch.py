@@ -1,9 +1,10 @@
-"""What the stores say of the stream, as metrics: lag, cameras, outcomes, refreshes.
+"""What the stores say of the stream, as metrics: lag, cameras, outcomes, refreshes; or that they do
+not answer.
 
 Looks from outside: at Kafka's ends, at Redis, at the decisions in S3. So lag grows and cameras fall
 silent in the metrics also when no consumer is alive to say so, and a restart of any replica loses
-no count: counters are brought up to what Redis holds, which is exactly once. Runs as a thread of
-the one console replica.
+no count: counters are brought up to what Redis holds, which is exactly once. Runs in threads of the
+one console replica.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DECISIONS = ("promoted", "held")
 
 
 class Watch:
-    """Looks every GAUGES_S from a daemon thread; a store that is away only costs its own figures.
+    """Looks every GAUGES_S from daemon threads; a store that is away only costs its own figures.
 
     Args:
         model_name: whose refreshes are counted.
@@ -47,37 +48,47 @@ class Watch:
         self._decisions: Recorded | None = None
         self._found: list[Decision] = []
         self._listed_s = float("-inf")
-        self._failing: dict[str, str] = {}
+        self._trouble: dict[str, str | None] = {}
+        """Store -> why it cannot be looked at; None for one that answers."""
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopping.set()
-
-    def _run(self) -> None:
         looks = {
             "Kafka": self._look_at_lag,
             "Redis": self._look_at_cameras,
             "S3": self._look_at_decisions,
         }
-        while True:
-            self._replica.alive()
-            for store, look in looks.items():
-                self._patiently(store, look)
-            if self._stopping.wait(GAUGES_S):
-                return
+        # A thread for each: one that waits for a store must not silence what is known of another.
+        threads = [threading.Thread(target=self._show, name="watch", daemon=True)]
+        for store, look in looks.items():
+            threads.append(
+                threading.Thread(
+                    target=self._follow, args=(store, look), name=f"watch {store}", daemon=True
+                )
+            )
+        for thread in threads:
+            thread.start()
 
-    def _patiently(self, store: str, look: Callable[[], None]) -> None:
-        try:
-            look()
-            self._failing.pop(store, None)
-        except DpdlError as error:
-            if self._failing.get(store) != str(error):
-                log.warning("cannot look at %s: %s", store, error)
-            self._failing[store] = str(error)
-        except Exception:  # whatever a store holds, the other figures go on
-            log.exception("looking at %s", store)
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def _show(self) -> None:
+        while not self._stopping.is_set():
+            self._replica.alive()
+            for store, trouble in list(self._trouble.items()):
+                self._metrics.store(store, up=trouble is None)
+            self._stopping.wait(GAUGES_S)
+
+    def _follow(self, store: str, look: Callable[[], None]) -> None:
+        while not self._stopping.is_set():
+            try:
+                look()
+                self._trouble[store] = None
+            except DpdlError as error:
+                if self._trouble.get(store) != str(error):
+                    log.warning("cannot look at %s: %s", store, error)
+                self._trouble[store] = str(error)
+            except Exception:  # whatever a store holds, the next look may find something else
+                log.exception("looking at %s", store)
+            self._stopping.wait(GAUGES_S)
 
     def _look_at_lag(self) -> None:
         topic, group = self._settings.kafka.topic, self._settings.kafka.group
@@ -95,7 +106,10 @@ class Watch:
             raise
         behind = {}
         for place, end in ends.items():
-            stored = self._results.next_offset(group, topic, place.partition)
+            try:
+                stored = self._results.next_offset(group, topic, place.partition)
+            except DpdlError:
+                return  # Kafka answers; that Redis does not is said by its own thread
             # Before the first result, all that Kafka holds waits.
             behind[place.partition] = max(0, end - (begins[place] if stored is None else stored))
         self._metrics.lag(topic, behind)

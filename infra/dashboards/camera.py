@@ -21,6 +21,13 @@ from infra.dashboards.panels import (
 )
 from infra.dashboards.queries import ALERT_COLUMNS, ALERT_LINKS, LAST_FRAME, alarm_rate, quantile
 
+THRESHOLD = override(
+    "threshold",
+    color={"mode": "fixed", "fixedColor": RED},
+    custom__showPoints="never",
+    custom__lineStyle={"fill": "dash", "dash": [10, 10]},
+)
+
 
 def camera(console_url: str) -> Json:
     mine = '{camera="$camera"}'
@@ -33,20 +40,22 @@ def camera(console_url: str) -> Json:
             [
                 timeseries(
                     "Score against threshold",
-                    prom(quantile(0.5, "ray_dpdl_score", where=mine), "score p50"),
-                    prom(quantile(0.95, "ray_dpdl_score", where=mine), "score p95"),
-                    prom(quantile(0.99, "ray_dpdl_score", where=mine), "score p99"),
-                    prom(f"max(ray_dpdl_threshold{mine})", "threshold"),
-                    help="Quantiles of the scores; what lies above the threshold is an anomaly. "
-                    "Beyond the first 100 cameras of a consumer there is only the camera `other`.",
+                    api(
+                        "/api/v1/cameras/${camera:percentencode}/scores",
+                        "scores",
+                        {
+                            "captured_at_ms": ("Time", "timestamp_epoch"),
+                            "score": ("score", "number"),
+                            "threshold": ("threshold", "number"),
+                        },
+                        params={"count": "500", "from": "${__from}", "to": "${__to}"},
+                        format="timeseries",
+                    ),
+                    points=True,
+                    help="Every frame, from the alert API: the newest 500 of the time shown. What "
+                    "lies above the threshold is an anomaly.",
                     size=(16, 9),
-                    overrides=[
-                        override(
-                            "threshold",
-                            color={"mode": "fixed", "fixedColor": RED},
-                            custom__lineStyle={"fill": "dash", "dash": [10, 10]},
-                        )
-                    ],
+                    overrides=[THRESHOLD],
                 ),
                 stat(
                     "Silent for",
@@ -67,6 +76,17 @@ def camera(console_url: str) -> Json:
             ],
             [
                 timeseries(
+                    "Score quantiles",
+                    prom(quantile(0.5, "ray_dpdl_score", where=mine), "score p50"),
+                    prom(quantile(0.95, "ray_dpdl_score", where=mine), "score p95"),
+                    prom(quantile(0.99, "ray_dpdl_score", where=mine), "score p99"),
+                    prom(f"max(ray_dpdl_threshold{mine})", "threshold"),
+                    help="Over any time, from Prometheus. Beyond the first 100 cameras of a "
+                    "consumer there is only the camera `other`.",
+                    size=(8, 8),
+                    overrides=[THRESHOLD],
+                ),
+                timeseries(
                     "Frames by outcome",
                     prom(
                         f"sum by (outcome) (rate(ray_dpdl_frames_total{mine}[$__rate_interval]))",
@@ -75,7 +95,7 @@ def camera(console_url: str) -> Json:
                     unit="reqps",
                     stacked=True,
                     help="Anomaly: over the threshold, but not often enough for an alert (k of n).",
-                    size=(12, 8),
+                    size=(8, 8),
                 ),
                 timeseries(
                     "Drift",
@@ -84,7 +104,7 @@ def camera(console_url: str) -> Json:
                     "held-out normals: under 0.1 nothing, above 0.25 it has moved. Empty for the "
                     "first 200 frames of a process or version, and where a version has under 40 "
                     "held-out normals.",
-                    size=(12, 8),
+                    size=(8, 8),
                     defaults={"thresholds": steps((None, GREEN), (0.1, YELLOW), (0.25, RED))},
                 ),
             ],

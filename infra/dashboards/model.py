@@ -6,6 +6,7 @@ from infra.dashboards.panels import (
     GREEN,
     RED,
     Json,
+    api,
     dashboard,
     labels,
     panel,
@@ -117,6 +118,47 @@ def model() -> Json:
             [
                 _distribution("Scores before", "$before"),
                 _distribution("Scores after", "$after"),
+            ],
+            [
+                table(
+                    "Versions and what the gate decided",
+                    api(
+                        "/api/v1/versions",
+                        "versions",
+                        {
+                            "version": ("Version", "string"),
+                            "current": ("Current", "boolean"),
+                            "kind": ("Kind", "string"),
+                            "created_at": ("Made", "timestamp"),
+                            "decision": ("Gate", "string"),
+                            "why": ("Why", "string"),
+                            "auroc": ("AUROC", "number"),
+                            "threshold": ("Threshold", "number"),
+                            "new_normals": ("New normals", "number"),
+                            "parent": ("From", "string"),
+                        },
+                        params={"count": "100"},
+                    ),
+                    help="The newest 100, from the alert API. AUROC is of the test split, measured "
+                    "at training.",
+                    size=(16, 9),
+                ),
+                table(
+                    "Promotions and rollbacks",
+                    api(
+                        "/api/v1/versions",
+                        "promotions",
+                        {
+                            "at": ("When", "timestamp"),
+                            "version": ("Version", "string"),
+                            "by": ("By", "string"),
+                            "why": ("Why", "string"),
+                        },
+                        params={"count": "1"},
+                    ),
+                    help="Every move of the pointer, the newest first; the last 200.",
+                    size=(8, 9),
+                ),
             ],
             [
                 table(

@@ -102,8 +102,14 @@ def panel(
     }
 
 
-def timeseries(title: str, *queries: Json, stacked: bool = False, **kw: Any) -> Json:
-    custom: Json = {"lineWidth": 1, "fillOpacity": 20 if stacked else 5, "showPoints": "never"}
+def timeseries(
+    title: str, *queries: Json, stacked: bool = False, points: bool = False, **kw: Any
+) -> Json:
+    custom: Json = {
+        "lineWidth": 1,
+        "fillOpacity": 20 if stacked else 5,
+        "showPoints": "always" if points else "never",
+    }
     if stacked:
         custom["stacking"] = {"mode": "normal", "group": "A"}
     defaults = {"custom": custom, "min": 0} | kw.pop("defaults", {})

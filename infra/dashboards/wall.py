@@ -158,7 +158,10 @@ def wall(console_url: str) -> Json:
                         "cameras",
                         {
                             "camera": ("Camera", "string"),
+                            "state": ("State", "string"),
+                            "alert_share": ("Alarm rate", "number"),
                             "last_captured_at_ms": ("Last frame", "timestamp_epoch"),
+                            "last_alert_at_ms": ("Last alert", "timestamp_epoch"),
                             "frames": ("Frames", "number"),
                             "anomalies": ("Anomalies", "number"),
                             "alerts": ("Alerts", "number"),
@@ -169,12 +172,14 @@ def wall(console_url: str) -> Json:
                             "version": ("Version", "string"),
                         },
                     ),
-                    help="Counts since the beginning, from the alert API.",
+                    help="The worst first, from the alert API; alarm rate of about 15 minutes, "
+                    "counts since the beginning.",
                     size=(24, 12),
-                    sort="Alerts",
                     overrides=[
                         override("Camera", links=link("Camera", CAMERA_LINK + "${__value.raw}")),
                         override("Last frame", unit="dateTimeFromNow"),
+                        override("Last alert", unit="dateTimeFromNow"),
+                        override("Alarm rate", unit="percentunit"),
                     ],
                 )
             ],

@@ -36,7 +36,8 @@ def test_every_rule_says_what_is_the_matter_and_what_to_do() -> None:
     found = {rule["alert"] for rule in rules()}
     assert found == {
         "CameraSilent", "LagGrowing", "LatencyOverBudget", "AlarmRateJumped", "Drift",
-        "DeadLetters", "VersionRefused", "RefreshHeld", "ReplicaRestarting", "NothingScraped",
+        "DeadLetters", "VersionRefused", "RefreshHeld", "StoreAway", "ReplicaRestarting",
+        "NothingScraped",
     }  # fmt: skip
     for rule in rules():
         assert rule["labels"]["severity"] in ("warning", "critical")

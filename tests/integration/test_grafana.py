@@ -26,8 +26,10 @@ from cluster.cli import app
 from infra.dashboards import dashboards
 from infra.errors import AuthFailed, DataError, ServiceUnavailable, SettingsError
 from infra.grafana_client import Grafana, announce_move
-from infra.model_store import Move, Pointer
+from infra.model_store import ModelStore, Move, Pointer
+from infra.s3_client import ensure_buckets
 from infra.settings import load_settings
+from pipelines.promotion import move
 
 pytestmark = pytest.mark.integration
 
@@ -344,6 +346,23 @@ def test_promotions_and_rollbacks_are_annotated(server, monkeypatch, tmp_path) -
     # What the dashboards look for.
     (shown,) = [a for a in dashboards()["model"]["annotations"]["list"] if a["name"] == "Versions"]
     assert set(shown["target"]["tags"]) <= set(second["tags"])
+    assert server.complaints == []
+
+
+def test_moving_the_pointer_annotates_it_once(server, settings, monkeypatch, tmp_path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "token").chmod(0o600)
+    monkeypatch.setenv("DPDL_GRAFANA_URL", server.url)
+    monkeypatch.setenv("DPDL_GRAFANA_TOKEN_FILE", str(tmp_path / "token"))
+    settings = load_settings()
+    ensure_buckets(settings)
+    store = ModelStore(settings)
+    store.put_version("lines", "v1", {"weights": b"1"}, {})
+    promoted = move(settings, store, "lines", "v1", None, "the first version")
+    again = move(settings, store, "lines", "v1", None, "another process was first")
+    assert again.etag == promoted.etag
+    (one,) = server.annotations
+    assert one["text"].startswith("promotion of lines: none -> v1\nthe first version (")
     assert server.complaints == []
 
 
