@@ -15,6 +15,10 @@ test: setup  ## Run every test: units, then the real services over sockets, then
 unit: setup  ## Run the unit tests only: no cluster, no network, about a minute
 	@$(BIN)/python -m pytest tests --ignore=tests/integration $(ARGS)
 
+test-minio: setup  ## Run the storage tests on a real MinIO, built with Go where there is one
+	@minio=$$($(BIN)/python tests/integration/minio_server.py) && if [ -n "$$minio" ]; then \
+	  DPDL_TEST_S3=minio $(BIN)/python -m pytest tests/integration -m storage $(ARGS); fi
+
 check: setup  ## Lint (ruff), format, and types (mypy, strict)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -42,6 +46,6 @@ clean:  ## Remove .venv and the demo's state (.dpdl)
 	rm -rf .venv .dpdl build *.egg-info
 
 help:  ## Print this help
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-.PHONY: demo test unit check bench setup clean help
+.PHONY: demo test unit test-minio check bench setup clean help

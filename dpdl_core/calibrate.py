@@ -249,14 +249,20 @@ def weigh(cross: CrossFit, num_energies: int, num_seen: int) -> Tensor:
     level = int((separation.mean(1) - FAINT).abs().argmin())
     gain = (2 * separation[level] - 1).clamp_min(0.05)
     weights[:num_energies] = gain / gain.mean()
-    share = FULL_SHARE * num_seen / (num_seen + HALF_SHOTS)
-    num_heads = 3
-    num_directions = num_parts - num_energies - num_heads
-    # Directions and heads have half of it each: they err on different anomalies.
-    weights[num_energies:-num_heads] = share / 2 / max(1, num_directions)
-    weights[-num_heads:] = share / 2 / num_heads
-    weights[num_energies:] *= _worth(cross, num_energies)
+    weights[num_energies:] = weigh_seen(cross, num_energies, num_seen)
     return weights
+
+
+def weigh_seen(cross: CrossFit, num_energies: int, num_seen: int) -> Tensor:
+    """weigh()'s weights of directions and heads, (V - E,)."""
+    num_heads = 3
+    num_directions = cross.normals.shape[1] - num_energies - num_heads
+    share = FULL_SHARE * num_seen / (num_seen + HALF_SHOTS)
+    weights = torch.zeros(num_directions + num_heads)
+    # Directions and heads have half of it each: they err on different anomalies.
+    weights[:num_directions] = share / 2 / max(1, num_directions)
+    weights[num_directions:] = share / 2 / num_heads
+    return weights * _worth(cross, num_energies)
 
 
 def _worth(cross: CrossFit, num_energies: int) -> Tensor:

@@ -13,9 +13,10 @@ Letters: N normals, K of them with maps kept, M anomalies, P pooled features, V 
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,11 @@ from dpdl_core.tune import Keeper, tune
 Progress = Callable[[str, float, dict[str, Any]], None]
 """progress(stage, share done 0..1, figures)."""
 MIN_NORMALS = 10
+SHIFT_LIMIT = 0.25
+"""Shift of new normals beyond which a renewal learns anew what the anomalies taught. At .25 a
+threshold for one false alarm in a hundred gives about one in seventy."""
+RETUNE_SHARE = 0.1
+"""Of its training's epochs that a tuned trunk is tuned again after such a shift."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,13 @@ class RenewReport:
     kept: int
     replaced: int
     revived: int
+    input_shift: float
+    """How far the new normals lie from what the present model knows: the mean of -log of their
+    tail probabilities, which is 1 for normals like those it learnt from, minus 1."""
+    relearnt: bool
+    """Whether directions, heads and their tails were learnt anew, as a shift demands."""
     score_shift: float
-    """Mean change of the score of the old normals, in units of its deviation there."""
+    """Mean change of the score of the normals, in units of its deviation there."""
     seconds: float
 
 
@@ -105,25 +116,53 @@ def renew(
     anomalies: Tensor | npt.NDArray[np.uint8],
     *,
     seed: int,
+    relearn: bool = False,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> tuple[Dpdl, RenewReport]:
-    """A model renewed on old and new normals; the trunk and the given model stay.
+    """A model renewed on old and new normals; the given model stays as it is.
 
-    New normals that look anomalous to the present model are not learnt from. Directions and heads
-    are learnt anew from the anomalies; with none given they stay as they are. Collective as fit().
+    New normals that look anomalous to the present model are not learnt from; with none left the
+    present model is what comes back. Always new: whitening, prototypes, their tails. What the
+    anomalies taught (directions, heads, the tails of both) stays unless the new normals have
+    shifted by more than SHIFT_LIMIT, or `relearn`; then a tuned trunk is tuned a little, too. How
+    much each energy counts stays. Collective as fit().
     """
     started = time.monotonic()
     tell = progress or _silent
     model = copy.deepcopy(model).cpu()
     config, trunk = model.config, copy.deepcopy(model.trunk).to(device)
-    aside = set_aside(model, new_normals)
+    aside, shift = look_over(model, new_normals)
+    aside_everywhere = distributed.gather_rows(aside)
+
+    def report(changed: dict[str, int], score_shift: float, relearnt: bool) -> RenewReport:
+        return RenewReport(
+            new_normals=len(aside_everywhere),
+            set_aside=aside_everywhere.nonzero().squeeze(1).tolist(),
+            input_shift=shift,
+            relearnt=relearnt,
+            score_shift=score_shift,
+            seconds=time.monotonic() - started,
+            **changed,
+        )
+
+    if bool(aside_everywhere.all()) and not relearn:
+        sizes = model.parts.energies.sizes
+        prototypes = sum(sizes[f"patch {space}"] for space in config.patch_spaces)
+        same = {"prototypes": prototypes, "kept": prototypes, "replaced": 0, "revived": 0}
+        return model.to(device), report(same, 0.0, relearnt=False)
+    # By chance the mean of -log p, of deviation 1, is off by so much; few images prove no shift.
+    chance = 2 / math.sqrt(max(1, int((~aside_everywhere).sum())))
+    relearn = relearn or shift > max(SHIFT_LIMIT, chance)
     source = _Joined(old_normals, new_normals, aside)
     generator = torch.Generator().manual_seed(seed)
-    found = _observe(config, trunk, source, seed, generator, tell)
-    seen = _look_at_anomalies(config, trunk, anomalies)
+    known = _as_images(config, anomalies if relearn else anomalies[:0])
+    if config.tuned_stages and len(known):
+        _retune(config, trunk, source, known, generator, tell)
+    found = _observe(config, trunk, source, seed, generator, tell, spoil=False)
+    seen = _look_at_anomalies(config, trunk, known)
     tell("prototypes", 0.0, {})
-    energies, counts = renew_energies(
+    energies, changed = renew_energies(
         config,
         trunk.channels,
         found.pooled,
@@ -132,14 +171,27 @@ def renew(
         generator=generator,
     )
     renewed = _calibrated(config, trunk, energies, found, seen, generator, tell, model)
-    report = RenewReport(
-        new_normals=len(everywhere := distributed.gather_rows(aside)),
-        set_aside=everywhere.nonzero().squeeze(1).tolist(),
-        score_shift=_score_shift(model, renewed, found),
-        seconds=time.monotonic() - started,
-        **counts,
+    return renewed, report(changed, _score_shift(model, renewed, found), relearnt=len(seen) > 0)
+
+
+def _retune(
+    config: DpdlConfig,
+    trunk: Trunk,
+    normals: ImageSource,
+    anomalies: Tensor,
+    generator: torch.Generator,
+    tell: Progress,
+) -> None:
+    """A tenth of a training's tuning. The trunk is fused: biases stand for its batch norms."""
+    epochs = max(1, round(RETUNE_SHARE * config.tune_epochs))
+    tune(
+        replace(config, tune_epochs=epochs),
+        trunk,
+        normals,
+        anomalies,
+        generator=generator,
+        tell=lambda share, figures: tell("tuning", share, figures),
     )
-    return renewed, report
 
 
 def _observe(
@@ -149,6 +201,8 @@ def _observe(
     seed: int,
     generator: torch.Generator,
     tell: Progress,
+    *,
+    spoil: bool = True,
 ) -> Normals:
     total = sum(distributed.row_counts(torch.empty(source.num_images, 0)))
     if total < MIN_NORMALS:
@@ -165,7 +219,7 @@ def _observe(
         stages=map_stages(config),
         max_kept=config.max_maps,
         max_spoiled=config.pseudo_normals,
-        spoilers=calibrate.make_spoilers(seed),
+        spoilers=calibrate.make_spoilers(seed) if spoil else [],
         batch_size=config.batch_size,
         generator=generator,
         tell=report,
@@ -212,10 +266,17 @@ def _calibrated(
     )
     model = Dpdl(config, trunk, parts)
     model.tails.fit(cross.normals)
-    model.weights.copy_(calibrate.weigh(cross, len(energies.names), len(seen)))
-    if before is not None and not len(seen):
-        model.weights[len(energies.names) :] = before.weights[len(energies.names) :].cpu()
-    share = model.weigh(model.tails(cross.normals))[:, : len(energies.names)].sum(1)
+    num_energies = len(energies.names)
+    if before is None:
+        model.weights.copy_(calibrate.weigh(cross, num_energies, len(seen)))
+    else:
+        model.weights.copy_(before.weights)
+        if len(seen):
+            weights = calibrate.weigh_seen(cross, num_energies, len(seen))
+            model.weights[num_energies:] = weights
+        else:
+            model.tails.take_over(before.tails, slice(num_energies, None))
+    share = model.weigh(model.tails(cross.normals))[:, :num_energies].sum(1)
     model.energy_limit.copy_(share.quantile(0.995))
     _calibrate_maps(model, normals)
     tell("calibration", 1.0, {})
@@ -262,21 +323,31 @@ class _Joined:
 
 
 def set_aside(model: Dpdl, new: ImageSource) -> Tensor:
-    """Which of this rank's new normals not to learn from, (n,) bool.
+    """Which of this rank's new normals not to learn from, (n,) bool; see look_over()."""
+    return look_over(model, new)[0]
 
-    Those whose energy under the present model is beyond what it finds in normals it has not
-    seen, and beyond the bulk of the new ones: if all have drifted, drift is what is to be learnt;
-    if some stand out, they are taken for anomalies that slipped in. Median and deviation from
-    it, so that up to half of the new may be poison.
+
+def look_over(model: Dpdl, new: ImageSource) -> tuple[Tensor, float]:
+    """Which of this rank's new normals not to learn from, (n,) bool, and the others' shift.
+
+    Aside go those whose energy under the present model is beyond what it finds in normals it has
+    not seen, and beyond the bulk of the new ones: if all have drifted, drift is what is to be
+    learnt; if some stand out, they are taken for anomalies that slipped in. Median and deviation
+    from it, so that up to half of the new may be poison.
+    The shift is RenewReport.input_shift, over all ranks.
     """
     energies = [model.score(b).energy.cpu() for b in new.batches(model.config.batch_size)]
     mine = torch.cat([torch.zeros(0), *energies])
     everyone = distributed.gather_rows(mine)
     if not len(everyone):
-        return torch.zeros(0, dtype=torch.bool)
+        return torch.zeros(0, dtype=torch.bool), 0.0
     median = everyone.median()
     spread = 1.4826 * (everyone - median).abs().median()
-    return mine > torch.maximum(model.energy_limit.cpu(), median + 3.5 * spread)
+    limit = torch.maximum(model.energy_limit.cpu(), median + 3.5 * spread)
+    kept = everyone[everyone <= limit]
+    # An energy is a weighted sum of tails, each of mean 1 and deviation 1 over unseen normals.
+    mean = model.weights[: len(model.parts.energies.names)].sum().cpu()
+    return mine > limit, float(kept.mean() / mean - 1)
 
 
 @torch.no_grad()

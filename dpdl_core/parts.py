@@ -297,6 +297,11 @@ class Tails(nn.Module):
         self.start.copy_(knots[-1])
         self.scale.copy_(torch.maximum(excess, tiny))
 
+    def take_over(self, other: Tails, parts: slice) -> None:
+        """Some parts' tails as they are in `other`."""
+        for name in ("knots", "start", "scale"):
+            getattr(self, name)[parts] = getattr(other, name)[parts]
+
     def forward(self, values: Tensor) -> Tensor:
         """(B, V) -> (B, V), 0 for the most normal, growing without bound."""
         columns = values.T.contiguous()

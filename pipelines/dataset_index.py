@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
         pa.field("camera", pa.string(), nullable=False),
         pa.field("captured_at", pa.timestamp("ns", tz="UTC")),
         pa.field("source", pa.string(), nullable=False),
+        pa.field("digest", pa.string(), nullable=False),
     ]
 )
 

@@ -267,7 +267,8 @@ def _usable(samples: Iterable[protocol.Sample], tally: _Tally) -> Iterator[dict[
 def _row(
     image: bytes, label: int, defect: str, camera: str, captured_at_ns: int | None, source: str
 ) -> dict[str, Any]:
-    values = (image, label, defect, camera, captured_at_ns, source)
+    digest = hashlib.sha256(image).hexdigest()
+    values = (image, label, defect, camera, captured_at_ns, source, digest)
     return dict(zip(SCHEMA.names, values, strict=True))
 
 

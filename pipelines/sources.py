@@ -113,6 +113,20 @@ def read_columns(
                 yield batch.to_pydict()
 
 
+def digests(settings: Settings, keys: Iterable[str]) -> set[str]:
+    """sha256 of every image of some objects, without reading the images where it is written."""
+    filesystem = make_filesystem(settings)
+    found: set[str] = set()
+    for key in keys:
+        with _opened(filesystem, settings, key) as file:
+            written = "digest" in file.schema_arrow.names
+            column = "digest" if written else "image"
+            for batch in file.iter_batches(DECODE_BATCH, columns=[column]):
+                values = batch.column(0).to_pylist()
+                found.update(values if written else (hashlib.sha256(v).hexdigest() for v in values))
+    return found
+
+
 def read_here(
     settings: Settings,
     groups: Sequence[RowGroup],

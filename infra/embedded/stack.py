@@ -43,7 +43,7 @@ from infra.settings import EmbeddedSettings, services_file
 
 SERVICES: tuple[Service, ...] = (Kafka(), SeaweedFs(), Valkey())
 SERVICE_NAMES: tuple[ServiceName, ...] = tuple(service.name for service in SERVICES)
-_BY_NAME = {service.name: service for service in SERVICES}
+_BY_NAME: dict[ServiceName, Service] = {service.name: service for service in SERVICES}
 _MIN_FREE_BYTES = 2 * 1024**3
 
 
@@ -73,20 +73,23 @@ class Stack:
         state_dir: Path | str,
         *,
         services: Collection[ServiceName] = SERVICE_NAMES,
+        instead: Collection[Service] = (),
         detached: bool = False,
         ports: Mapping[str, int] | None = None,
         cache_dir: Path | None = None,
         deadline_s: float = 120.0,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """services: which kinds to run. ports: client ports that a person fixed, by name.
+        """services: which kinds to run. instead: others than the embedded ones, of the same names.
 
+        ports: client ports that a person fixed, by name.
         cache_dir: where fetched jars are kept. deadline_s: longest that a service may take to
         serve. say: told what is being done, in one line each.
         """
         self.state_dir = Path(state_dir).absolute()
         self.cache_dir = cache_dir or EmbeddedSettings().cache_dir
-        self._services = {s.name: s for s in SERVICES if s.name in services}
+        self._kinds = _BY_NAME | {service.name: service for service in instead}
+        self._services = {name: self._kinds[name] for name in SERVICE_NAMES if name in services}
         self._detached = detached
         self._fixed = dict(ports or {})
         self._deadline_s = deadline_s
@@ -133,7 +136,7 @@ class Stack:
     def status(self) -> list[ServiceStatus]:
         """Asks each service with a client; takes up to two seconds where one does not answer."""
         with ThreadPoolExecutor(len(SERVICES)) as pool:
-            return list(pool.map(self._status, SERVICES))
+            return list(pool.map(self._status, self._kinds.values()))
 
     def __enter__(self) -> Stack:
         self.start()
@@ -257,7 +260,7 @@ class Stack:
     def _end(self, name: ServiceName) -> None:
         record = self._record(name)
         if record:
-            record.service.end(_BY_NAME[name].grace_s)
+            record.service.end(self._kinds[name].grace_s)
         elif guard := self._guards.get(name):
             guard.terminate()  # it has not yet said what it started; it ends that too
         self._reap(name)
@@ -267,7 +270,7 @@ class Stack:
         if guard:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 guard.wait(10.0)
-        service = _BY_NAME[name]
+        service = self._kinds[name]
         for path in service.litter(self._place(service, keep_ports=True)):
             path.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,13 +16,24 @@ from minio import Minio
 from infra.embedded import Stack
 from infra.settings import Settings, load_settings
 
+sys.path.insert(0, str(Path(__file__).parent))
+from minio_server import MinioServer
+
 MakeSettings = Callable[[Path, pytest.MonkeyPatch], AbstractContextManager[Settings]]
 
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Kafka, SeaweedFS and Valkey, up. stack.kill(NAME), pause, resume, start_service(NAME)."""
-    with Stack(tmp_path_factory.mktemp("stack") / "state") as running:
+    """Kafka, SeaweedFS and Valkey, up. stack.kill(NAME), pause, resume, start_service(NAME).
+
+    With DPDL_TEST_S3=minio a real MinIO alone, for the tests marked `storage`: `make test-minio`.
+    """
+    state_dir = tmp_path_factory.mktemp("stack") / "state"
+    if os.environ.get("DPDL_TEST_S3") == "minio":
+        chosen = Stack(state_dir, services=["s3"], instead=[MinioServer()])
+    else:
+        chosen = Stack(state_dir)
+    with chosen as running:
         yield running
 
 

@@ -15,7 +15,7 @@ from pipelines.datasets import NewImage, import_dataset, iter_images, labels, pu
 from pipelines.held_out import images
 from pipelines.sources import StreamedImages, read_here, row_groups
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.storage]
 
 
 def texture(seed, spot=False):

@@ -23,7 +23,7 @@ from infra.model_store import FORMAT, ModelStore, Pointer, new_version_id
 from infra.s3_client import conditional_put, ensure_buckets, get, make_minio, sha256
 from infra.settings import Settings
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.storage]
 FILES = {"weights.safetensors": bytes(range(256)) * 4096, "config.json": b'{"image_size": 224}'}
 
 

@@ -23,7 +23,7 @@ from infra.s3_client import (
 )
 from infra.settings import Settings
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.storage]
 
 
 def changed(settings: Settings, **fields: Any) -> Settings:
