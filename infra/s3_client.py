@@ -48,7 +48,9 @@ _BUSY_CODES = {
 }
 
 
-def make_minio(settings: Settings) -> Minio:
+def make_minio(
+    settings: Settings, *, read_timeout_s: float = READ_TIMEOUT_S, tries: int = 2
+) -> Minio:
     """A client for objects; connects on first use. Thread-safe. Errors: SettingsError."""
     s3 = _known(settings)
     tls: dict[str, Any] = {}
@@ -57,13 +59,13 @@ def make_minio(settings: Settings) -> Minio:
     # Status codes are retried too, but only where that cannot act twice: a conditional PUT that
     # was answered with 500 may be in, so its caller looks instead (conditional_put).
     retry = urllib3.Retry(
-        total=1,
+        total=tries - 1,
         backoff_factor=0.2,
         status_forcelist=(500, 502, 503, 504),
         allowed_methods=("GET", "HEAD"),
     )
     pool = urllib3.PoolManager(
-        timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S),
+        timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=read_timeout_s),
         maxsize=16,
         retries=retry,
         **tls,

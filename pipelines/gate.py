@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,8 @@ class Verdict:
     why: str
     """One line, in numbers."""
     numbers: dict[str, Any]
+    reasons: list[str] = field(default_factory=list)
+    """`why` in its parts: what holds the candidate, or what speaks for it."""
 
 
 def judge(
@@ -93,7 +95,9 @@ def judge(
         if now > bound and now > was:
             reasons.append(f"false alarms on {group} normals above {bound:.3f}")
     why = "; ".join(figures)
-    return Verdict(not reasons, f"{', '.join(reasons)} ({why})" if reasons else why, numbers)
+    if reasons:
+        return Verdict(False, f"{', '.join(reasons)} ({why})", numbers, reasons)
+    return Verdict(True, why, numbers, figures)
 
 
 def _normals(held: Held) -> Scores:

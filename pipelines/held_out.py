@@ -10,14 +10,22 @@ whichever refresh reads it: no model is judged by an image that one of its ances
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from infra.settings import Settings
 from pipelines.dataset_index import load_index
 from pipelines.gate import Held
 from pipelines.scoring import Observed, drift_reference, observe
-from pipelines.sources import Keep, RowRef, StreamedImages, read_here, row_groups
+from pipelines.sources import (
+    Keep,
+    RowGroup,
+    RowRef,
+    StreamedImages,
+    read_here,
+    row_groups,
+)
 
 HELD_OUT_OF = 5
 """One in so many new normals is held out, the share that an import holds out by default."""
@@ -27,13 +35,45 @@ def is_held_out(row: RowRef) -> bool:
     return int(row.digest[:8], 16) % HELD_OUT_OF == 0
 
 
+def usable(data: Mapping[str, Any]) -> Keep:
+    """Which rows of incoming objects a version may use: its manifest's "data" lists the others."""
+    aside, repeated = set(data["set_aside"]), data.get("repeated", {})
+
+    def keep(row: RowRef) -> bool:
+        # A row that says it is a defect is none of the normals that incoming/ is for.
+        return (
+            row.label == 0 and row.digest not in aside and row.row not in repeated.get(row.key, ())
+        )
+
+    return keep
+
+
 def images(
-    settings: Settings, keys: Iterable[str], size: int, keep: Keep | None = None
+    settings: Settings,
+    keys: Iterable[str],
+    size: int,
+    keep: Keep | None = None,
+    *,
+    at_most: int | None = None,
+    on_rejected: Callable[[RowRef, str], None] | None = None,
 ) -> StreamedImages:
-    """The images of some objects, read in this process."""
+    """The images of some objects, read in this process.
+
+    at_most: whole row groups, evenly from all, until there are so many images.
+    """
     groups = row_groups(settings, keys)
+    if at_most is not None:
+        groups = evenly(groups, at_most)
     expected = sum(group.rows for group in groups)
-    return StreamedImages(read_here(settings, groups, size, keep=keep), size, expected=expected)
+    read = read_here(settings, groups, size, keep=keep, on_rejected=on_rejected)
+    return StreamedImages(read, size, expected=expected)
+
+
+def evenly(groups: Sequence[RowGroup], at_most: int) -> list[RowGroup]:
+    """Row groups spread over all, with `at_most` rows or one group more; always the same ones."""
+    share = at_most / max(1, sum(group.rows for group in groups))
+    count = min(len(groups), math.ceil(share * len(groups)))
+    return [groups[i * len(groups) // count] for i in range(count)]
 
 
 class HeldOut:
@@ -44,11 +84,10 @@ class HeldOut:
 
     def __init__(self, settings: Settings, data: Mapping[str, Any]) -> None:
         index = load_index(settings, data["dataset"])
-        aside = set(data["set_aside"])
-        new = data.get("new", {})
+        new, may_use = data.get("new", {}), usable(data)
 
         def held_out(row: RowRef) -> bool:
-            return is_held_out(row) and row.digest not in aside
+            return is_held_out(row) and may_use(row)
 
         self._settings = settings
         self._defect_keys = index.keys("train", 1)

@@ -24,6 +24,9 @@ from pipelines.sources import RowRef
 
 SCORE_BATCH = 32
 NICENESS = 5
+FEW = 9
+"""Held-out normals of one camera whose highest score says something: a fresh normal exceeds it
+with probability 1 / (FEW + 1) at most."""
 
 Scores = npt.NDArray[np.float64]
 
@@ -84,9 +87,12 @@ def calibrate(
 ) -> tuple[dict[str, Any], list[str]]:
     """Thresholds by split conformal over held-out normals, and what a person should know of them.
 
-    A camera gets its own where it has enough normals for the rate; the others share the default,
-    from all normals. Where even all are too few, the threshold is the highest normal score and the
-    stated rate is the one that so many normals can support, 1/(N+1): never a rate that is not kept.
+    A camera gets its own where it has enough normals for the rate. The others share the default,
+    from all normals, which keeps the rate over all of them; one with FEW or more of its own, the
+    highest of them above the default, gets that: a camera unlike the others must not alarm all
+    the time until it has enough. Where even all are too few, the threshold is the highest normal
+    score and the stated rate is the one that so many normals can support, 1/(N+1): never a rate
+    that is not kept.
     Raises ValueError with no scores at all.
     """
     if not len(scores):
@@ -104,14 +110,23 @@ def calibrate(
         camera: scores[[i for i, found in enumerate(cameras) if found == camera]]
         for camera in sorted(set(cameras) - {""})
     }
+    default = conformal_threshold(scores, false_alarm_rate)
+    own = {}
+    for camera, some in by_camera.items():
+        if len(some) >= needed:
+            own[camera] = conformal_threshold(some, false_alarm_rate)
+        elif len(some) >= FEW and some.max() > default:
+            own[camera] = float(some.max())
+    short = [f"{c} ({len(some)})" for c, some in by_camera.items() if len(some) < needed]
+    if short:
+        notes.append(
+            f"{needed} held-out normals are needed for a camera's own threshold; "
+            f"fewer have {', '.join(short)}"
+        )
     return {
         "false_alarm_rate": false_alarm_rate,
-        "default": conformal_threshold(scores, false_alarm_rate),
-        "cameras": {
-            camera: conformal_threshold(some, false_alarm_rate)
-            for camera, some in by_camera.items()
-            if len(some) >= needed
-        },
+        "default": default,
+        "cameras": own,
         "calibration_normals": len(scores),
     }, notes
 

@@ -113,18 +113,14 @@ def read_columns(
                 yield batch.to_pydict()
 
 
-def digests(settings: Settings, keys: Iterable[str]) -> set[str]:
-    """sha256 of every image of some objects, without reading the images where it is written."""
-    filesystem = make_filesystem(settings)
-    found: set[str] = set()
-    for key in keys:
-        with _opened(filesystem, settings, key) as file:
-            written = "digest" in file.schema_arrow.names
-            column = "digest" if written else "image"
-            for batch in file.iter_batches(DECODE_BATCH, columns=[column]):
-                values = batch.column(0).to_pylist()
-                found.update(values if written else (hashlib.sha256(v).hexdigest() for v in values))
-    return found
+def digests(settings: Settings, key: str) -> list[str]:
+    """sha256 of an object's images by row; the images are read only where it does not say."""
+    with _opened(make_filesystem(settings), settings, key) as file:
+        if "digest" in file.schema_arrow.names:
+            return list(file.read(columns=["digest"]).column(0).to_pylist())
+        batches = file.iter_batches(DECODE_BATCH, columns=["image"])
+        images = (image for batch in batches for image in batch.column(0).to_pylist())
+        return [hashlib.sha256(image).hexdigest() for image in images]
 
 
 def read_here(

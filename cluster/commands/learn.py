@@ -12,6 +12,7 @@ from cluster.commands.shared import (
     Model,
     Report,
     Sets,
+    duration,
     err,
     key_values,
     out,
@@ -72,28 +73,58 @@ def train(
 @app.command()
 def refresh(
     model: Model = "default",
+    once: Annotated[bool, typer.Option("--once", help="Look once: the default.")] = False,
     every: Annotated[
-        float | None, typer.Option(min=1, help="Look again every so many seconds until Ctrl-C.")
+        float | None,
+        typer.Option(parser=duration, metavar="TIME", help="Look again every 30s, 15m, 6h, ..."),
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Refresh as soon as new normals are in S3.")
+    ] = False,
     min_new: Annotated[int, typer.Option(min=1, help="Fewer new images than this wait.")] = 16,
     report: Report = None,
 ) -> None:
-    """Renew the current version on the new normals in S3; the gate decides."""
+    """Renew the current version on the new normals in S3; the gate decides.
+
+    With --every and --watch it goes on until Ctrl-C or SIGTERM, and --report holds the last
+    refresh that came to a decision. Killed at any moment, the next run takes up what was left.
+    """
     from infra.errors import DpdlError
     from infra.settings import load_settings
-    from pipelines.refresh import RefreshOptions, RefreshReport, refresh_every, refresh_once
+    from pipelines.refresh import RefreshOptions, RefreshReport, refresh_once
+    from pipelines.refresh_loop import refresh_every, refresh_on_arrival
 
+    if once + (every is not None) + watch > 1:
+        raise ValueError("--once, --every and --watch: choose one")
     settings, chosen = load_settings(), RefreshOptions(model_name=model, min_new=min_new)
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        if said[-1:] != [line]:
+            said[:] = [line]
+            err.print(line, style="dim", markup=False)
 
     def show(done: RefreshReport | DpdlError) -> None:
         if isinstance(done, DpdlError):
             err.print(f"{done}: trying again", style="yellow", markup=False)
             return
+        if done.decision == "none" and (every is not None or watch):
+            say(f"nothing to do: {done.why}")
+            return
         out.print(f"{done.decision} {done.to_version or ''}: {done.why}", markup=False)
+        for note in done.notes:
+            err.print(note, style="yellow", markup=False)
         write_report(report, asdict(done))
 
     with progress_line("refresh") as progress:
-        if every is None:
+        if every is None and not watch:
             show(refresh_once(settings, chosen, progress))
-        else:
-            refresh_every(settings, chosen, every, show, threading.Event(), progress)
+            return
+        stop = threading.Event()
+        try:
+            if every is not None:
+                refresh_every(settings, chosen, every, show, stop, progress)
+            else:
+                refresh_on_arrival(settings, chosen, show, stop, progress, say=say)
+        except KeyboardInterrupt:  # the way to end it; nothing is half done
+            err.print("stopped", style="dim")

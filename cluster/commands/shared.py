@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,14 @@ def key_values(pairs: list[str] | None) -> dict[str, str]:
             raise ValueError(f"--set {pair}: wanted key=value")
         found[key.strip()] = value.strip()
     return found
+
+
+def duration(text: str) -> float:
+    """ "30s", "15m", "6h" or "1d" in seconds. Raises BadParameter for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise typer.BadParameter(f"{text!r}: wanted a time such as 30s, 15m, 6h or 1d")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def numbers(text: str) -> list[int]:

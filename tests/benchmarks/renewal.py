@@ -61,9 +61,7 @@ class Data:
     """The paper's split, ten seen defects: normals in four disjoint parts, and the test."""
 
     def __init__(self, spec: str, normals: int | None, seed: int, new: float = 0.0) -> None:
-        split = protocol.split(
-            protocol.load_dataset(spec), setting="general", shots=10, seed=seed
-        )
+        split = protocol.split(protocol.load_dataset(spec), setting="general", shots=10, seed=seed)
         chosen = list(split.train_normals)
         random.Random(seed).shuffle(chosen)
         pixels = decode(chosen[:normals])

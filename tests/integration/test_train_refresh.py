@@ -19,12 +19,14 @@ from dpdl_core.fit import fit
 from infra import decisions
 from infra.errors import DataError, PointerConflict
 from infra.model_store import ModelStore
-from pipelines import refresh
+from infra.s3_client import make_minio
+from pipelines import candidate, refresh, refresh_loop
 from pipelines.dataset_index import load_index, snapshot
 from pipelines.datasets import NewImage, import_dataset, put_incoming
-from pipelines.held_out import images
+from pipelines.held_out import HeldOut, images
 from pipelines.promotion import load
-from pipelines.refresh import RefreshOptions, refresh_every, refresh_once
+from pipelines.refresh import RefreshOptions, refresh_once
+from pipelines.refresh_loop import refresh_every
 from pipelines.registry import Registry
 from pipelines.scoring import calibrate, score_images
 from pipelines.sources import stack
@@ -112,6 +114,7 @@ def refreshes(store):
     return [v for v in store.list_versions("plates") if v.startswith("refresh-")]
 
 
+@pytest.mark.storage
 def test_a_refresh_renews_calibrates_by_camera_and_moves_the_pointer(settings, deployed):
     put_incoming(settings, "plates", new_plates(100))
     report = refresh_once(settings, OPTIONS)
@@ -120,7 +123,10 @@ def test_a_refresh_renews_calibrates_by_camera_and_moves_the_pointer(settings, d
     assert (pointer.version, pointer.previous) == (report.to_version, "train-0")
     assert pointer.why == report.why
     assert report.new_normals == 100
-    assert report.renewal["kept"] + report.renewal["replaced"] > 0
+    assert report.reasons
+    found = report.prototypes
+    assert found["kept"] + found["replaced"] == found["total"] == 16
+    assert not report.relearnt  # more of the same is no shift
     loaded = load(deployed, "plates", report.to_version)
     assert loaded.thresholds == report.thresholds_after
     assert loaded.thresholds["false_alarm_rate"] == RATE
@@ -178,6 +184,7 @@ def test_a_refresh_killed_at_any_step_and_run_again_is_one_version_and_one_decis
     load(deployed, "plates", version)
 
 
+@pytest.mark.storage
 def test_two_refreshes_of_the_same_inputs_at_once_are_one(settings, deployed):
     put_incoming(settings, "plates", new_plates(20))
     with ThreadPoolExecutor(2) as pool:
@@ -187,6 +194,7 @@ def test_two_refreshes_of_the_same_inputs_at_once_are_one(settings, deployed):
     assert len(deployed.current("plates").moves) == 2
 
 
+@pytest.mark.storage
 def test_of_two_refreshes_with_different_inputs_one_wins_and_the_other_looks_again(
     settings, deployed, monkeypatch
 ):
@@ -212,7 +220,7 @@ def test_of_two_refreshes_with_different_inputs_one_wins_and_the_other_looks_aga
 def test_a_bad_candidate_is_held_and_its_inputs_do_not_come_again(settings, deployed, monkeypatch):
     """The renewal is made to forget: all its energies in reverse."""
     put_incoming(settings, "plates", new_plates(20))
-    real = refresh.renew
+    real = candidate.renew
 
     def spoiled(*args, **kwargs):
         model, report = real(*args, **kwargs)
@@ -220,10 +228,11 @@ def test_a_bad_candidate_is_held_and_its_inputs_do_not_come_again(settings, depl
         return model, report
 
     with monkeypatch.context() as patch:
-        patch.setattr(refresh, "renew", spoiled)
+        patch.setattr(candidate, "renew", spoiled)
         report = refresh_once(settings, OPTIONS)
     assert report.decision == "held"
     assert "AUROC falls" in report.why
+    assert report.reasons == ["AUROC falls by more than 0.01"]
     assert deployed.current("plates").version == "train-0"
     assert refresh_once(settings, OPTIONS).decision == "none"
     assert Registry(settings, "plates").show(report.to_version)["decision"]["decision"] == "held"
@@ -260,16 +269,60 @@ def test_defects_among_the_new_normals_are_set_aside_and_listed(settings, deploy
     assert report.numbers["auroc_candidate"] >= report.numbers["auroc_current"] - 0.01
 
 
+def test_images_that_are_known_are_not_learnt_twice(settings, deployed, folder):
+    """From training and from an earlier refresh, byte for byte, under other names."""
+    normals = [path.read_bytes() for path in sorted((folder / "normal").iterdir())]
+    put_incoming(settings, "plates", normals[:40])
+    report = refresh_once(settings, OPTIONS)
+    assert (report.decision, report.why) == ("none", "all 40 new images are known already")
+    assert refresh_once(settings, OPTIONS).why == "0 new images, 8 are awaited"
+    assert refreshes(deployed) == []
+    put_incoming(settings, "plates", new_plates(20))
+    put_incoming(settings, "plates", [*normals[:10], *new_plates(4), *new_plates(16, first=6000)])
+    report = refresh_once(settings, OPTIONS)
+    assert report.new_normals == 36
+    assert "14 new images were known already" in report.notes
+    data = deployed.manifest("plates", report.to_version)["data"]
+    held_out = HeldOut(settings, data).at(64)["new"][0].rows
+    assert {row.source for row in held_out} <= {f"incoming-{i}" for i in range(30)}
+    digests = [row.digest for row in held_out]
+    assert len(digests) == len(set(digests))
+
+
+def test_one_bad_object_and_one_labelled_defect_keep_no_refresh_from_the_rest(settings, deployed):
+    put_incoming(settings, "plates", new_plates(20))
+    client, bucket = make_minio(settings), settings.s3.data_bucket
+    client.put_object(bucket, "plates/incoming/bad.parquet", io.BytesIO(b"no Parquet"), 10)
+    report = refresh_once(settings, OPTIONS)
+    assert report.decision == "promoted", report.why
+    assert any("bad.parquet is no Parquet file" in note for note in report.notes)
+    again = refresh_once(settings, OPTIONS)
+    assert (again.decision, len(again.notes)) == ("none", 1)
+
+
+def test_a_shift_makes_the_heads_be_learnt_anew_and_lowers_false_alarms(settings, deployed):
+    put_incoming(settings, "plates", new_plates(60, light=40))
+    report = refresh_once(settings, OPTIONS)
+    assert report.decision == "promoted", report.why
+    assert report.relearnt
+    assert report.input_shift > 0.5
+    before, after = (
+        report.numbers[f"false_alarms_new_{which}"] for which in ("current", "candidate")
+    )
+    assert before > 0.5
+    assert after < before / 2
+
+
 def test_the_loop_goes_on_after_what_may_pass(settings, deployed, monkeypatch):
     put_incoming(settings, "plates", new_plates(20))
-    real, failures = refresh.refresh_once, [PointerConflict("moved")]
+    real, failures = refresh_once, [PointerConflict("moved")]
 
     def flaky(*args):
         if failures:
             raise failures.pop()
         return real(*args)
 
-    monkeypatch.setattr(refresh, "refresh_once", flaky)
+    monkeypatch.setattr(refresh_loop, "refresh_once", flaky)
     seen, stop = [], threading.Event()
 
     def report(found):

@@ -1,0 +1,216 @@
+"""A refresh's candidate: from what it is made of to a stored version. refresh.py says when.
+
+Its id is a digest of its parent and its inputs, so the same inputs are the same candidate,
+whoever makes it and however often.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from dpdl_core import artifact
+from dpdl_core.artifact import LoadedVersion
+from dpdl_core.fit import renew, set_aside
+from infra import decisions
+from infra.errors import DataError, VersionExists
+from infra.model_store import ModelStore
+from infra.settings import Settings
+from pipelines.dataset_index import SPLITS, DatasetIndex, Progress, incoming, snapshot
+from pipelines.held_out import HeldOut, images, is_held_out, usable
+from pipelines.promotion import code_version
+from pipelines.scoring import calibrate
+from pipelines.sources import RowRef, digests, row_groups, stack
+
+EXEMPLARS = 512
+"""Old normals that a renewal looks at again: whole row groups, evenly from all there are."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a candidate is made of; its id follows from this alone."""
+
+    parent: str
+    dataset: str
+    objects: dict[str, str]
+    """Of the data set, key -> ETag."""
+    used: dict[str, str]
+    """Incoming objects that the parent has used already."""
+    new: dict[str, str]
+    set_aside: list[str]
+    """Digests that the parent's renewals set aside."""
+    seed: int
+
+    @property
+    def candidate(self) -> str:
+        identity = json.dumps(asdict(self), sort_keys=True).encode()
+        return f"refresh-{hashlib.sha256(identity).hexdigest()[:12]}"
+
+
+def find_inputs(
+    settings: Settings,
+    current: str,
+    parent: Mapping[str, Any],
+    index: DatasetIndex,
+    past: Iterable[decisions.Decision],
+    seed: int,
+) -> tuple[Inputs, int, list[str]]:
+    """What is new to this version: not in its manifest, and not held or rolled back on its line.
+
+    Also how many rows that is, and notes on objects that cannot be read: those count as new until
+    somebody puts them right, and keep no refresh from the others.
+    Decisions of another line do not count: a model trained from scratch gets everything again.
+    """
+    data = parent["data"]
+    line = {current, *parent["line"]}
+    settled = set(data["incoming"].items())
+    for decision in past:
+        if decision.parent in line:
+            settled |= set(decision.inputs.items())
+    stored = {o.key: o.etag for o in incoming(settings, index.name)}
+    new, rows, notes = {}, 0, []
+    for key, etag in stored.items():
+        if (key, etag) in settled:
+            continue
+        try:
+            rows += sum(group.rows for group in row_groups(settings, [key]))
+            new[key] = etag
+        except DataError as error:
+            notes.append(f"left out: {error}")
+    inputs = Inputs(
+        parent=current,
+        dataset=index.name,
+        objects=snapshot(index)["objects"],
+        used={key: etag for key, etag in data["incoming"].items() if key in stored},
+        new=new,
+        set_aside=list(data["set_aside"]),
+        seed=seed,
+    )
+    return inputs, rows, notes
+
+
+def repeated(settings: Settings, inputs: Inputs, index: DatasetIndex) -> dict[str, list[int]]:
+    """Rows of new objects whose image is known, byte for byte: key -> rows.
+
+    Known are all splits of the data set, what earlier refreshes used, and rows before in the new
+    objects. An image learnt twice would count twice; one on both sides would pass for unseen.
+    """
+    keys = [key for split in SPLITS for key in index.keys(split)]
+    known = {digest for key in [*keys, *inputs.used] for digest in digests(settings, key)}
+    found: dict[str, list[int]] = {}
+    for key in inputs.new:
+        for row, digest in enumerate(digests(settings, key)):
+            if digest in known:
+                found.setdefault(key, []).append(row)
+            known.add(digest)
+    return found
+
+
+def build(
+    settings: Settings,
+    store: ModelStore,
+    name: str,
+    inputs: Inputs,
+    repeats: dict[str, list[int]],
+    parent: Mapping[str, Any],
+    index: DatasetIndex,
+    current: LoadedVersion,
+    progress: Progress | None,
+) -> HeldOut | None:
+    """Renew, calibrate, and store the candidate. Gives the held-out images, scored by it.
+
+    None where another refresh of the same inputs stored it first.
+    """
+    started = time.perf_counter()
+    size = current.model.config.image_size
+    data = {
+        "dataset": index.name,
+        "split_sha256": index.split_sha256,
+        "objects": inputs.objects,
+        "incoming": inputs.used | inputs.new,
+        "new": inputs.new,
+        "set_aside": inputs.set_aside,
+        "repeated": {**parent["data"].get("repeated", {}), **repeats},
+    }
+    may_use = usable(data)
+    unreadable: list[str] = []
+
+    def learnt(row: RowRef) -> bool:
+        return not is_held_out(row) and may_use(row)
+
+    old = images(
+        settings,
+        [*index.keys("train", 0), *inputs.used],
+        size,
+        lambda row: row.key not in inputs.used or learnt(row),
+        at_most=EXEMPLARS,
+    )
+    new = images(
+        settings,
+        inputs.new,
+        size,
+        learnt,
+        on_rejected=lambda row, reason: unreadable.append(f"left out: {row.source}: {reason}"),
+    )
+    defects = stack(images(settings, index.keys("train", 1), size))
+    model, report = renew(
+        current.model,
+        old,
+        new,
+        defects,
+        seed=inputs.seed,
+        # Other defects than those that the current model was taught are there to be learnt.
+        relearn=parent["data"]["objects"] != inputs.objects,
+        progress=progress,
+    )
+    # The held-out share goes through the same sieve: a defect in it would lift the thresholds.
+    unseen = images(settings, inputs.new, size, lambda row: is_held_out(row) and may_use(row))
+    doubtful = set_aside(current.model, unseen).nonzero().flatten().tolist()
+    suspects = [new.rows[i] for i in report.set_aside] + [unseen.rows[i] for i in doubtful]
+    data["set_aside"] = sorted({*inputs.set_aside, *(row.digest for row in suspects)})
+    held_out = HeldOut(settings, data)
+    held = held_out.score(inputs.candidate, model)
+    thresholds, notes = calibrate(
+        np.concatenate([held.old_normals, held.new_normals]),
+        held_out.cameras("old", size) + held_out.cameras("new", size),
+        parent["false_alarm_rate"],
+    )
+    if repeats:
+        notes.append(f"{sum(map(len, repeats.values()))} new images were known already")
+    reference = held_out.drift_reference(inputs.candidate, model)
+    files = artifact.pack(model, thresholds=thresholds, metrics={"drift": reference})
+    files["set_aside.json"] = _json([asdict(row) for row in suspects])
+    renewal = {key: value for key, value in asdict(report).items() if key != "set_aside"}
+    manifest = {
+        "kind": "refresh",
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "parent": inputs.parent,
+        "line": [*parent["line"], inputs.parent],
+        "data": data,
+        "false_alarm_rate": parent["false_alarm_rate"],
+        "code": code_version(),
+        "new_normals": new.num_images + unseen.num_images,
+        "new_set_aside": len(suspects),
+        "renewal": renewal,
+        "thresholds": thresholds,
+        "auroc": None,
+        "notes": notes + sorted(set(unreadable)),
+        "fit_seconds": time.perf_counter() - started,
+    }
+    try:
+        store.put_version(name, inputs.candidate, files, manifest)
+    except VersionExists:
+        # On a machine that rounds otherwise; the first one is the candidate.
+        return None
+    return held_out
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
