@@ -162,7 +162,8 @@ def conditional_put(
 
     if_match: the ETag that must be there now; None: there must be no object yet. The only place
     where this is done: minio 7 has no public call for it.
-    Errors: PointerConflict when the condition does not hold. After any other error (wrap the
+    Errors: PointerConflict when the condition does not hold, or, with None, when the connection
+    broke and there is an object: perhaps the caller's own. After any other error (wrap the
     call in s3_errors) the object may or may not be written: read it before trying again.
     """
     condition: dict[str, str | list[str] | tuple[str]]
@@ -175,7 +176,22 @@ def conditional_put(
                 f"{bucket}/{key} has changed since it was read: look at it again"
             ) from error
         raise
+    except urllib3.exceptions.HTTPError as error:
+        # MinIO refuses before it has read the body, and a large one then breaks off in the middle.
+        if if_match is None and _exists(client, bucket, key):
+            raise PointerConflict(f"{bucket}/{key} is there already: look at it") from error
+        raise
     return str(written.etag)
+
+
+def _exists(client: Minio, bucket: str, key: str) -> bool:
+    try:
+        client.stat_object(bucket, key)
+        return True
+    except S3Error as error:
+        if error.code in _MISSING_CODES:
+            return False
+        raise
 
 
 def get(client: Minio, bucket: str, key: str) -> tuple[bytes, str]:

@@ -77,6 +77,17 @@ def test_a_conditional_put_holds_its_condition(settings: Settings) -> None:
         get(client, bucket, "no such key")
 
 
+def test_a_large_object_that_is_there_is_a_conflict_too(settings: Settings) -> None:
+    """MinIO refuses it before it has read the body: the client sees a broken connection."""
+    ensure_buckets(settings)
+    client, bucket = make_minio(settings), settings.s3.models_bucket
+    conditional_put(client, bucket, "key", b"1")
+    for _ in range(3):
+        with s3_errors(settings.s3), pytest.raises(PointerConflict):
+            conditional_put(client, bucket, "key", bytes(40 << 20))
+    assert get(client, bucket, "key")[0] == b"1"
+
+
 def test_parquet_goes_through_pyarrow(settings: Settings) -> None:
     ensure_buckets(settings)
     filesystem, bucket = make_filesystem(settings), settings.s3.data_bucket

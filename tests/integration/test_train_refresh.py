@@ -20,7 +20,7 @@ from infra import decisions
 from infra.errors import DataError, PointerConflict
 from infra.model_store import ModelStore
 from infra.s3_client import make_minio
-from pipelines import candidate, refresh, refresh_loop
+from pipelines import candidate, refresh_loop
 from pipelines.dataset_index import load_index, snapshot
 from pipelines.datasets import NewImage, import_dataset, put_incoming
 from pipelines.held_out import HeldOut, images
