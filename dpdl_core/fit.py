@@ -151,8 +151,10 @@ def renew(
         prototypes = sum(sizes[f"patch {space}"] for space in config.patch_spaces)
         same = {"prototypes": prototypes, "kept": prototypes, "replaced": 0, "revived": 0}
         return model.to(device), report(same, 0.0, relearnt=False)
-    # By chance the mean of -log p, of deviation 1, is off by so much; few images prove no shift.
-    chance = 2 / math.sqrt(max(1, int((~aside_everywhere).sum())))
+    # The mean of -log p, of deviation 1, is off by chance: by few new images, and by few old ones
+    # that the tails come from. Three deviations of both.
+    counts = (int((~aside_everywhere).sum()), sum(distributed.row_counts(_rows(old_normals))))
+    chance = 3 * math.sqrt(sum(1 / max(1, count) for count in counts))
     relearn = relearn or shift > max(SHIFT_LIMIT, chance)
     source = _Joined(old_normals, new_normals, aside)
     generator = torch.Generator().manual_seed(seed)
@@ -174,6 +176,10 @@ def renew(
     return renewed, report(changed, _score_shift(model, renewed, found), relearnt=len(seen) > 0)
 
 
+def _rows(source: ImageSource) -> Tensor:
+    return torch.empty(source.num_images, 0)
+
+
 def _retune(
     config: DpdlConfig,
     trunk: Trunk,
@@ -187,10 +193,10 @@ def _retune(
     tune(
         replace(config, tune_epochs=epochs),
         trunk,
-        normals,
+        Shard.of(normals),
         anomalies,
         generator=generator,
-        tell=lambda share, figures: tell("tuning", share, figures),
+        tell=tell,
     )
 
 
@@ -204,7 +210,7 @@ def _observe(
     *,
     spoil: bool = True,
 ) -> Normals:
-    total = sum(distributed.row_counts(torch.empty(source.num_images, 0)))
+    total = sum(distributed.row_counts(_rows(source)))
     if total < MIN_NORMALS:
         raise ValueError(f"{total} normal images: need at least {MIN_NORMALS} to fit a model")
     started = time.monotonic()
@@ -336,18 +342,22 @@ def look_over(model: Dpdl, new: ImageSource) -> tuple[Tensor, float]:
     from it, so that up to half of the new may be poison.
     The shift is RenewReport.input_shift, over all ranks.
     """
-    energies = [model.score(b).energy.cpu() for b in new.batches(model.config.batch_size)]
-    mine = torch.cat([torch.zeros(0), *energies])
+    names = model.parts.energies.names
+    mine = torch.zeros(0, 2)
+    for batch in new.batches(model.config.batch_size):
+        found = model.score(batch)
+        tail = torch.stack([found.parts[name] for name in names]).mean(0)
+        mine = torch.cat([mine, torch.stack([found.energy, tail], 1).cpu()])
     everyone = distributed.gather_rows(mine)
     if not len(everyone):
         return torch.zeros(0, dtype=torch.bool), 0.0
-    median = everyone.median()
-    spread = 1.4826 * (everyone - median).abs().median()
+    energies = everyone[:, 0]
+    median = energies.median()
+    spread = 1.4826 * (energies - median).abs().median()
     limit = torch.maximum(model.energy_limit.cpu(), median + 3.5 * spread)
-    kept = everyone[everyone <= limit]
-    # An energy is a weighted sum of tails, each of mean 1 and deviation 1 over unseen normals.
-    mean = model.weights[: len(model.parts.energies.names)].sum().cpu()
-    return mine > limit, float(kept.mean() / mean - 1)
+    # -log of a tail probability has mean 1 over normals that the model has not seen.
+    shift = float(everyone[energies <= limit, 1].mean() - 1)
+    return mine[:, 0] > limit, shift
 
 
 @torch.no_grad()

@@ -123,6 +123,35 @@ def test_drift_is_learnt(model):
     assert renewed.score(darker).score.mean() < before
 
 
+def test_a_shift_is_measured_and_makes_what_anomalies_taught_be_learnt_anew(model):
+    """Directions and heads stay as they are for more of the same, and follow a shift."""
+    same, report = renew(
+        model, ArraySource(NORMALS), ArraySource(normals(30, seed=14)), SEEN, seed=1
+    )
+    assert abs(report.input_shift) < 0.7
+    assert not report.relearnt
+    assert torch.equal(same.parts.seen, model.parts.seen)
+    darker = (normals(30, seed=13).float() * 0.6).to(torch.uint8)
+    other, report = renew(model, ArraySource(NORMALS), ArraySource(darker), SEEN, seed=1)
+    assert report.input_shift > 1
+    assert report.relearnt
+    assert not torch.equal(other.parts.seen, model.parts.seen)
+
+
+def test_a_tuned_trunk_is_tuned_again_after_a_shift_only():
+    changes = {"tuned_stages": "1", "tune_epochs": "2", "tune_iterations": "3"}
+    config = tiny_config(**changes, tune_prototypes="4")
+    tuned = fit(config, ArraySource(NORMALS), SEEN, seed=0)
+    darker = (normals(30, seed=13).float() * 0.6).to(torch.uint8)
+    for new, shifted in ((normals(30, seed=14), False), (darker, True)):
+        renewed, report = renew(tuned, ArraySource(NORMALS), ArraySource(new), SEEN, seed=1)
+        assert report.relearnt == shifted
+        a, b = tuned.trunk.state_dict(), renewed.trunk.state_dict()
+        weights = [k for k in a if k.endswith("weight")]
+        assert torch.equal(a[weights[0]], b[weights[0]])
+        assert torch.equal(a[weights[-1]], b[weights[-1]]) != shifted
+
+
 def test_a_refresh_leaves_the_given_model_alone(model):
     before = model.score(SEEN).score
     renew(model, ArraySource(NORMALS), ArraySource(normals(5, seed=2)), SEEN[:0], seed=1)

@@ -8,9 +8,9 @@ import yaml
 from ray.train import WorkerGroupError
 
 from infra.settings import load_settings
+from pipelines.candidate import Inputs
 from pipelines.held_out import HELD_OUT_OF, is_held_out
 from pipelines.ray_run import cause
-from pipelines.refresh import _Inputs
 from pipelines.registry import version_before
 from pipelines.sources import RowRef, task_environment, task_settings
 from pipelines.storage import shared_filesystem
@@ -31,7 +31,7 @@ def test_rolling_back_twice_goes_back_twice(moves, before):
     assert version_before(moves) == before
 
 
-INPUTS = _Inputs(
+INPUTS = Inputs(
     parent="train-0",
     dataset="d",
     objects={"d/a": "1"},
