@@ -18,7 +18,7 @@ class Decision:
     candidate: str
     parent: str
     decision: str
-    """promoted or held."""
+    """promoted, held, or none: there was nothing to learn, and no candidate."""
     why: str
     numbers: dict[str, Any]
     inputs: dict[str, str]

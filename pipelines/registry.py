@@ -7,7 +7,7 @@ them, and their manifests become something to read.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from infra import decisions
@@ -27,6 +27,8 @@ class VersionSummary:
     current: bool
     decision: str
     """Of the gate: promoted, held, or "" where none is recorded."""
+    why: str
+    """The gate's words, or those of who moved the pointer to it last."""
     auroc: float | None
     """Of the test split, measured at training."""
 
@@ -42,6 +44,7 @@ class Registry:
         """Newest first."""
         pointer = self._store.current(self.model_name)
         past = {d.candidate: d for d in decisions.recorded(self._settings, self.model_name)}
+        said = {move.version: move.why for move in pointer.moves} if pointer else {}
         found = []
         for version in self._store.list_versions(self.model_name):
             manifest = self._store.manifest(self.model_name, version)
@@ -53,13 +56,18 @@ class Registry:
                     parent=manifest["parent"],
                     current=pointer is not None and pointer.version == version,
                     decision=past[version].decision if version in past else "",
+                    why=past[version].why if version in past else said.get(version, ""),
                     auroc=manifest["auroc"],
                 )
             )
         return sorted(found, key=lambda summary: summary.created_at, reverse=True)
 
     def show(self, version: str | None = None) -> dict[str, Any]:
-        """All that is known of a version (default: the current one), its files verified."""
+        """All that is known of a version (default: the current one), its files verified.
+
+        Keys: version, current, manifest, the version's JSON files by name, decision (the gate's, if
+        there is one), moves (of the pointer to this version: at, by, why).
+        """
         pointer = self._store.current(self.model_name)
         version = version or self._current(pointer).version
         files = self._store.fetch(self.model_name, version)
@@ -77,7 +85,9 @@ class Registry:
             d for d in decisions.recorded(self._settings, self.model_name) if d.candidate == version
         ]
         if past:
-            shown["decision"] = {"decision": past[0].decision, "why": past[0].why}
+            shown["decision"] = asdict(past[0])
+        if pointer is not None:
+            shown["moves"] = [asdict(move) for move in pointer.moves if move.version == version]
         return shown
 
     def promote(self, version: str, why: str) -> Pointer:

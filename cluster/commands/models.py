@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.commands.shared import Model, out
@@ -15,22 +17,23 @@ app = typer.Typer(help="Model versions: list, show, promote, roll back.", no_arg
 
 @app.command("list")
 def models_list(model: Model = "default") -> None:
-    """Versions, newest first."""
+    """Versions, newest first, with the gate's verdict and its numbers; * is current."""
     from infra.settings import load_settings
     from pipelines.registry import Registry
 
     table = Table(box=None, pad_edge=False)
-    for column in ("", "version", "kind", "created", "parent", "gate", "AUROC"):
+    table.add_column("")
+    table.add_column("version", no_wrap=True)
+    for column in ("created", "test AUROC", "gate", "why"):
         table.add_column(column)
     for one in Registry(load_settings(), model).list():
         table.add_row(
             "*" if one.current else "",
             one.version,
-            one.kind,
-            one.created_at,
-            one.parent or "",
-            one.decision,
+            one.created_at[:16].replace("T", " "),
             "" if one.auroc is None else f"{one.auroc:.3f}",
+            one.decision,
+            escape(one.why),
         )
     out.print(table)
 
@@ -39,12 +42,55 @@ def models_list(model: Model = "default") -> None:
 def models_show(
     version: Annotated[str | None, typer.Argument(help="Default: the current one.")] = None,
     model: Model = "default",
+    everything: Annotated[bool, typer.Option("--json", help="All that is known, as JSON.")] = False,
 ) -> None:
-    """All that is known of a version, as JSON; its files are verified."""
+    """What a version is, what the gate found, and who made it current; its files are verified."""
     from infra.settings import load_settings
     from pipelines.registry import Registry
 
-    print(json.dumps(Registry(load_settings(), model).show(version), indent=2, sort_keys=True))
+    shown = Registry(load_settings(), model).show(version)
+    if everything:
+        print(json.dumps(shown, indent=2, sort_keys=True))
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, value in _lines(shown):
+        table.add_row(name, escape(value))
+    out.print(table)
+
+
+def _lines(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What people ask of a version first, as (name, text)."""
+    manifest = shown["manifest"]
+    yield "version", shown["version"] + (", current" if shown["current"] else "")
+    parent = f" of {manifest['parent']}" if manifest["parent"] else ""
+    yield "made", f"{manifest['created_at']}, {manifest['kind']}{parent}"
+    data = manifest["data"]
+    yield "data", f"{data['dataset']}, {len(data['incoming'])} objects of later normals"
+    if "new_normals" in manifest:
+        aside = f"{manifest['new_set_aside']} set aside (set_aside.json)"
+        yield "new normals", f"{manifest['new_normals']}, {aside}"
+        renewal = manifest["renewal"]
+        yield "prototypes", ", ".join(f"{renewal[k]} {k}" for k in ("kept", "replaced", "revived"))
+        shift = f"{renewal['input_shift']:+.2f} of the new normals"
+        yield "shift", f"{shift}, {renewal['score_shift']:+.2f} of the scores"
+    if manifest["auroc"] is not None:
+        yield "test AUROC", f"{manifest['auroc']:.3f}"
+    if "decision" in shown:
+        gate = shown["decision"]
+        yield "gate", f"{gate['decision']} {gate['at'][:19]}: {gate['why']}"
+        for name, value in sorted(gate["numbers"].items()):
+            yield f"  {name}", f"{value:.4g}"
+    found = shown["thresholds"]
+    normals = f"from {found['calibration_normals']} held-out normals"
+    yield "threshold", f"{found['default']:.4g} at {found['false_alarm_rate']:.3g}, {normals}"
+    for camera, value in sorted(found["cameras"].items()):
+        yield f"  {camera}", f"{value:.4g}"
+    for move in shown.get("moves", []):
+        yield "made current", f"{move['at'][:19]} by {move['by']}: {move['why']}"
+    for note in manifest.get("notes", []):
+        yield "note", note
 
 
 @app.command("promote")
@@ -58,7 +104,7 @@ def models_promote(
     from pipelines.registry import Registry
 
     pointer = Registry(load_settings(), model).promote(version, why)
-    out.print(f"current: {pointer.version}")
+    out.print(f"current: {pointer.version}, before: {pointer.previous}", markup=False)
 
 
 @app.command("rollback")
@@ -71,4 +117,4 @@ def models_rollback(
     from pipelines.registry import Registry
 
     pointer = Registry(load_settings(), model).rollback(why)
-    out.print(f"current: {pointer.version}")
+    out.print(f"current: {pointer.version}, before: {pointer.previous}", markup=False)

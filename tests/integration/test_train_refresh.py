@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from dpdl_core import artifact
 from dpdl_core.config import override, recipe
 from dpdl_core.fit import fit
@@ -24,7 +26,7 @@ from pipelines import candidate, refresh_loop
 from pipelines.dataset_index import load_index, snapshot
 from pipelines.datasets import NewImage, import_dataset, put_incoming
 from pipelines.held_out import HeldOut, images
-from pipelines.promotion import load
+from pipelines.promotion import load, who
 from pipelines.refresh import RefreshOptions, refresh_once
 from pipelines.refresh_loop import refresh_every
 from pipelines.registry import Registry
@@ -114,8 +116,19 @@ def refreshes(store):
     return [v for v in store.list_versions("plates") if v.startswith("refresh-")]
 
 
+def shown(monkeypatch):
+    """What `dpdl models show` and `list` print."""
+    monkeypatch.setenv("COLUMNS", "200")
+    runner = CliRunner()
+    found = [runner.invoke(app, ["models", *a, "--model", "plates"]) for a in (["show"], ["list"])]
+    assert [done.exit_code for done in found] == [0, 0]
+    return found[0].output + found[1].output
+
+
 @pytest.mark.storage
-def test_a_refresh_renews_calibrates_by_camera_and_moves_the_pointer(settings, deployed):
+def test_a_refresh_renews_calibrates_by_camera_and_moves_the_pointer(
+    settings, deployed, monkeypatch
+):
     put_incoming(settings, "plates", new_plates(100))
     report = refresh_once(settings, OPTIONS)
     assert (report.decision, report.from_version) == ("promoted", "train-0"), report.why
@@ -131,6 +144,10 @@ def test_a_refresh_renews_calibrates_by_camera_and_moves_the_pointer(settings, d
     assert loaded.thresholds == report.thresholds_after
     assert loaded.thresholds["false_alarm_rate"] == RATE
     assert set(loaded.thresholds["cameras"]) == {"cam-1"}
+    told = shown(monkeypatch)
+    for words in ("promoted", "AUROC on known defects", "false_alarms_new_candidate", "cam-1"):
+        assert words in told
+    assert f"by {who()}" in told
     held_out = loaded.thresholds["calibration_normals"]
     assert sum(loaded.metrics["drift"]["default"]["energy"]) == held_out > 40
     assert refresh_once(settings, OPTIONS).decision == "none"
