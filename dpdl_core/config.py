@@ -104,6 +104,11 @@ class DpdlConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: need at least {low}")
         if not 0 < self.patch_worst <= 1:
             raise ValueError(f"patch_worst={self.patch_worst}: need a share above 0, at most 1")
+        if not self.tuned_stages and (self.renew_every_epochs or self.renew_min_new):
+            raise ValueError(
+                "tuned_stages=0: renew_every_epochs and renew_min_new renew prototypes between epochs "
+                "of tuning, of which there are none; `dpdl refresh` renews a version"
+            )
         if self.tune_batch % 3:
             raise ValueError(f"tune_batch={self.tune_batch}: need a multiple of 3")
         for name in ("eps", "kappa", "tune_learning_rate", "head_learning_rate"):

@@ -69,3 +69,10 @@ def test_every_command_in_the_readme_exists(tmp_path):
     assert done.returncode == 0
     for name in ("demo", "up", "down", "status", "train", "refresh", "serve", "stream", "alerts"):
         assert name in done.stdout
+
+
+def test_train_wants_a_data_set_or_a_run_to_resume(tmp_path):
+    for wrong in ([], ["--dataset", "d", "--resume", "train-0"]):
+        done = dpdl("train", *wrong, cwd=tmp_path)
+        assert done.returncode == 1
+        assert "either --dataset NAME, or --resume RUN" in done.stderr

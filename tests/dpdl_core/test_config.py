@@ -23,6 +23,8 @@ def test_overrides_are_typed():
         ("patch_worst", "1.5", "at most 1"),
         ("patch_spaces", "7-5", "7-5"),
         ("pooled_spaces", "zero", "zero"),
+        ("tune_batch", "16", "multiple of 3"),
+        ("renew_every_epochs", "5", "tuned_stages=0"),
     ],
 )
 def test_what_cannot_be_is_told(key, value, told):
