@@ -106,8 +106,8 @@ class DpdlConfig:
             raise ValueError(f"patch_worst={self.patch_worst}: need a share above 0, at most 1")
         if not self.tuned_stages and (self.renew_every_epochs or self.renew_min_new):
             raise ValueError(
-                "tuned_stages=0: renew_every_epochs and renew_min_new act between epochs of tuning, "
-                "and there are none; `dpdl refresh` renews a version"
+                "tuned_stages=0: renew_every_epochs and renew_min_new act between epochs of tuning,"
+                " and there are none; `dpdl refresh` renews a version"
             )
         if self.tune_batch % 3:
             raise ValueError(f"tune_batch={self.tune_batch}: need a multiple of 3")
