@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from infra.errors import PointerConflict
+from infra.grafana_client import announce_held
 from infra.s3_client import conditional_put, get, make_minio, s3_errors
 from infra.settings import Settings
 
@@ -28,12 +28,20 @@ class Decision:
 
 
 def record(settings: Settings, model: str, decision: Decision) -> None:
-    """The first record of a candidate stands; a second one changes nothing."""
+    """The first record of a candidate stands; a second one changes nothing.
+
+    One that is held is annotated in Grafana, where one is configured.
+    """
     decision = replace(decision, at=datetime.now(UTC).isoformat(timespec="milliseconds"))
     data = (json.dumps(asdict(decision), indent=1, sort_keys=True) + "\n").encode()
     key = f"{model}/decisions/{decision.candidate}.json"
-    with s3_errors(settings.s3), suppress(PointerConflict):
-        conditional_put(make_minio(settings), settings.s3.models_bucket, key, data)
+    try:
+        with s3_errors(settings.s3):
+            conditional_put(make_minio(settings), settings.s3.models_bucket, key, data)
+    except PointerConflict:
+        return
+    if decision.decision == "held":  # a promotion is announced by who moves the pointer
+        announce_held(settings, model, decision.candidate, decision.why, decision.at)
 
 
 def recorded(settings: Settings, model: str) -> list[Decision]:

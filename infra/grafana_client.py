@@ -163,23 +163,30 @@ class Grafana:
 
 
 def announce_move(settings: Settings, model: str, pointer: Pointer) -> None:
-    """Annotate a promotion or rollback in Grafana, where one is configured. Never raises.
-
-    The move has happened: what goes wrong here is logged, and ANNOTATE_S is all it may take.
-    """
-    where = settings.grafana
-    if not where.url or where.token is None:
-        return
-    token = where.token.get_secret_value()
+    """Annotate a promotion or rollback in Grafana, where one is configured. Never raises."""
     before = [move.version for move in pointer.moves[:-1]]
     kind = "rollback" if pointer.version in before else "promotion"
     text = f"{kind} of {model}: {before[-1] if before else 'none'} -> {pointer.version}"
     text += f"\n{pointer.why} ({pointer.by})"
+    _announce(settings, text, pointer.promoted_at, kind, model)
+
+
+def announce_held(settings: Settings, model: str, candidate: str, why: str, at: str) -> None:
+    """Annotate that the gate held a candidate, where a Grafana is configured. Never raises."""
+    _announce(settings, f"refresh of {model} held: {candidate}\n{why}", at, "held", model)
+
+
+def _announce(settings: Settings, text: str, at: str, kind: str, model: str) -> None:
+    """What is told has happened: what goes wrong here is logged, and ANNOTATE_S is all it takes."""
+    where = settings.grafana
+    if not where.url or where.token is None:
+        return
+    token = where.token.get_secret_value()
 
     def write() -> None:
         try:
-            at = datetime.fromisoformat(pointer.promoted_at)
-            Grafana(where.url, token).annotate(text, at, ["dpdl", "version", kind, model])
+            tags = ["dpdl", "version", kind, model]
+            Grafana(where.url, token).annotate(text, datetime.fromisoformat(at), tags)
         except Exception as error:
             log.warning("the %s of %s is not annotated in Grafana: %s", kind, model, error)
 

@@ -58,6 +58,11 @@ def push(
     elif not token and settings.grafana.token is not None:
         token = settings.grafana.token.get_secret_value()
     serve = settings.serve
+    if not api and serve.http_host in ("0.0.0.0", "::"):
+        raise SettingsError(
+            f"serve.http_host={serve.http_host} is no address that Grafana can ask: give --api "
+            "http://HOST:PORT as Grafana reaches it"
+        )
     api = api or f"http://{serve.http_host}:{serve.http_port}"
     pushed = Grafana(url, token).push(
         prometheus_url=prometheus,
@@ -70,7 +75,7 @@ def push(
             out.print(f"{what:<9} {name}", markup=False)
     if not settings.grafana.url:
         err.print(
-            "set DPDL_GRAFANA_URL and DPDL_GRAFANA_TOKEN_FILE, and promotions and rollbacks are "
-            "annotated there",
+            "set DPDL_GRAFANA_URL and DPDL_GRAFANA_TOKEN_FILE, and promotions, rollbacks and held "
+            "refreshes are annotated there",
             style="dim",
         )

@@ -275,7 +275,7 @@ def _builtin() -> Json:
 
 
 def _moves() -> Json:
-    """Promotions and rollbacks, written by infra/grafana_client.py."""
+    """Promotions, rollbacks and held refreshes, written by infra/grafana_client.py."""
     return {
         "datasource": GRAFANA,
         "enable": True,

@@ -9,6 +9,8 @@ from infra.dashboards.panels import (
 
 LAST_FRAME = "ray_dpdl_camera_last_frame_timestamp_seconds"
 CAMERA_LINK = "/d/dpdl-camera/dpdl-camera?${__url_time_range}&var-camera="
+ENCODED = "${__value.raw:percentencode}"
+"""A table's cell, fit for a URL: a camera's name may hold anything."""
 
 ALERT_COLUMNS = {
     "captured_at_ms": ("Time", "timestamp_epoch"),

@@ -24,6 +24,7 @@ from infra.dashboards.queries import (
     ALERT_COLUMNS,
     ALERT_LINKS,
     CAMERA_LINK,
+    ENCODED,
     LAST_FRAME,
     alarm_rate,
     quantile,
@@ -44,7 +45,7 @@ def wall(console_url: str) -> Json:
             [("ok", GREEN), ("drift", BLUE), ("alarms", RED), ("silent", GREY)]
         )
     }
-    to_camera = link("Open the camera", CAMERA_LINK + "${__field.labels.camera}")
+    to_camera = link("Open the camera", CAMERA_LINK + "${__field.labels.camera:percentencode}")
     return dashboard(
         "dpdl-wall",
         "DPDL Wall",
@@ -146,7 +147,7 @@ def wall(console_url: str) -> Json:
                     size=(16, 12),
                     overrides=[
                         *ALERT_LINKS,
-                        override("Camera", links=link("Camera", CAMERA_LINK + "${__value.raw}")),
+                        override("Camera", links=link("Camera", CAMERA_LINK + ENCODED)),
                     ],
                 ),
             ],
@@ -176,7 +177,7 @@ def wall(console_url: str) -> Json:
                     "counts since the beginning.",
                     size=(24, 12),
                     overrides=[
-                        override("Camera", links=link("Camera", CAMERA_LINK + "${__value.raw}")),
+                        override("Camera", links=link("Camera", CAMERA_LINK + ENCODED)),
                         override("Last frame", unit="dateTimeFromNow"),
                         override("Last alert", unit="dateTimeFromNow"),
                         override("Alarm rate", unit="percentunit"),

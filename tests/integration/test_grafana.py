@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -23,7 +24,9 @@ from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from infra import decisions
 from infra.dashboards import dashboards
+from infra.decisions import Decision
 from infra.errors import AuthFailed, DataError, ServiceUnavailable, SettingsError
 from infra.grafana_client import Grafana, announce_move
 from infra.model_store import ModelStore, Move, Pointer
@@ -349,7 +352,7 @@ def test_promotions_and_rollbacks_are_annotated(server, monkeypatch, tmp_path) -
     assert server.complaints == []
 
 
-def test_moving_the_pointer_annotates_it_once(server, settings, monkeypatch, tmp_path) -> None:
+def test_a_move_and_a_held_refresh_are_annotated(server, settings, monkeypatch, tmp_path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     (tmp_path / "token").chmod(0o600)
     monkeypatch.setenv("DPDL_GRAFANA_URL", server.url)
@@ -361,8 +364,14 @@ def test_moving_the_pointer_annotates_it_once(server, settings, monkeypatch, tmp
     promoted = move(settings, store, "lines", "v1", None, "the first version")
     again = move(settings, store, "lines", "v1", None, "another process was first")
     assert again.etag == promoted.etag
-    (one,) = server.annotations
+    held = Decision("v2", "v1", "held", "AUROC .90 -> .85", {}, {})
+    decisions.record(settings, "lines", held)
+    decisions.record(settings, "lines", held)
+    decisions.record(settings, "lines", replace(held, candidate="v3", decision="promoted"))
+    one, two = server.annotations
     assert one["text"].startswith("promotion of lines: none -> v1\nthe first version (")
+    assert two["text"] == "refresh of lines held: v2\nAUROC .90 -> .85"
+    assert two["tags"] == ["dpdl", "version", "held", "lines"]
     assert server.complaints == []
 
 

@@ -243,7 +243,7 @@ def _break(settings, version):
     make_minio(settings).put_object(settings.s3.models_bucket, key, BytesIO(b"{}"), 2)
 
 
-def test_the_real_system_is_watched(system, tmp_path):
+def test_the_real_system_is_watched(system, stack, tmp_path):
     settings, rng = system, np.random.default_rng(1)
     normal, defect = jpeg(rng), jpeg(rng, defect=True)
     send(settings, [(DRIFTING, jpeg(rng)) for _ in range(200)])
@@ -260,6 +260,17 @@ def test_the_real_system_is_watched(system, tmp_path):
         _check_rules(prom)
         for name, board in dashboards().items():
             _check_dashboard(prom, settings, name, board)
+        stack.kill("redis")
+        try:
+            until(partial(_check_stores, prom, {"Kafka": 1, "Redis": 0, "S3": 1}))
+        finally:
+            stack.start_service("redis")
+        until(partial(_check_stores, prom, {"Kafka": 1, "Redis": 1, "S3": 1}))
+
+
+def _check_stores(prom, want):
+    found = prom.instant("ray_dpdl_store_up")
+    assert {r["metric"]["store"]: int(r["value"][1]) for r in found} == want
 
 
 def _check_scraped(prom):
