@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
-from cluster.commands.shared import key_values, write_report
+from cluster.commands.shared import duration, key_values, write_report
 
 
 def dpdl(*args, cwd, **env):
@@ -29,6 +30,19 @@ def test_key_values_keeps_what_follows_the_first_equals_sign():
 def test_key_values_names_the_pair_that_is_none():
     with pytest.raises(ValueError, match="--set eps: wanted key=value"):
         key_values(["eps"])
+
+
+def test_durations_have_a_unit():
+    assert [duration(t) for t in ("30s", "15m", "6h", "1.5d")] == [30, 900, 21600, 129600]
+    for wrong in ("6", "h", "0s", "-1h", "6 hours"):
+        with pytest.raises(typer.BadParameter, match="30s, 15m, 6h"):
+            duration(wrong)
+
+
+def test_refresh_takes_one_of_once_every_and_watch(tmp_path):
+    done = dpdl("refresh", "--every", "6h", "--watch", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "choose one" in done.stderr
 
 
 def test_a_report_is_whole_or_not_there(tmp_path):

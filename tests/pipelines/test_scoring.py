@@ -26,6 +26,26 @@ def test_a_camera_gets_its_own_threshold_where_it_has_enough_normals():
     assert thresholds["calibration_normals"] == 45
 
 
+def test_a_camera_unlike_the_others_is_not_left_to_the_threshold_of_all():
+    """Twelve normals do not carry a rate of .01; their highest bounds false alarms at 1 in 13."""
+    rng = np.random.default_rng(0)
+    rates = []
+    for _ in range(200):
+        scores = np.concatenate([rng.normal(size=300), rng.normal(4.0, size=12)])
+        thresholds, notes = calibrate(scores, ["cam-1"] * 300 + ["cam-2"] * 12, 0.01)
+        fresh = rng.normal(4.0, size=500)
+        rates.append(alarms(fresh, ["cam-2"] * 500, thresholds).mean())
+    assert np.mean(rates) < 1 / 13 + 0.02
+    assert (fresh > thresholds["default"]).mean() > 0.2  # what all share would have been worse
+    assert "fewer have cam-2 (12)" in notes[0]
+
+
+def test_a_few_normals_never_lower_a_threshold():
+    scores = np.concatenate([np.arange(300.0), np.zeros(12)])
+    thresholds, _ = calibrate(scores, ["cam-1"] * 300 + ["cam-2"] * 12, 0.01)
+    assert set(thresholds["cameras"]) == {"cam-1"}
+
+
 def test_too_few_normals_lower_the_claim_not_the_threshold():
     thresholds, notes = calibrate(np.arange(9.0), [""] * 9, 0.01)
     assert thresholds["false_alarm_rate"] == pytest.approx(0.1)

@@ -9,10 +9,10 @@ from ray.train import WorkerGroupError
 
 from infra.settings import load_settings
 from pipelines.candidate import Inputs
-from pipelines.held_out import HELD_OUT_OF, is_held_out
+from pipelines.held_out import HELD_OUT_OF, evenly, is_held_out, usable
 from pipelines.ray_run import cause
 from pipelines.registry import version_before
-from pipelines.sources import RowRef, task_environment, task_settings
+from pipelines.sources import RowGroup, RowRef, task_environment, task_settings
 from pipelines.storage import shared_filesystem
 from pipelines.train import TrainOptions, parse_workers
 
@@ -117,3 +117,25 @@ def test_the_cause_of_a_failed_run_is_the_worker_that_failed_first():
     error = WorkerGroupError("two workers failed", failures)
     assert cause(error) == "ValueError: space '9': the trunk has stages 1-7"
     assert cause(RuntimeError()) == "RuntimeError"
+
+
+def test_exemplars_come_evenly_from_all_row_groups_and_are_always_the_same():
+    groups = [RowGroup(f"part-{i}", 0, 100) for i in range(20)]
+    assert evenly(groups, 5000) == groups
+    some = evenly(groups, 500)
+    assert some == evenly(groups, 500)
+    assert [group.key for group in some] == ["part-0", "part-4", "part-8", "part-12", "part-16"]
+    assert evenly([], 500) == []
+    uneven = [RowGroup("a", 0, 1000), *groups]
+    assert sum(group.rows for group in evenly(uneven, 500)) <= 500 + 1000
+
+
+def test_a_row_set_aside_repeated_or_labelled_is_not_used():
+    row = RowRef("new", 3, "ab12", 0, "", "cam-1", "a.png")
+    data = {"set_aside": [], "repeated": {}}
+    assert usable(data)(row)
+    assert usable({"set_aside": []})(row)  # a manifest from before repeats were kept
+    assert not usable(data | {"set_aside": ["ab12"]})(row)
+    assert not usable(data | {"repeated": {"new": [3]}})(row)
+    assert usable(data | {"repeated": {"new": [4], "old": [3]}})(row)
+    assert not usable(data)(dataclasses.replace(row, label=1))
