@@ -1,24 +1,26 @@
 // The live list of alerts, and the one that is selected. The list draws only what can be seen, so that
 // a hundred thousand are as quick as ten; they are fetched page by page as one scrolls.
 
-import { figure, get, h, moment, picture } from "./dom.js";
+import { figure, get, h, moment, picture, tell, trying } from "./dom.js";
 import { answerText, makeViewer } from "./viewer.js";
 
 const ROW = 96; // pixels, as in console.css
 const SPARE = 4; // rows drawn beyond the visible ones
 const PAGE = 100;
+const SETTLED_MS = 800; // what came in so short a time was not what one meant to answer
 const KEPT = 20000; // in memory; older ones are fetched again by time
 
 export function openAlerts(root, camera) {
   const viewer = makeViewer({
     path: (alert) => `api/v1/alerts/${alert.id}/answer`,
+    mayanswer,
     onanswer: () => draw(true),
     empty: "No alert yet. The first one will show here.",
   });
   const live = h("input", { type: "checkbox", checked: true, onchange: () => { if (live.checked) top(); } });
   const only = h("select", { "aria-label": "Camera", onchange: () => { location.hash = `#/alerts/${encodeURIComponent(only.value)}`; } },
     h("option", { value: "" }, "all cameras"));
-  const until = h("input", { type: "datetime-local", "aria-label": "Not later than", onchange: () => { live.checked = !until.value; restart(); } });
+  const until = h("input", { type: "datetime-local", "aria-label": "Not later than", onchange: () => { live.checked = !until.value; trying(restart)(); } });
   const rows = h("div", { class: "rows", role: "listbox", tabindex: 0, "aria-label": "Alerts, newest first" });
   const list = h("div", { class: "list" }, rows);
   const count = h("p", { class: "soft" });
@@ -35,6 +37,7 @@ export function openAlerts(root, camera) {
   let fetching = false;
   let drawn = new Map(); // index -> element, of those on the screen
   let rounds = 0;
+  let cameAt = 0;
 
   const filter = () => ({ camera, to: until.value ? new Date(until.value).getTime() : "" });
 
@@ -94,7 +97,17 @@ export function openAlerts(root, camera) {
     only.value = camera;
   }
 
+  // Answering ends following: what one answers stays.
+  function mayanswer() {
+    const followed = live.checked;
+    live.checked = false;
+    if (!followed || Date.now() - cameAt > SETTLED_MS) return true;
+    tell("Another alert had just come up. It stays now: press again to answer it.");
+    return false;
+  }
+
   function top() {
+    if (alerts.length && alerts[0].id !== selected) cameAt = Date.now();
     list.scrollTop = 0;
     select(0);
   }

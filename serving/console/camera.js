@@ -40,9 +40,10 @@ export function openCamera(root, camera) {
   root.append(
     h("div", { class: "row head" }, h("h1", {}, camera), facts,
       h("a", { class: "button", href: `#/alerts/${encodeURIComponent(camera)}` }, "Its alerts")),
-    h("section", { class: "card", "aria-label": "Timeline" }, canvas,
-      h("div", { class: "row threshold" }, h("label", { class: "wide" }, "Threshold", slider), value, apply, clear), would),
-    h("section", { class: "card", "aria-label": "Look up a frame" }, lookup), viewer.element);
+    h("div", { class: "split even" }, h("div", { class: "column" },
+      h("section", { class: "card", "aria-label": "Timeline" }, canvas,
+        h("div", { class: "row threshold" }, h("label", { class: "wide" }, "Threshold", slider), value, apply, clear), would),
+      h("section", { class: "card", "aria-label": "Look up a frame" }, lookup)), viewer.element));
 
   let line = null, state = null, proposed = null, chosen = -1, rounds = 0;
   let low = 0, high = 1;
@@ -92,11 +93,11 @@ export function openCamera(root, camera) {
 
   function tellWould() {
     const frames = line.id.length;
-    const span = line.complete ? `the last ${HOURS} hours` : `the frames that are kept (since ${moment(line.captured_at_ms[0])})`;
+    const span = line.complete ? `the last ${HOURS} hours` : `the time since ${moment(line.captured_at_ms[0])}, of which frames are kept,`;
     const mixed = line.versions.length > 1 ? ` ${line.versions.length} versions scored them; scores of different versions need not compare.` : "";
     const now = raised(line, null);
     would.replaceChildren(...(proposed === null
-      ? [`Of ${frames} frames in ${span}, `, h("strong", {}, `${now}`), ` raised an alert (${percent(now / frames)}).${mixed}`]
+      ? [`Of the ${frames} frames in ${span} `, h("strong", {}, `${now}`), ` raised an alert (${percent(now / frames)}).${mixed}`]
       : [`At ${figure(proposed)}, ${span} would have raised `, h("strong", {}, `${raised(line, proposed)}`),
         ` alerts instead of ${now}, of ${frames} frames.${mixed}`]));
     apply.disabled = proposed === null;

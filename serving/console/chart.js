@@ -5,7 +5,11 @@ const PAD = { left: 62, right: 12, top: 12, bottom: 26 };
 // line: the API's timeline; onpick(i): a frame was chosen.
 export function makeChart(canvas, onpick) {
   let line = null, chosen = -1, proposed = null, at = [];
-  const color = (name) => getComputedStyle(canvas).getPropertyValue(name).trim();
+  // light-dark() is only resolved where a color is used, so each is tried on.
+  const color = (name) => {
+    canvas.style.color = `var(${name})`;
+    return getComputedStyle(canvas).color;
+  };
   const box = () => ({ width: canvas.clientWidth - PAD.left - PAD.right, height: canvas.clientHeight - PAD.top - PAD.bottom });
 
   function scales() {

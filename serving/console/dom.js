@@ -23,12 +23,12 @@ export const percent = (share) => (share === null || share === undefined ? "\u20
 export const clock = (ms) => new Date(ms).toLocaleTimeString([], { hour12: false });
 export const moment = (ms) => new Date(ms).toLocaleString([], { hour12: false });
 
-export function ago(ms) {
+export function since(ms) {
   const seconds = Math.max(0, (Date.now() - ms) / 1000);
   for (const [size, unit] of [[86400, "d"], [3600, "h"], [60, "min"]]) {
-    if (seconds >= size) return `${Math.floor(seconds / size)} ${unit} ago`;
+    if (seconds >= size) return `${Math.floor(seconds / size)} ${unit}`;
   }
-  return `${Math.floor(seconds)} s ago`;
+  return `${Math.floor(seconds)} s`;
 }
 
 async function ask(path, options = {}) {

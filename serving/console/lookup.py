@@ -51,13 +51,13 @@ def last_hours(results: ResultStore, camera: str, hours: float) -> tuple[list[St
     """Results of a camera, newest first, and whether all of that time is among them."""
     from_ms = max(0, int((time.time() - 3600 * hours) * 1000))
     rows: list[StoredResult] = []
+    state = results.camera(camera)
     while len(rows) < MAX_TIMELINE:
         before = rows[-1].id if rows else None
         page = results.scores(camera, TIMELINE_PAGE, before, from_ms=from_ms)
         rows += page
         if len(page) < TIMELINE_PAGE:
-            state = results.camera(camera)
             # Nothing of that time was trimmed if what lies before it is still there, or all is.
             reaches_back = bool(rows and results.scores(camera, 1, rows[-1].id))
-            return rows, reaches_back or len(rows) == (state.frames if state else 0)
+            return rows, reaches_back or len(rows) >= (state.frames if state else 0)
     return rows, False

@@ -43,7 +43,7 @@ export function openVersions(root) {
         version.parent ? h("div", { class: "soft" }, `from ${version.parent}`) : null),
       h("td", {}, version.kind, h("div", { class: "soft" }, moment(version.created_at)),
         version.dataset ? h("div", { class: "soft" }, `data ${version.dataset}`) : null),
-      h("td", {}, figure(version.auroc)),
+      h("td", {}, version.auroc === null ? "\u2013" : version.auroc.toFixed(3)),
       h("td", {}, figure(version.threshold), version.false_alarm_rate ? h("div", { class: "soft" }, `for ${percent(version.false_alarm_rate)} false alarms`) : null),
       h("td", {}, version.new_normals === null ? "\u2013" : String(version.new_normals)),
       h("td", { class: "wide" }, gate), h("td", {}, promote));

@@ -13,8 +13,9 @@ const OPACITY = "dpdl opacity";
 export const answerText = (answer) => (answer
   ? `${WORDS[answer.kind]}${answer.defect ? `: ${answer.defect}` : ""}, ${answer.by}` : "");
 
-// path(frame): where its answer lies; onanswer(frame): it has changed.
-export function makeViewer({ path, onanswer = () => {}, empty }) {
+// path(frame): where its answer lies; mayanswer(): false while the frame is not yet what one looked at;
+// onanswer(frame): its answer has changed.
+export function makeViewer({ path, mayanswer = () => true, onanswer = () => {}, empty }) {
   const image = h("img", { alt: "", hidden: true });
   const heat = h("img", { alt: "", class: "heat", hidden: true });
   const nothing = h("p", { class: "soft" }, empty);
@@ -143,10 +144,10 @@ export function makeViewer({ path, onanswer = () => {}, empty }) {
   naming.addEventListener("keydown", (event) => { if (event.key === "Escape") { name(false); buttons.children[1].focus(); } });
 
   const keys = {
-    F: [() => give("false-alarm"), "answer: false alarm"],
-    D: [() => frame && name(true), "answer: defect, of a class that you name"],
-    U: [() => give("unsure"), "answer: unsure"],
-    Z: [() => undo(), "take the answer back"],
+    F: [() => mayanswer() && give("false-alarm"), "answer: false alarm"],
+    D: [() => mayanswer() && frame && name(true), "answer: defect, of a class that you name"],
+    U: [() => mayanswer() && give("unsure"), "answer: unsure"],
+    Z: [() => mayanswer() && undo(), "take the answer back"],
     ArrowRight: [() => opacity(+slider.value + 5), "more heat map"],
     ArrowLeft: [() => opacity(+slider.value - 5), "less heat map"],
   };

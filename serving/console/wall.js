@@ -1,6 +1,6 @@
 // The wall: all cameras, the worst first, to be read from across the hall.
 
-import { ago, get, h, percent, picture } from "./dom.js";
+import { get, h, percent, picture, since } from "./dom.js";
 
 const SHOWN = 200; // tiles at a time; the filter finds the others
 const MARK = { alerting: "\u25b2", silent: "\u25a0", ok: "\u25cf" };
@@ -81,10 +81,10 @@ function tile(name) {
     element.dataset.state = camera.state;
     state.textContent = `${MARK[camera.state]} ${camera.state}`;
     share.textContent = percent(camera.alert_share);
-    rate.textContent = camera.state === "silent"
-      ? `no frame since ${camera.last_scored_at_ms ? ago(camera.last_scored_at_ms) : "ever"}`.replace("since ever", "yet").replace("since ", "for ").replace(" ago", "")
-      : `${camera.frames_per_s === null ? "\u2013" : camera.frames_per_s.toFixed(1)} frames/s`;
-    last.textContent = camera.last_alert_at_ms ? `last alert ${ago(camera.last_alert_at_ms)}` : "no alert yet";
+    const speed = camera.frames_per_s === null ? "\u2013" : camera.frames_per_s.toFixed(1);
+    const quiet = camera.last_scored_at_ms ? `no frame for ${since(camera.last_scored_at_ms)}` : "no frame yet";
+    rate.textContent = camera.state === "silent" ? quiet : `${speed} frames/s`;
+    last.textContent = camera.last_alert_at_ms ? `last alert ${since(camera.last_alert_at_ms)} ago` : "no alert yet";
     if (camera.last_alert_frame_url && frame.dataset.url !== camera.last_alert_frame_url) {
       picture(frame, camera.last_alert_frame_url);
       if (camera.last_alert_heat_url) picture(heat, camera.last_alert_heat_url);
