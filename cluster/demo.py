@@ -31,6 +31,7 @@ from dpdl_core.metrics import auroc, average_precision
 from dpdl_core.protocol import load_dataset, split
 from infra.errors import DpdlError, SettingsError
 from infra.kafka_client import end_offsets, ensure_topics
+from infra.redis_client import ResultStore
 from infra.settings import Settings, load_settings
 from pipelines.datasets import NewImage, import_dataset, iter_images, labels, put_incoming
 from pipelines.refresh import RefreshOptions, RefreshReport, refresh_once
@@ -90,7 +91,10 @@ def run_demo(options: DemoOptions, write: Callable[[dict[str, Any]], None]) -> N
             _show(console, report)
             write(report)
             if options.stay:
-                console.print(f"\nAlerts, with pictures: [bold]{deployed.url}[/]   (Ctrl-C ends)")
+                console.print(f"\n{_in_a_line(settings, report)}", highlight=False)
+                console.print(
+                    f"Look, and say where it was wrong: [bold]{deployed.url}[/]  (Ctrl-C ends)"
+                )
                 console.print(
                     f"Other commands see this run with DPDL_STATE_DIR={settings.state_dir}",
                     style="dim",
@@ -316,6 +320,16 @@ def _show(console: Console, report: dict[str, Any]) -> None:
         console.print(
             f"{name.replace('_', ' '):>20}  {_short(value)}", highlight=False, markup=False
         )
+
+
+def _in_a_line(settings: Settings, report: dict[str, Any]) -> str:
+    cameras = ResultStore(settings).cameras()
+    worst = max(cameras, key=lambda camera: camera.alerts / max(1, camera.frames))
+    return (
+        f"{report['frames_scored']} frames of {len(cameras)} cameras scored, "
+        f"{report['frames_lost']} lost, {report['alerts']} alerts; the worst camera is "
+        f"{worst.camera}: {worst.alerts / max(1, worst.frames):.0%} of its frames raised one."
+    )
 
 
 def _short(value: Any) -> str:

@@ -11,10 +11,12 @@ next_offset() and goes on from there. publish() is never retried by the client i
 Keys, below the prefix (`dpdl`):
     scores:<camera>                      stream, capped: every result
     alerts                               stream, capped: results that alert, FrameResult fields
-    camera:<camera>                      hash: counts, last result, debounce, threshold override
+    camera:<camera>                      hash: counts, rates, last result and alert, debounce,
+                                         threshold override
     cameras                              sorted set: camera by time last seen
     dead                                 hash: reason of dead letters -> count
     progress:<group>:<topic>:<partition> the next offset
+    answer:<frame>, defect-classes       what people say of frames (answers.py)
 
 Works on Redis 6.2 or newer and Valkey; one primary, no cluster mode. A user of its own needs:
     ACL SETUSER dpdl on >PASSWORD ~dpdl:* \\

@@ -1,6 +1,8 @@
 """What a data set in S3 consists of: `<dataset>/dataset.json`, its Parquet objects, `incoming/`.
 
-Written by datasets.py, read by everyone who needs to know which objects to open.
+Written by datasets.py, read by everyone who needs to know which objects to open. What people say of
+frames adds to it (infra/answers.py): false alarms to `incoming/`, and to `anomalies/` the defects
+that they confirm, which belong to the training split from then on, until they are taken back.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from infra.answers import ANOMALIES, INCOMING, is_answer
 from infra.errors import DataError, NotFound
 from infra.s3_client import get, make_minio, s3_errors
 from infra.settings import Settings
@@ -95,10 +98,14 @@ class StoredObject:
     key: str
     etag: str
     modified: datetime
+    bytes: int
 
 
 def load_index(settings: Settings, name: str) -> DatasetIndex:
-    """Raises DataError that says how to import when there is no such data set."""
+    """The import and the defects that people have confirmed since.
+
+    Raises DataError that says how to import when there is no such data set.
+    """
     check_name(name)
     s3 = settings.s3
     try:
@@ -110,17 +117,24 @@ def load_index(settings: Settings, name: str) -> DatasetIndex:
             f"import it with `dpdl data import SRC --name {name}`"
         ) from None
     try:
-        return DatasetIndex.from_json(data)
+        index = DatasetIndex.from_json(data)
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"s3://{s3.data_bucket}/{name}/dataset.json cannot be read ({error}): "
             "import the data set again"
         ) from None
+    confirmed = [
+        Part(o.key, o.etag, rows=1, bytes=o.bytes, label=1)
+        for o in list_objects(settings, f"{name}/{ANOMALIES}/")
+        if is_answer(o.key)
+    ]
+    index.parts["train"] += sorted(confirmed, key=lambda part: part.key)
+    return index
 
 
 def incoming(settings: Settings, name: str) -> list[StoredObject]:
     """Objects of new normals, oldest first."""
-    found = list_objects(settings, f"{name}/incoming/")
+    found = list_objects(settings, f"{name}/{INCOMING}/")
     return sorted(
         (o for o in found if o.key.endswith(".parquet")), key=lambda o: (o.modified, o.key)
     )
@@ -130,7 +144,12 @@ def list_objects(settings: Settings, prefix: str) -> list[StoredObject]:
     client = make_minio(settings)
     with s3_errors(settings.s3):
         return [
-            StoredObject(str(o.object_name), str(o.etag).strip('"'), o.last_modified or _EPOCH)
+            StoredObject(
+                str(o.object_name),
+                str(o.etag).strip('"'),
+                o.last_modified or _EPOCH,
+                int(o.size or 0),
+            )
             for o in client.list_objects(settings.s3.data_bucket, prefix=prefix, recursive=True)
         ]
 

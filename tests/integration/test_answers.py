@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 
+import cv2
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -12,6 +15,9 @@ from infra.answers import Answers, is_answer
 from infra.messages import FrameResult
 from infra.redis_client import make_redis
 from infra.s3_client import ensure_buckets, get, make_minio
+from pipelines import datasets
+from pipelines.dataset_index import SCHEMA, check_snapshot, incoming, load_index, snapshot
+from pipelines.sources import read_here, row_groups
 
 pytestmark = pytest.mark.integration
 
@@ -117,3 +123,47 @@ def test_answers_are_looked_up_for_a_page_and_expire_with_the_evidence(settings,
     assert store.of([]) == {}
     left = make_redis(settings).ttl(f"{settings.redis.prefix}:answer:frames/0/1")
     assert left == pytest.approx(settings.stream.evidence_days * 86_400, abs=60)
+
+
+def test_the_next_training_and_refresh_see_answers_and_their_undoing(settings, store, tmp_path):
+    """A confirmed defect is one of the training split, a false alarm one of the new normals."""
+    for name, label in (("normal", 0), ("anomaly/dent", 1)):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        for i in range(8):
+            pixels = np.full((32, 32, 3), 40 * label + 10 * i, np.uint8)
+            cv2.imwrite(str(folder / f"{i}.png"), pixels)
+    datasets.import_dataset(settings, tmp_path, "valves", shots=2)
+    imported = load_index(settings, "valves")
+    image = cv2.imencode(".png", np.full((32, 32, 3), 200, np.uint8))[1].tobytes()
+
+    def give_image(offset, kind, defect=""):
+        return store.give(
+            result(offset), kind, defect=defect, by="ann", dataset="valves", image=image
+        )
+
+    given = give_image(1, "defect", "crack")
+    index = load_index(settings, "valves")
+    assert index.keys("train", 1) == [*imported.keys("train", 1), given.key]
+    assert index.keys("train", 0) == imported.keys("train", 0)
+    assert snapshot(index)["objects"][given.key]
+    check_snapshot(settings, index)
+    (group,) = row_groups(settings, [given.key])
+    (read,) = read_here(settings, [group], 32)()
+    assert (read.rows[0].defect, read.rows[0].label) == ("crack", 1)
+    assert read.rows[0].digest == hashlib.sha256(image).hexdigest()
+    assert (read.images == 200).all()
+
+    alarm = give_image(2, "false-alarm")
+    assert [o.key for o in incoming(settings, "valves")] == [alarm.key]
+    datasets.import_dataset(settings, tmp_path, "valves", shots=2)  # again: answers stay
+    assert load_index(settings, "valves") == index
+    store.undo(result(1))
+    store.undo(result(2))
+    assert load_index(settings, "valves") == imported
+    assert incoming(settings, "valves") == []
+
+
+def test_an_answer_has_the_columns_of_a_data_set():
+    """serving/ writes what pipelines/ reads; neither imports the other."""
+    assert set(SCHEMA) <= set(answers.SCHEMA)
