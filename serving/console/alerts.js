@@ -23,7 +23,7 @@ export function openAlerts(root, camera) {
   const until = h("input", { type: "datetime-local", "aria-label": "Not later than", onchange: () => { live.checked = !until.value; trying(restart)(); } });
   const rows = h("div", { class: "rows", role: "listbox", tabindex: 0, "aria-label": "Alerts, newest first" });
   const list = h("div", { class: "list" }, rows);
-  const count = h("p", { class: "soft" });
+  const count = h("p", { class: "soft count" });
   root.append(h("div", { class: "row head" }, h("h1", {}, "Alerts"), only, h("label", {}, "until ", until),
     h("label", {}, live, " Follow the newest ", h("kbd", {}, "L"))),
   h("div", { class: "split" }, viewer.element, h("section", { "aria-label": "All alerts" }, count, list)));

@@ -26,7 +26,7 @@ export function openCamera(root, camera) {
   const canvas = h("canvas", { class: "chart", role: "img", "aria-label": "Scores of the last day against the threshold" });
   const chart = makeChart(canvas, (i) => pick(i));
   const slider = h("input", { type: "range", min: 0, max: STEPS, "aria-label": "Threshold", oninput: () => propose(level()) });
-  const value = h("input", { type: "number", step: "any", "aria-label": "Threshold as a number", onchange: () => propose(+value.value) });
+  const value = h("input", { type: "number", step: "any", "aria-label": "Threshold as a number", onchange: () => value.value && propose(+value.value) });
   const would = h("p", { class: "would", role: "status" });
   const apply = h("button", { type: "button", class: "main", onclick: () => keys.A[0]() }, h("kbd", {}, "A"), " Apply");
   const clear = h("button", { type: "button", onclick: () => set(null) }, "Back to the model\u2019s");

@@ -86,18 +86,18 @@ def jpeg(pixels):
     return bytes(cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1])
 
 
-def version_files(seed):
+def version_files():
     """A real model on pretrained weights, small for the sake of time."""
     config = override(
         recipe("edge"),
         {"image_size": "128", "patch_prototypes": "64", "pseudo_normals": "24", "folds": "2"},
     )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(1)
 
     def images(kinds):
         return np.stack([decode_image(jpeg(plate(rng, kind)), config.image_size) for kind in kinds])
 
-    model = fit(config, ArraySource(images([""] * 40)), images(["scratch", "stain"] * 3), seed=seed)
+    model = fit(config, ArraySource(images([""] * 40)), images(["scratch", "stain"] * 3), seed=1)
     unseen = model.score(torch.from_numpy(images([""] * 40))).score
     threshold = float(unseen.max() + 0.5 * (unseen.max() - unseen.median()))
     thresholds = {"false_alarm_rate": 0.02, "default": threshold, "cameras": {}}
@@ -119,8 +119,8 @@ def plant(make_settings, tmp_path_factory):
         settings = load_settings()
         ensure_buckets(settings)
         store = ModelStore(settings)
-        for name, seed, parent in (("v1", 1, None), ("v2", 2, "v1")):
-            files, thresholds = version_files(seed)
+        files, thresholds = version_files()
+        for name, parent in (("v1", None), ("v2", "v1")):
             manifest = {
                 "kind": "refresh" if parent else "train",
                 "created_at": "2026-11-25T08:00:00+00:00",
@@ -437,6 +437,7 @@ def test_pages_from_elsewhere_change_nothing(plant):
 def test_the_api_keeps_its_own_description_whatever_it_is_sent(plant):
     """Schemathesis, bounded: no server error, and no answer that OpenAPI does not tell of."""
     schemathesis = pytest.importorskip("schemathesis")
+    import requests
     from hypothesis import HealthCheck, given, settings
     from schemathesis.checks import not_a_server_error
     from schemathesis.specs.openapi.checks import (
@@ -455,12 +456,13 @@ def test_the_api_keeps_its_own_description_whatever_it_is_sent(plant):
 
     def fuzz(operation):
         @settings(
-            max_examples=8, deadline=None, database=None, derandomize=True,
+            max_examples=6, deadline=None, database=None, derandomize=True,
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(case=operation.as_strategy())
         def run(case):
-            case.call_and_validate(headers={"x-dpdl": "1"}, checks=checks)
+            sent = case.as_transport_kwargs(headers={"x-dpdl": "1"})
+            case.validate_response(requests.request(**sent, timeout=10), checks=checks)
 
         run()
 
@@ -484,7 +486,7 @@ def test_a_hundred_thousand_alerts_are_as_quick_as_ten(plant, page):
     until(lambda: one(browser, ".entry"))
     assert time.monotonic() - began < 2
     scroll = "const list = document.querySelector('.list'); list.scrollTop = list.scrollHeight;"
-    count = "return parseInt(document.querySelector('.split .soft').textContent)"
+    count = "return parseInt(document.querySelector('.count').textContent)"
     for pages in range(2, 7):
         browser.execute_script(scroll)
         until(lambda n=pages: browser.execute_script(count) >= 100 * n, f"{pages} pages")
@@ -497,7 +499,9 @@ def test_pictures_of_each_page(plant, page):
     folder = os.environ.get("PICTURES")
     if not folder:
         pytest.skip("PICTURES=FOLDER takes them")
-    make_redis(plant.settings).delete(f"{plant.settings.redis.prefix}:alerts")
+    redis = make_redis(plant.settings)
+    for kind in ("alerts", "cameras", "camera:*", "scores:*"):
+        redis.delete("", *redis.scan_iter(match=f"{plant.settings.redis.prefix}:{kind}"))
     shares = {"press-1": 0.3, "press-2": 0.03, "weld-7": 0.0, "line-3": 0.1}
     for _ in range(90):
         for camera, share in shares.items():
