@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,14 +116,16 @@ def renew(
     anomalies: Tensor | npt.NDArray[np.uint8],
     *,
     seed: int,
+    vouched: Sequence[bool] = (),
     relearn: bool = False,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> tuple[Dpdl, RenewReport]:
     """A model renewed on old and new normals; the given model stays as it is.
 
-    New normals that look anomalous to the present model are not learnt from; with none left the
-    present model is what comes back. Always new: whitening, prototypes, their tails. What the
+    New normals that look anomalous to the present model are not learnt from, except those that are
+    `vouched` for (a person has called them normal; one flag each of this rank's); with none left
+    the present model is what comes back. Always new: whitening, prototypes, their tails. What the
     anomalies taught (directions, heads, the tails of both) stays unless the new normals have
     shifted by more than SHIFT_LIMIT, or `relearn`; then a tuned trunk is tuned a little, too. How
     much each energy counts stays. Collective as fit().
@@ -133,6 +135,8 @@ def renew(
     model = copy.deepcopy(model).cpu()
     config, trunk = model.config, copy.deepcopy(model.trunk).to(device)
     aside, shift = look_over(model, new_normals)
+    if len(vouched):
+        aside &= ~torch.as_tensor(vouched)
     aside_everywhere = distributed.gather_rows(aside)
 
     def report(changed: dict[str, int], score_shift: float, relearnt: bool) -> RenewReport:

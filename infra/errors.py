@@ -8,6 +8,7 @@
       DataError                what came in is not what the contract says
         NotFound               an object, topic or version that should be there is not
         BadFrame               one Kafka record; .reason is the slug of the dead-letter topic
+        DataMoved              (retryable) what was being read was taken away meanwhile
         VersionExists          a version of this id is complete already; versions never change
         VersionBroken          a stored model version is incomplete, altered or unreadable
       PointerConflict          (retryable, after a fresh look) someone moved the pointer first
@@ -51,6 +52,12 @@ class DataError(DpdlError):
 
 class NotFound(DataError):
     """What the caller asked for does not exist."""
+
+
+class DataMoved(DataError):
+    """An object of a data set was there when its work began, and is not any more."""
+
+    retryable = True
 
 
 class BadFrame(DataError):

@@ -20,6 +20,7 @@ from dpdl_core import artifact
 from dpdl_core.artifact import LoadedVersion
 from dpdl_core.fit import renew, set_aside
 from infra import decisions
+from infra.answers import is_answer
 from infra.errors import DataError, VersionExists
 from infra.model_store import ModelStore
 from infra.settings import Settings
@@ -44,6 +45,8 @@ class Inputs:
     used: dict[str, str]
     """Incoming objects that the parent has used already."""
     new: dict[str, str]
+    new_defects: dict[str, str]
+    """Those of `objects` that people have confirmed since the parent."""
     set_aside: list[str]
     """Digests that the parent's renewals set aside."""
     seed: int
@@ -64,13 +67,14 @@ def find_inputs(
 ) -> tuple[Inputs, int, list[str]]:
     """What is new to this version: not in its manifest, and not held or rolled back on its line.
 
-    Also how many rows that is, and notes on objects that cannot be read: those count as new until
-    somebody puts them right, and keep no refresh from the others.
+    Also how many rows that is, defects that people have confirmed since included, and notes on
+    objects that cannot be read: those count as new until somebody puts them right, and keep no
+    refresh from the others.
     Decisions of another line do not count: a model trained from scratch gets everything again.
     """
     data = parent["data"]
     line = {current, *parent["line"]}
-    settled = set(data["incoming"].items())
+    settled = {*data["incoming"].items(), *data["objects"].items()}
     for decision in past:
         if decision.parent in line:
             settled |= set(decision.inputs.items())
@@ -84,12 +88,19 @@ def find_inputs(
             new[key] = etag
         except DataError as error:
             notes.append(f"left out: {error}")
+    objects = snapshot(index)["objects"]
+    defects = {
+        key: etag for key, etag in objects.items() if is_answer(key) and (key, etag) not in settled
+    }
+    rows += len(defects)
     inputs = Inputs(
         parent=current,
         dataset=index.name,
-        objects=snapshot(index)["objects"],
-        used={key: etag for key, etag in data["incoming"].items() if key in stored},
+        objects=objects,
+        # What a person has taken back, or answered anew, is used no longer.
+        used={key: etag for key, etag in data["incoming"].items() if stored.get(key) == etag},
         new=new,
+        new_defects=defects,
         set_aside=list(data["set_aside"]),
         seed=seed,
     )
@@ -101,9 +112,12 @@ def repeated(settings: Settings, inputs: Inputs, index: DatasetIndex) -> dict[st
 
     Known are all splits of the data set, what earlier refreshes used, and rows before in the new
     objects. An image learnt twice would count twice; one on both sides would pass for unseen.
+    What was only set aside is not known: a person may have called it normal since.
     """
     keys = [key for split in SPLITS for key in index.keys(split)]
     known = {digest for key in [*keys, *inputs.used] for digest in digests(settings, key)}
+    called_normal = {d for key in inputs.new if is_answer(key) for d in digests(settings, key)}
+    known -= called_normal & set(inputs.set_aside)
     found: dict[str, list[int]] = {}
     for key in inputs.new:
         for row, digest in enumerate(digests(settings, key)):
@@ -136,7 +150,14 @@ def build(
         "objects": inputs.objects,
         "incoming": inputs.used | inputs.new,
         "new": inputs.new,
+        "new_defects": inputs.new_defects,
         "set_aside": inputs.set_aside,
+        "confirmed": [
+            digest
+            for key in index.keys("train", 1)
+            if is_answer(key)
+            for digest in digests(settings, key)
+        ],
         "repeated": {**parent["data"].get("repeated", {}), **repeats},
     }
     may_use = usable(data)
@@ -166,6 +187,7 @@ def build(
         new,
         defects,
         seed=inputs.seed,
+        vouched=[is_answer(row.key) for row in new.rows],
         # Other defects than those that the current model was taught are there to be learnt.
         relearn=parent["data"]["objects"] != inputs.objects,
         progress=progress,
@@ -173,7 +195,8 @@ def build(
     # The held-out share goes through the same sieve: a defect in it would lift the thresholds.
     unseen = images(settings, inputs.new, size, lambda row: is_held_out(row) and may_use(row))
     doubtful = set_aside(current.model, unseen).nonzero().flatten().tolist()
-    suspects = [new.rows[i] for i in report.set_aside] + [unseen.rows[i] for i in doubtful]
+    suspects = [new.rows[i] for i in report.set_aside]
+    suspects += [unseen.rows[i] for i in doubtful if not is_answer(unseen.rows[i].key)]
     data["set_aside"] = sorted({*inputs.set_aside, *(row.digest for row in suspects)})
     held_out = HeldOut(settings, data)
     held = held_out.score(inputs.candidate, model)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from infra.answers import is_answer
 from infra.settings import Settings
 from pipelines.dataset_index import load_index
 from pipelines.gate import Held
@@ -36,13 +37,21 @@ def is_held_out(row: RowRef) -> bool:
 
 
 def usable(data: Mapping[str, Any]) -> Keep:
-    """Which rows of incoming objects a version may use: its manifest's "data" lists the others."""
+    """Which rows of incoming objects a version may use: its manifest's "data" lists the others.
+
+    A person's word counts more than the sieve's: what was answered "false alarm" is used whatever
+    was set aside, and what was confirmed as a defect is not, wherever it turns up.
+    """
     aside, repeated = set(data["set_aside"]), data.get("repeated", {})
+    confirmed = set(data.get("confirmed", ()))
 
     def keep(row: RowRef) -> bool:
         # A row that says it is a defect is none of the normals that incoming/ is for.
         return (
-            row.label == 0 and row.digest not in aside and row.row not in repeated.get(row.key, ())
+            row.label == 0
+            and row.digest not in confirmed
+            and (is_answer(row.key) or row.digest not in aside)
+            and row.row not in repeated.get(row.key, ())
         )
 
     return keep

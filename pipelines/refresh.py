@@ -159,7 +159,7 @@ def _record(
             decision="promoted" if verdict.promote else "held",
             why=verdict.why,
             numbers=verdict.numbers,
-            inputs=manifest["data"]["new"],
+            inputs=manifest["data"]["new"] | manifest["data"].get("new_defects", {}),
         ),
     )
 

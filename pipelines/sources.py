@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 
 from dpdl_core.images import ImageRejected, decode_image
-from infra.errors import DataError, NotFound
+from infra.errors import DataError, DataMoved, NotFound
 from infra.s3_client import make_filesystem, s3_errors
 from infra.settings import Settings, load_settings
 
@@ -266,14 +266,15 @@ def stack(source: StreamedImages) -> torch.Tensor:
 
 @contextmanager
 def _opened(filesystem: pa.fs.FileSystem, settings: Settings, key: str) -> Iterator[pq.ParquetFile]:
-    """Errors: DataError for an object that is gone or no Parquet, else those of s3_errors."""
+    """Errors: DataMoved for an object that is gone, DataError for no Parquet, and s3_errors'."""
     path = f"{settings.s3.data_bucket}/{key}"
     try:
         with s3_errors(settings.s3), pq.ParquetFile(filesystem.open_input_file(path)) as file:
             yield file
     except NotFound:
-        raise DataError(
-            f"s3://{path} is gone: the data set was imported anew meanwhile; run this again"
+        raise DataMoved(
+            f"s3://{path} is gone: the data set was imported anew, or an answer was taken back, "
+            "meanwhile; run this again"
         ) from None
     except pa.ArrowInvalid as error:
         raise DataError(f"s3://{path} is no Parquet file ({error}): remove it") from None

@@ -4,10 +4,12 @@ The images are 64 px noise plates, defects carry a bright square, so that the ri
 known. Refresh needs no Ray: its tests start from a version that was fitted once, in this process.
 """
 
+import hashlib
 import io
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,19 +21,21 @@ from dpdl_core import artifact
 from dpdl_core.config import override, recipe
 from dpdl_core.fit import fit
 from infra import decisions
+from infra.answers import Answers
 from infra.errors import DataError, PointerConflict
+from infra.messages import FrameResult
 from infra.model_store import ModelStore
 from infra.s3_client import make_minio
 from pipelines import candidate, refresh_loop
 from pipelines.dataset_index import load_index, snapshot
 from pipelines.datasets import NewImage, import_dataset, put_incoming
-from pipelines.held_out import HeldOut, images
+from pipelines.held_out import HeldOut, images, usable
 from pipelines.promotion import load, who
 from pipelines.refresh import RefreshOptions, refresh_once
 from pipelines.refresh_loop import refresh_every
 from pipelines.registry import Registry
 from pipelines.scoring import calibrate, score_images
-from pipelines.sources import stack
+from pipelines.sources import RowRef, stack
 
 pytestmark = pytest.mark.integration
 
@@ -158,6 +162,54 @@ def test_few_new_images_wait_for_company(settings, deployed):
     assert refresh_once(settings, OPTIONS).why == "5 new images, 8 are awaited"
     put_incoming(settings, "plates", new_plates(5, first=6000))
     assert refresh_once(settings, OPTIONS).new_normals == 10
+
+
+def answer(settings, offset, kind, image):
+    """What the console does for a person."""
+    frame = FrameResult(
+        frame_id=f"frames/0/{offset}", camera="cam-1", captured_at_ns=offset, scored_at_ns=1,
+        score=9.0, threshold=1.0, energy=0.0, is_anomaly=True, model="plates", version="train-0",
+        evidence_key="",
+    )  # fmt: skip
+    people = Answers(settings)
+    if kind == "undo":
+        return people.undo(frame)
+    defect = "spot" if kind == "defect" else ""
+    return people.give(frame, kind, defect=defect, by="ann", dataset="plates", image=image)
+
+
+def test_answers_are_learnt_past_the_sieve_and_forgotten_when_taken_back(settings, deployed):
+    """Spots on a plate look like defects to the model; of half of them a person says otherwise."""
+    spots = [plate(9000 + i, spot=True) for i in range(12)]
+    put_incoming(settings, "plates", [*new_plates(40), *(NewImage(s, "cam-1") for s in spots)])
+    first = refresh_once(settings, OPTIONS)
+    data = deployed.manifest("plates", first.to_version)["data"]
+    digests = [hashlib.sha256(spot).hexdigest() for spot in spots]
+    assert first.set_aside == 12
+    assert set(digests) <= set(data["set_aside"])
+
+    alarms = [answer(settings, i, "false-alarm", spot) for i, spot in enumerate(spots[:8])]
+    options = replace(OPTIONS, min_new=1)
+    second = candidate_of(settings, deployed, refresh_once(settings, options))
+    assert set(second["data"]["new"]) == {alarm.key for alarm in alarms}
+    assert (second["new_normals"], second["new_set_aside"]) == (8, 0)
+
+    answer(settings, 0, "undo", b"")
+    answer(settings, 20, "defect", spots[8])
+    third = candidate_of(settings, deployed, refresh_once(settings, options))
+    (defect,) = third["data"]["new_defects"]
+    assert "/anomalies/" in defect
+    assert third["data"]["confirmed"] == [digests[8]]
+    assert alarms[0].key not in third["data"]["incoming"]
+    assert not usable(third["data"])(RowRef("k", 0, digests[8], 0, "", "", ""))
+    assert refresh_once(settings, options).decision == "none"
+
+
+def candidate_of(settings, store, report):
+    """Its manifest; promoted whatever the gate said of so small a model."""
+    if report.decision == "held":
+        Registry(settings, "plates").promote(report.to_version, "for the test")
+    return store.manifest("plates", report.to_version)
 
 
 class Killed(BaseException):

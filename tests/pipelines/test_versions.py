@@ -37,6 +37,7 @@ INPUTS = Inputs(
     objects={"d/a": "1"},
     used={},
     new={"d/n": "2"},
+    new_defects={},
     set_aside=[],
     seed=0,
 )
@@ -52,11 +53,12 @@ def test_a_candidate_is_named_by_all_of_its_inputs_and_nothing_else():
             {"objects": {"d/a": "9"}},
             {"used": {"d/m": "3"}},
             {"new": {"d/n": "9"}},
+            {"new_defects": {"d/a": "1"}},
             {"set_aside": ["ab"]},
             {"seed": 1},
         )
     }
-    assert len(others | {INPUTS.candidate}) == 7
+    assert len(others | {INPUTS.candidate}) == 8
 
 
 def test_about_one_in_five_is_held_out_by_its_content_alone():
