@@ -30,6 +30,7 @@ from dpdl_core.fit import fit, renew
 from dpdl_core.images import ArraySource
 from dpdl_core.layouts import read_elpv_package
 from dpdl_core.metrics import auroc
+from pipelines.candidate import EXEMPLARS
 from pipelines.held_out import HELD_OUT_OF
 from pipelines.scoring import calibrate
 
@@ -80,10 +81,11 @@ def false_alarms(seed: int) -> dict[str, object]:
     held_out = [s for s in answered if _is_held_out(s)]
     after, _ = renew(
         model,
-        ArraySource(_decoded([*normals, *learnt])),
-        ArraySource(_decoded([])),
+        ArraySource(_decoded(_exemplars(normals))),
+        ArraySource(_decoded(learnt)),
         _decoded(seen),
         seed=seed,
+        vouched=[True] * len(learnt),
     )
     threshold_after, _ = _threshold(after, [*calibration, *held_out])
     poly = [s for s in data.anomalies if s.defect == "poly"]
@@ -118,10 +120,11 @@ def defects(seed: int) -> dict[str, object]:
     model = fit(recipe("edge"), ArraySource(normals), seen, seed=seed)
     after, _ = renew(
         model,
-        ArraySource(normals),
+        ArraySource(_decoded(_exemplars(split.train_normals))),
         ArraySource(_decoded([])),
         np.concatenate([seen, _decoded(answered)]),
         seed=seed,
+        relearn=True,
     )
     labels = [0] * len(fresh) + [1] * len(rest)
     return {
@@ -148,6 +151,12 @@ def _decoded(samples: list[protocol.Sample]) -> np.ndarray:
     if not samples:
         return np.empty((0, size, size, 3), np.uint8)
     return protocol.decode_samples(samples, size)[0]
+
+
+def _exemplars(normals: list[protocol.Sample]) -> list[protocol.Sample]:
+    """As many old normals as a refresh looks at again, evenly from all."""
+    count = min(EXEMPLARS, len(normals))
+    return [normals[i * len(normals) // count] for i in range(count)]
 
 
 def _is_held_out(sample: protocol.Sample) -> bool:

@@ -115,6 +115,17 @@ def test_poison_is_set_aside(model, poison):
     assert len(report.set_aside) <= poison + 2
 
 
+def test_what_a_person_vouches_for_is_learnt_however_it_looks(model):
+    new = torch.cat([normals(16, seed=11), anomalies(4, seed=12)])
+    vouched = [False] * 16 + [True] * 4
+    renewed, report = renew(
+        model, ArraySource(NORMALS), ArraySource(new), SEEN, seed=1, vouched=vouched
+    )
+    assert not set(report.set_aside) & set(range(16, 20))
+    sieved, _ = renew(model, ArraySource(NORMALS), ArraySource(new), SEEN, seed=1)
+    assert renewed.score(new[16:]).score.mean() < sieved.score(new[16:]).score.mean()
+
+
 def test_drift_is_learnt(model):
     darker = (normals(30, seed=13).float() * 0.6).to(torch.uint8)
     assert set_aside(model, ArraySource(darker)).float().mean() < 0.2
