@@ -12,8 +12,10 @@ Keys, below the prefix (`dpdl`):
     scores:<camera>                      stream, capped: every result
     alerts                               stream, capped: results that alert, FrameResult fields
     camera:<camera>                      hash: counts, rates, last result and alert, debounce,
-                                         threshold override
-    cameras                              sorted set: camera by time last seen
+                                         what a person set
+    cameras                              sorted set: camera by time last seen, at most max_cameras
+    bindings                             hash: camera -> the model that a person bound it to
+    unlisted                             frames of the cameras beyond max_cameras
     dead                                 hash: reason of dead letters -> count
     progress:<group>:<topic>:<partition> the next offset
     answer:<frame>, defect-classes       what people say of frames (answers.py)
@@ -60,6 +62,8 @@ MAX_RESULTS = 2048
 MAX_PAGE = 10_000
 SMOOTHED_S = 900.0
 """A camera's rates are of about the last so many seconds; older frames count e-fold less."""
+MAX_ALERT_N = 100
+"""Frames that a debounce rule looks back."""
 
 
 def make_redis(settings: Settings, *, retries: int = 1) -> redis.Redis:
@@ -157,6 +161,25 @@ class ThresholdOverride:
     at_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class ModelBinding:
+    """The model that a person bound a camera to, in place of the default one."""
+
+    model: str
+    by: str
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Debounce:
+    """A camera's own rule: an anomaly is an alert when k of its last n frames are anomalous."""
+
+    k: int
+    n: int
+    by: str
+    at_ns: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CameraState:
     """What is known of one camera. The fields of its last result are None before the first."""
@@ -181,6 +204,8 @@ class CameraState:
     """When the frame was captured."""
     last_alert_frame: str | None
     last_alert_evidence: str | None
+    binding: ModelBinding | None = None
+    debounce: Debounce | None = None
 
 
 class ResultStore:
@@ -238,6 +263,7 @@ class ResultStore:
             self._key("alerts"),
             self._key("cameras"),
             self._key("dead"),
+            self._key("unlisted"),
         ]
         arguments = self._arguments(first_offset, next_offset, results, dead or {})
         with redis_errors(self._where):
@@ -265,6 +291,7 @@ class ResultStore:
             stream.alert_k,
             stream.alert_n,
             SMOOTHED_S,
+            stream.max_cameras,
             len(dead),
         ]
         for reason, count in dead.items():
@@ -397,20 +424,55 @@ class ResultStore:
             found = cast("dict[str, str]", self._redis.hgetall(self._key(f"camera:{camera}")))
         return _camera_state(camera, found) if found else None
 
-    def set_threshold(self, camera: str, threshold: float | None, *, by: str) -> None:
-        """Set a person's threshold for a camera, or take it back with None.
+    def unlisted_frames(self) -> int:
+        """Frames ever of cameras beyond stream.max_cameras: scored, alerted, nothing else kept."""
+        with redis_errors(self._where):
+            return int(cast("str | None", self._redis.get(self._key("unlisted"))) or 0)
 
-        Taking it back keeps who and when, so that `dpdl status` can tell.
+    def set_threshold(self, camera: str, threshold: float | None, *, by: str) -> None:
+        """Set a person's threshold for a camera, or take it back with None."""
+        value = None if threshold is None else repr(float(threshold))
+        self._set(camera, "threshold", {"threshold": value}, by)
+
+    def set_debounce(self, camera: str, rule: tuple[int, int] | None, *, by: str) -> None:
+        """Alert at k of a camera's last n frames, or as all cameras do with None."""
+        k, n = rule or (1, 1)
+        if not 1 <= k <= n <= MAX_ALERT_N:
+            raise ValueError(f"{k} of {n}: wanted 1 <= k <= n <= {MAX_ALERT_N}")
+        values = (
+            {"alert_k": str(k), "alert_n": str(n)} if rule else {"alert_k": None, "alert_n": None}
+        )
+        self._set(camera, "alert", values, by)
+
+    def bind_model(self, camera: str, model: str | None, *, by: str) -> None:
+        """Let another model score a camera's frames, or the default one again with None.
+
+        Consumers see it within a second. Nobody looks here whether the model exists.
         """
+        self._set(camera, "bound", {"bound": model}, by)
+
+    def bindings(self) -> dict[str, str]:
+        """Camera -> model, of all cameras that are bound to one."""
+        with redis_errors(self._where):
+            return cast("dict[str, str]", self._redis.hgetall(self._key("bindings")))
+
+    def _set(self, camera: str, what: str, values: Mapping[str, str | None], by: str) -> None:
+        """Fields of a camera's hash; None clears. Who and when stay in either case."""
         key = self._key(f"camera:{check_camera(camera)}")
-        fields: dict[Any, Any] = {"threshold_by": by, "threshold_at": time.time_ns()}
+        fields: dict[Any, Any] = {f"{what}_by": by, f"{what}_at": time.time_ns()}
         with redis_errors(self._where):
             pipeline = self._redis.pipeline(transaction=True)
             pipeline.zadd(self._key("cameras"), {camera: 0}, nx=True)
-            if threshold is None:
-                pipeline.hdel(key, "threshold")
-            else:
-                fields["threshold"] = repr(float(threshold))
+            for name, value in values.items():
+                if value is None:
+                    pipeline.hdel(key, name)
+                else:
+                    fields[name] = value
+            if what == "bound":
+                if values["bound"] is None:
+                    pipeline.hdel(self._key("bindings"), camera)
+                else:
+                    pipeline.hset(self._key("bindings"), camera, values["bound"])
             pipeline.hset(key, mapping=fields)
             pipeline.execute()
 
@@ -462,6 +524,17 @@ def _camera_state(camera: str, found: Mapping[str, str]) -> CameraState:
             float(found["threshold"]), found["threshold_by"], int(found["threshold_at"])
         )
     frames_per_s, alert_share = _rates(found)
+    binding = None
+    if "bound" in found:
+        binding = ModelBinding(found["bound"], found["bound_by"], int(found["bound_at"]))
+    debounce = None
+    if "alert_k" in found:
+        debounce = Debounce(
+            int(found["alert_k"]),
+            int(found["alert_n"]),
+            found["alert_by"],
+            int(found["alert_at"]),
+        )
     return CameraState(
         camera=camera,
         frames=int(found.get("frames", 0)),
@@ -480,6 +553,8 @@ def _camera_state(camera: str, found: Mapping[str, str]) -> CameraState:
         last_alert_at_ns=number("last_alert_at", int),
         last_alert_frame=found.get("last_alert_frame"),
         last_alert_evidence=found.get("last_alert_evidence"),
+        binding=binding,
+        debounce=debounce,
     )
 
 

@@ -138,6 +138,12 @@ class StreamSettings(_Group):
     scores_kept: int = Field(default=10_000, ge=1)
     """Results kept per camera; trimmed approximately, a little more may stay."""
     alerts_kept: int = Field(default=100_000, ge=1)
+    max_cameras: int = Field(default=10_000, ge=1)
+    """Camera ids come from outside: frames of further ones are scored and raise alerts, but they
+    are not listed and their scores are not kept. Each listed camera takes Redis about 1 KB, and
+    300 bytes per result kept."""
+    max_models: int = Field(default=4, ge=1)
+    """Models that a scorer holds at a time: the default one and those that cameras are bound to."""
     evidence_days: int = Field(default=30, ge=1)
     """Evidence in S3 expires after this many days."""
 
@@ -153,6 +159,23 @@ class ServeSettings(_Group):
     http_port: Port = 8000
     token: SecretStr | None = None
     """Asked of every HTTP caller that is not on loopback."""
+    min_consumers: int = Field(default=1, ge=1)
+    max_consumers: int = Field(default=0, ge=0)
+    """Consumer replicas follow Kafka's lag between these bounds, never more than partitions.
+    0: one per eight CPUs of the cluster."""
+    lag_per_consumer: int = Field(default=500, ge=1)
+    """Frames of lag that one consumer may have: as many replicas are wanted as it takes."""
+    min_scorers: int = Field(default=1, ge=1)
+    max_scorers: int = Field(default=0, ge=0)
+    """Scorer replicas follow their queue between these bounds. 0: as many as min_scorers."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> ServeSettings:
+        for what in ("consumers", "scorers"):
+            low, high = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
+            if high and low > high:
+                raise ValueError(f"serve.min_{what}={low} is more than serve.max_{what}={high}")
+        return self
 
 
 class GrafanaSettings(_Group):

@@ -12,15 +12,15 @@ import ipaddress
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions, ProxyLocation
 from ray.serve.schema import ApplicationStatus
 
 from infra import ray_runtime
@@ -39,32 +39,43 @@ BIG_MACHINE_CPUS = 8
 """From here on replicas reserve whole CPUs; below, they must fit beside training on two cores."""
 SCORER_GPU_SHARE = 0.25
 """Training and its refreshes want the rest of the same card."""
+LAG_POLICY = "serving.scaling:LagPolicy"
+LOOK_BACK_S = 20.0
+UP_DELAY_S, DOWN_DELAY_S = 5.0, 300.0
+"""A consumer that comes or goes makes the group share out anew, which holds the stream for a
+moment: more at once when frames wait, fewer only after five quiet minutes."""
 
 
 class AppArgs(BaseModel):
-    """The arguments of `build`, as in a Serve config file's `args`."""
+    """The arguments of `build`, as in a Serve config file's `args` (serve_config.yaml)."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model_name: str = Field(min_length=1)
-    """Which model of the store; its pointer is followed."""
-    consumers: int = Field(default=0, ge=0)
-    """Consumer replicas; 0: one per eight CPUs, at most one per partition."""
-    scorers: int = Field(default=1, ge=1)
-    device: str = ""
-    """"cpu" or "cuda"; empty: a GPU where the cluster has one."""
+    model_name: str = Field(default="default", min_length=1)
+    """The model of the store that scores where a camera is bound to no other."""
+    device: Literal["", "cpu", "cuda"] = ""
+    """Empty: a GPU where the cluster has one."""
 
 
 def build(args: AppArgs) -> serve.Application:
-    """The application, not yet deployed. Reads the settings of the process that it runs in."""
+    """The application, not yet deployed. Creates topics and buckets that do not exist.
+
+    Reads the settings of the process that it runs in: numbers of replicas are settings.serve's.
+    Errors: DataError (no usable model version), AuthFailed, ServiceUnavailable, SettingsError.
+    """
     settings = load_settings()
-    cluster: dict[str, float] = {}
-    if ray.is_initialized():
-        cluster = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    _prepare(settings, args.model_name)
+    return application(args, settings, _resources())
+
+
+def application(
+    args: AppArgs, settings: Settings, cluster: Mapping[str, float]
+) -> serve.Application:
+    """The three deployments, sized for a cluster with these resources. Asks no service."""
     num_cpus = int(cluster.get("CPU", 0))
     roomy = num_cpus >= BIG_MACHINE_CPUS
     on_gpu = args.device == "cuda" or (not args.device and cluster.get("GPU", 0) > 0)
-    consumers = args.consumers or max(1, min(settings.kafka.partitions, num_cpus // 8))
+    consumers = consumer_bounds(settings, num_cpus)
     # Two paths travel, never a secret: replicas read the settings again.
     runtime_env = {"env_vars": settings.worker_env()}
 
@@ -75,26 +86,38 @@ def build(args: AppArgs) -> serve.Application:
             "runtime_env": runtime_env,
         }
 
+    in_flight = settings.stream.max_in_flight
     scorer = serve.deployment(
         name=SCORER,
-        num_replicas=args.scorers,
         ray_actor_options=actor(1, SCORER_GPU_SHARE if on_gpu else 0),
         # A queue before the device, never a refusal: the consumers bound what is in flight.
-        max_ongoing_requests=consumers * settings.stream.max_in_flight + 4,
+        max_ongoing_requests=consumers[1] * in_flight * settings.stream.max_models + 4,
         health_check_period_s=5,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=0.5,
+        # A consumer that waits for scores has all its calls in flight: one scorer for each such.
+        **_replicas(
+            settings.serve.min_scorers,
+            max(settings.serve.min_scorers, settings.serve.max_scorers),
+            target_ongoing_requests=in_flight,
+        ),
     )(Scorer).bind(args.model_name, args.device)
+    policy = {"lag_per_consumer": settings.serve.lag_per_consumer}
     consumer = serve.deployment(
         name=CONSUMER,
-        num_replicas=consumers,
         ray_actor_options=actor(1),
         max_ongoing_requests=16,
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=DRAIN_S + CLOSE_S + 5,
         graceful_shutdown_wait_loop_s=0.5,
+        **_replicas(
+            *consumers,
+            policy=AutoscalingPolicy(  # type: ignore[no-untyped-call]
+                policy_function=LAG_POLICY, policy_kwargs=policy
+            ),
+        ),
     )(Consumer).bind(scorer)
     console: serve.Application = serve.deployment(
         name=CONSOLE,
@@ -105,6 +128,30 @@ def build(args: AppArgs) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
     )(Console).bind(consumer, scorer, args.model_name)
     return console
+
+
+def consumer_bounds(settings: Settings, num_cpus: int) -> tuple[int, int]:
+    """(min, max) consumer replicas: more than partitions would have nothing to do."""
+    wanted = settings.serve
+    most = min(wanted.max_consumers or max(1, num_cpus // 8), settings.kafka.partitions)
+    most = max(most, min(wanted.min_consumers, settings.kafka.partitions))
+    return min(wanted.min_consumers, most), most
+
+
+def _replicas(low: int, high: int, **autoscaling: Any) -> dict[str, Any]:
+    if low == high:
+        return {"num_replicas": low}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=low,
+            initial_replicas=low,
+            max_replicas=high,
+            look_back_period_s=LOOK_BACK_S,
+            upscale_delay_s=UP_DELAY_S,
+            downscale_delay_s=DOWN_DELAY_S,
+            **autoscaling,
+        )
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,29 +167,20 @@ def deploy(
     settings: Settings,
     *,
     model_name: str,
-    consumers: int = 0,
-    device: str = "",
+    device: Literal["", "cpu", "cuda"] = "",
     deadline_s: float = 180.0,
     say: Callable[[str], None] = lambda _: None,
 ) -> Deployed:
     """Deploys the application and waits until all of it runs; deploying again replaces it.
 
-    Creates topics and buckets that do not exist. `settings` must be what load_settings() gives
-    in this process: the replicas read the same sources.
-
-    Errors: SettingsError (port taken, no token for a public address), DataError (no usable model
-    version), ServiceUnavailable (not running at the deadline).
+    `settings` must be what load_settings() gives in this process: the replicas read the same
+    sources. Errors: those of build(), SettingsError (port taken, no token for a public address),
+    ServiceUnavailable (not running at the deadline).
     """
     _check_address(settings)
-    pointer = ModelStore(settings).current(model_name)
-    if pointer is None:
-        raise DataError(
-            f"model {model_name!r} has no current version: train one with `dpdl train`, or "
-            "promote one with `dpdl models promote`"
-        )
-    ensure_topics(settings)
-    ensure_buckets(settings)
+    _prepare(settings, model_name)
     ray_runtime.connect()
+    app = application(AppArgs(model_name=model_name, device=device), settings, _resources())
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it tells of every step of its own
     host, port = settings.serve.http_host, settings.serve.http_port
     if not _serve_runs():
@@ -160,7 +198,6 @@ def deploy(
     if APP_NAME in serve.status().applications:
         # Serve keeps replicas whose arguments are unchanged, and theirs would keep old settings.
         serve.delete(APP_NAME)
-    app = build(AppArgs(model_name=model_name, consumers=consumers, device=device))
     serve.run_many(
         [serve.RunTarget(app, name=APP_NAME, route_prefix="/")],
         wait_for_applications_running=False,
@@ -190,6 +227,22 @@ def consumer_stats() -> dict[str, Any]:
     """What one consumer replica says of itself (serving.consume.Consumer.stats)."""
     handle = serve.get_deployment_handle(CONSUMER, APP_NAME)
     return dict(handle.stats.remote().result(timeout_s=30))
+
+
+def _prepare(settings: Settings, model_name: str) -> None:
+    ensure_topics(settings)
+    ensure_buckets(settings)
+    if ModelStore(settings).current(model_name) is None:
+        raise DataError(
+            f"model {model_name!r} has no current version: train one with `dpdl train`, or "
+            "promote one with `dpdl models promote`"
+        )
+
+
+def _resources() -> dict[str, float]:
+    if not ray.is_initialized():
+        return {}
+    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
 
 
 def _wait_running(deadline_s: float) -> None:

@@ -57,13 +57,41 @@ class BadRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """Which model scores which camera, and the size of image that each reads."""
+
+    default_size: int
+    bound: Mapping[str, str] = field(default_factory=dict)
+    """Camera -> model, where a person bound it to one."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Model -> size, as far as is known; a wrong guess is answered by WrongSize."""
+
+    def of(self, camera: str) -> tuple[str, int]:
+        model = self.bound.get(camera, DEFAULT_MODEL)
+        return model, self.sizes.get(model, self.default_size)
+
+
+DEFAULT_MODEL = ""
+"""Stands for the model that the application was deployed with."""
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    polled: Polled
+    """What one call of the scorer carries: frames for one model, of one size."""
+
+    model: str
     records: list[KafkaRecord]
     """What frames were read from: frames[i] from records[i]."""
     frames: list[FrameRecord]
     images: NDArray[np.uint8]
     """(B,S,S,3) RGB, row i is frames[i]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    polled: Polled
+    batches: list[Batch]
+    """One for each model that any of the frames wants."""
     bad: list[BadRecord]
 
 
@@ -72,6 +100,7 @@ class Scored:
     """One batch's answer; every row by the same version. Arrays (B,) float32."""
 
     model: str
+    """Its name; the default one's where the model that was asked for cannot be used."""
     version: str
     image_size: int
     score: NDArray[np.float32]
@@ -94,7 +123,8 @@ class BatchReport:
 
     offsets: dict[str, list[int]]
     polled_at_ns: int = 0
-    version: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Model -> the version of it that scored."""
     alerts: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     """Dead letters by reason."""
@@ -124,12 +154,10 @@ class Source(Protocol):
 
 
 class Score(Protocol):
-    def image_size(self) -> int:
-        """The size that the version in use reads, as far as is known."""
+    def plan(self) -> Plan:
+        """Which model is wanted for which camera, by what is known now."""
 
-    def submit(
-        self, images: NDArray[np.uint8], cameras: Sequence[str]
-    ) -> Future[Scored | WrongSize]:
+    def submit(self, batch: Batch) -> Future[Scored | WrongSize]:
         """One call for the whole batch; answers come in any order."""
 
 
@@ -150,5 +178,5 @@ class Sink(Protocol):
         """
 
 
-Decode = Callable[[Polled, int], Batch]
+Decode = Callable[[Polled, Plan], Decoded]
 Report = Callable[[BatchReport], None]

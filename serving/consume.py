@@ -12,13 +12,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -30,17 +28,20 @@ from infra.metrics import GAUGES_S, ReplicaMetrics, StreamMetrics
 from infra.redis_client import ResultStore
 from infra.settings import Settings, load_settings
 from serving.archive import open_archive
-from serving.batch import BatchReport, Scored, WrongSize
+from serving.batch import DEFAULT_MODEL, Batch, BatchReport, Plan, Scored, WrongSize
 from serving.decode import Decoder
 from serving.logs import log_to_stderr
 from serving.loop import Loop
 from serving.publish import StreamSink
+from serving.scaling import LAG
 from serving.source import KafkaSource
 
 log = logging.getLogger("dpdl.stream")
 
 ANSWER_S = 120.0
 """Longest wait for one batch's scores before it is asked for again."""
+LOOK_S = 1.0
+"""How often the bindings of cameras to models are read."""
 STUCK_S = 90.0
 """A loop that shows no life for so long is replaced."""
 MARKS = {
@@ -56,31 +57,35 @@ CLOSE_S = 3.0
 class HandleScore:
     """serving.batch.Score by calls of the Scorer deployment; one call carries one batch."""
 
-    def __init__(self, scorer: DeploymentHandle[Any], depth: int) -> None:
-        self._scorer = scorer
+    def __init__(self, scorer: DeploymentHandle[Any], results: ResultStore, depth: int) -> None:
+        self._scorer, self._results = scorer, results
         self._pool = ThreadPoolExecutor(depth, thread_name_prefix="score")
-        self._image_size = 0
+        self._sizes: dict[str, int] = {}
+        self._bound: dict[str, str] = {}
+        self._looked_s = float("-inf")
 
-    def image_size(self) -> int:
-        if not self._image_size:
+    def plan(self) -> Plan:
+        """Sizes as of the last answers, bindings as of LOOK_S ago. ServiceUnavailable."""
+        if DEFAULT_MODEL not in self._sizes:
             info = _answer(lambda: self._scorer.info.remote().result(timeout_s=ANSWER_S))
-            self._image_size = int(info["image_size"])
-        return self._image_size
+            self._sizes[DEFAULT_MODEL] = int(info["image_size"])
+        if time.monotonic() - self._looked_s > LOOK_S:
+            self._bound = self._results.bindings()
+            self._looked_s = time.monotonic()
+        return Plan(self._sizes[DEFAULT_MODEL], self._bound, dict(self._sizes))
 
-    def submit(
-        self, images: NDArray[np.uint8], cameras: Sequence[str]
-    ) -> Future[Scored | WrongSize]:
-        return self._pool.submit(self._ask, images, cameras)
+    def submit(self, batch: Batch) -> Future[Scored | WrongSize]:
+        return self._pool.submit(self._ask, batch)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, images: NDArray[np.uint8], cameras: Sequence[str]) -> Scored | WrongSize:
-        call = self._scorer.score
+    def _ask(self, batch: Batch) -> Scored | WrongSize:
+        call, cameras = self._scorer.score, [frame.camera for frame in batch.frames]
         answer: Scored | WrongSize = _answer(
-            lambda: call.remote(images, cameras).result(timeout_s=ANSWER_S)
+            lambda: call.remote(batch.images, cameras, batch.model).result(timeout_s=ANSWER_S)
         )
-        self._image_size = answer.image_size
+        self._sizes[batch.model] = answer.image_size
         return answer
 
 
@@ -129,10 +134,14 @@ class Consumer:
             "last_batch": self._last,
         }
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For serving.scaling.LagPolicy."""
+        return {LAG: float(sum(self._lag.values()))}
+
     def check_health(self) -> None:
         """RuntimeError, and Serve replaces the replica, when the thread is dead or stuck."""
         if not self._thread.is_alive() and not self._stopping.is_set():
-            raise RuntimeError("the stream's thread has died; its error is in the replica's log")
+            raise RuntimeError(f"the stream has ended: {self._trouble}")
         quiet_s = time.monotonic() - (self._loop.last_poll_s if self._loop else self._alive_s)
         if quiet_s > STUCK_S:
             raise RuntimeError(f"the stream's thread has shown no life for {quiet_s:.0f} s")
@@ -151,9 +160,12 @@ class Consumer:
                 parts = self._opened(ends)
                 if parts:
                     parts.run()
-        except BaseException:
-            log.exception("the stream's thread ends")
-            raise
+        except DpdlError as error:  # no retry helps: a person must change something
+            self._trouble = str(error)
+            log.error("the stream ends: %s", error)
+        except BaseException as error:
+            self._trouble = f"{type(error).__name__}: {error}"
+            log.exception("the stream ends")
 
     def _opened(self, ends: ExitStack) -> Loop | None:
         """Connects to everything, for as long as it takes. None: stopped meanwhile."""
@@ -182,7 +194,7 @@ class Consumer:
         ends.callback(archive.close)
         decoder = Decoder(settings.stream.decode_threads)
         ends.callback(decoder.close)
-        score = HandleScore(self._scorer, depth)
+        score = HandleScore(self._scorer, results, depth)
         ends.callback(score.close)
         source = KafkaSource(make_consumer(settings, group=settings.kafka.group), results, settings)
         ends.callback(source.close, CLOSE_S)
@@ -198,7 +210,7 @@ class Consumer:
     def _report(self, batch: BatchReport) -> None:
         line: dict[str, Any] = {
             "offsets": batch.offsets,
-            "version": batch.version,
+            "versions": batch.versions,
             "frames": len(batch.results),
             "alerts": batch.alerts,
             "bad": dict(batch.bad),

@@ -7,6 +7,7 @@ equal offline ones. Decoding runs in threads; the codecs let go of Python's lock
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +15,11 @@ from numpy.typing import NDArray
 from dpdl_core.images import ImageRejected, decode_image
 from infra.errors import BadFrame
 from infra.messages import FrameRecord, KafkaRecord
-from serving.batch import BadRecord, Batch, Polled
+from serving.batch import BadRecord, Batch, Decoded, Plan, Polled
 
 
 class Decoder:
-    """Decodes a polled batch at the size that the model in use reads.
+    """Decodes a polled batch, each frame at the size that its model reads.
 
     Args:
         threads: decoding threads; the rest of the replica waits for sockets most of the time.
@@ -27,31 +28,41 @@ class Decoder:
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    def __call__(self, polled: Polled, size: int) -> Batch:
-        """Keeps the order of records. Never raises for what is in them."""
-        outcomes = list(self._pool.map(lambda record: _decode(record, size), polled.records))
-        good = [each for each in outcomes if not isinstance(each, BadRecord)]
-        images = np.empty((len(good), size, size, 3), dtype=np.uint8)
-        for row, (_, _, image) in enumerate(good):
-            images[row] = image
-        return Batch(
-            polled=polled,
-            records=[record for record, _, _ in good],
-            frames=[frame for _, frame, _ in good],
-            images=images,
-            bad=[each for each in outcomes if isinstance(each, BadRecord)],
-        )
+    def __call__(self, polled: Polled, plan: Plan) -> Decoded:
+        """Keeps the order of records within each model. Never raises for what is in them."""
+        outcomes = self._pool.map(lambda record: _decode(record, plan), polled.records)
+        bad: list[BadRecord] = []
+        rows: dict[str, list[_Row]] = {}
+        for each in outcomes:
+            if isinstance(each, BadRecord):
+                bad.append(each)
+            else:
+                rows.setdefault(each.model, []).append(each)
+        return Decoded(polled, [_batch(model, found) for model, found in rows.items()], bad)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _decode(
-    record: KafkaRecord, size: int
-) -> tuple[KafkaRecord, FrameRecord, NDArray[np.uint8]] | BadRecord:
+class _Row(NamedTuple):
+    model: str
+    record: KafkaRecord
+    frame: FrameRecord
+    image: NDArray[np.uint8]
+
+
+def _batch(model: str, rows: list[_Row]) -> Batch:
+    images = np.empty((len(rows), *rows[0].image.shape), dtype=np.uint8)
+    for at, row in enumerate(rows):
+        images[at] = row.image
+    return Batch(model, [row.record for row in rows], [row.frame for row in rows], images)
+
+
+def _decode(record: KafkaRecord, plan: Plan) -> _Row | BadRecord:
     try:
         frame = FrameRecord.from_kafka(record)
-        return record, frame, decode_image(frame.image, size)
+        model, size = plan.of(frame.camera)
+        return _Row(model, record, frame, decode_image(frame.image, size))
     except (BadFrame, ImageRejected) as why:
         return BadRecord(record, why.reason, str(why))
     except Exception as why:  # a codec that trips over hostile bytes must not stop the stream

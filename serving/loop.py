@@ -14,6 +14,9 @@ What goes with it: a bad record is put aside before its offset is passed, so it 
 frame id, so that writing it again is the same. Kafka's own commit is for lag metrics only; nothing
 reads it back.
 
+A polled batch is scored by one call for each model that its cameras are bound to: each call by one
+version of one model, and a result names both.
+
 Memory: at most `depth` batches are between decode and publish, and nothing is polled beyond them.
 """
 
@@ -37,6 +40,8 @@ from serving.batch import (
     Batch,
     BatchReport,
     Decode,
+    Decoded,
+    Plan,
     Polled,
     Report,
     Score,
@@ -69,17 +74,17 @@ class _Clock:
 
 @dataclass(slots=True)
 class _Flight:
-    """A batch between decode and publish."""
+    """A polled batch between decode and publish."""
 
-    batch: Batch
-    answer: Future[Scored | WrongSize] | None
-    """None when every record was bad: there is an offset to pass and nothing to score."""
+    decoded: Decoded
+    answers: list[Future[Scored | WrongSize]]
+    """Of decoded.batches. Empty when every record was bad: there is only an offset to pass."""
     polled_at_ns: int
     clock: _Clock
     """Goes on from submit to answer, so that waiting behind other batches counts as scoring."""
 
     def done(self) -> bool:
-        return self.answer is None or self.answer.done()
+        return all(answer.done() for answer in self.answers)
 
 
 class Stopping(Exception):
@@ -149,32 +154,37 @@ class Loop:
     def _launch(self, polled: Polled) -> _Flight:
         polled_at_ns = time.time_ns()
         clock = _Clock({"poll": round(polled.waited_s * 1000, 1)})
-        size = self._patiently("asking the scorer", self._score.image_size)
-        batch = self._decode(polled, size)  # 1. decode
+        plan = self._patiently("asking which model is wanted", self._score.plan)
+        decoded = self._decode(polled, plan)  # 1. decode
         clock.lap("decode")
-        if batch.bad:  # 2. bad records are kept before their offset is passed
-            self._patiently("putting bad records aside", lambda: self._sink.set_aside(batch.bad))
+        if decoded.bad:  # 2. bad records are kept before their offset is passed
+            self._patiently("putting bad records aside", lambda: self._sink.set_aside(decoded.bad))
             clock.lap("aside")
-        return _Flight(batch, self._submit(batch), polled_at_ns, clock)  # 3. score: one call
+        answers = [self._score.submit(each) for each in decoded.batches]  # 3. score: a call a model
+        return _Flight(decoded, answers, polled_at_ns, clock)
 
     def _land(self, flight: _Flight) -> None:
-        clock = flight.clock
+        clock, spans = flight.clock, flight.decoded.polled.spans
         report = BatchReport(
             polled_at_ns=flight.polled_at_ns,
-            offsets={f"{s.partition.number}": [s.first, s.next] for s in flight.batch.polled.spans},
+            offsets={f"{s.partition.number}": [s.first, s.next] for s in spans},
             stage_ms=clock.stage_ms,
         )
         results: list[FrameResult] = []
-        bad = list(flight.batch.bad)
-        if flight.answer is not None:
-            batch, scored = self._answered(flight.batch, flight.answer)
+        bad = list(flight.decoded.bad)
+        if flight.answers:
+            pairs = zip(flight.decoded.batches, flight.answers, strict=True)
+            answered = [self._answered(batch, answer) for batch, answer in pairs]
             clock.lap("score")
-            results, senseless = self._judge(batch, scored)  # 4. evidence
-            bad += senseless
-            report.version = scored.version
+            for batch, scored in answered:
+                judged, senseless = self._judge(batch, scored)  # 4. evidence
+                results += judged
+                bad += senseless
+                report.versions[scored.model] = scored.version
+            results.sort(key=lambda result: result.offset)  # within each partition: as they came
             clock.lap("evidence")
         published = []
-        for span in flight.batch.polled.spans:  # 5. results, alerts and next offset: one step
+        for span in spans:  # 5. results, alerts and next offset: one step
             mine = [r for r in results if _within(span, r.frame_id)]
             dead = Counter(each.reason for each in bad if _within(span, _frame_id(each.record)))
             alerts = self._published(span, mine, dead)
@@ -186,13 +196,8 @@ class Loop:
             report.bad.update(dead)
         clock.lap("publish")
         self._source.commit(published)  # 6. for lag metrics only
-        report.dropped_spans = len(flight.batch.polled.spans) - len(published)
+        report.dropped_spans = len(spans) - len(published)
         self._report(report)
-
-    def _submit(self, batch: Batch) -> Future[Scored | WrongSize] | None:
-        if not batch.frames:
-            return None
-        return self._score.submit(batch.images, [frame.camera for frame in batch.frames])
 
     def _answered(self, batch: Batch, answer: Future[Scored | WrongSize]) -> tuple[Batch, Scored]:
         """Waits for the scores; asks again when the scorer was replaced or changed its size."""
@@ -200,8 +205,7 @@ class Loop:
 
         def ask() -> Scored | WrongSize:
             nonlocal pending
-            asked = pending or self._submit(batch)
-            assert asked is not None
+            asked = pending or self._score.submit(batch)
             pending = None  # a failed answer is not asked for again, its question is
             while wait([asked], timeout=WAIT_S).not_done:
                 self._source.idle(0)
@@ -213,7 +217,8 @@ class Loop:
             if isinstance(scored, Scored):
                 return batch, scored
             # Never resized from the decoded pixels: online scores equal offline ones.
-            batch = self._decode(batch.polled, scored.image_size)
+            plan = Plan(scored.image_size, dict.fromkeys(_cameras(batch), batch.model))
+            (batch,) = self._decode(Polled(batch.records, []), plan).batches
 
     def _judge(self, batch: Batch, scored: Scored) -> tuple[list[FrameResult], list[BadRecord]]:
         """Results of a batch, evidence of its anomalies kept; frames without a finite score."""
@@ -299,6 +304,10 @@ class Loop:
 
 def _frame_id(record: KafkaRecord) -> str:
     return frame_id(record.topic, record.partition, record.offset)
+
+
+def _cameras(batch: Batch) -> set[str]:
+    return {frame.camera for frame in batch.frames}
 
 
 def _within(span: Span, frame: str) -> bool:

@@ -1,4 +1,4 @@
-"""Scorer deployment: batches of images > scores, by the current version of one model.
+"""Scorer deployment: batches of images > scores, by the current version of the model they want.
 
 One call is one batch, scored as a whole by one version: a change of version falls between two
 batches. One thread drives the device; several consumers' batches queue up before it.
@@ -25,14 +25,19 @@ from infra.metrics import GAUGES_S, ReplicaMetrics, ScorerMetrics
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
 from infra.settings import load_settings
-from serving.batch import Scored, WrongSize
-from serving.versions import InUse, Versions
+from serving.batch import DEFAULT_MODEL, Scored, WrongSize
+from serving.coalesce import Coalescer
+from serving.models import Models
+from serving.versions import InUse
 
 log = logging.getLogger("dpdl.score")
 
 LOOK_S = 1.0
 """How often the pointer and the threshold overrides are looked at."""
 MAX_CPU_THREADS = 8
+COALESCED_BATCHES = 4
+"""Full batches of several consumers that one call of a GPU takes. A CPU's time is linear in the
+frames from 8 on (docs/serving.md), so there calls stay apart, and alerts are out earlier."""
 MAX_CAMERAS = 20_000
 
 
@@ -100,68 +105,83 @@ class Scorer:
     """The deployment's class; ready means: a version is loaded, verified and warm.
 
     Args:
-        model_name: which model of the store; its pointer is followed.
+        model_name: the default model; others are loaded when cameras are bound to them.
         device: "cpu", "cuda" or "" for a GPU where there is one.
     """
 
     def __init__(self, model_name: str, device: str = "") -> None:
         settings = load_settings()
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if self._device == "cpu":
+        on_cpu = self._device == "cpu"
+        if on_cpu:
             # Decoding needs a core too; beyond a few, small batches gain nothing.
             torch.set_num_threads(max(1, min(MAX_CPU_THREADS, (os.cpu_count() or 2) - 1)))
+        max_batch = settings.stream.max_batch
+        coalesced = 0 if on_cpu else COALESCED_BATCHES * max_batch
         self._overrides = Overrides(ResultStore(settings))
-        trial_batch = 1 if self._device == "cpu" else settings.stream.max_batch
-        self._versions = Versions(
-            ModelStore(settings), model_name, device=self._device, trial_batch=trial_batch
+        self._models = Models(
+            ModelStore(settings),
+            model_name,
+            device=self._device,
+            trial_batch=1 if on_cpu else coalesced,
+            max_models=settings.stream.max_models,
         )
-        self._versions.start()
-        self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._models.default.start()
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self._calls = Coalescer(self._score, max_frames=coalesced)
         self._metrics = ScorerMetrics()
         self._replica = ReplicaMetrics("scorer", serve.get_replica_context().rank.rank)
         self._closing = threading.Event()
-        self._last_look_s = time.monotonic()
         self._watch = threading.Thread(target=self._follow, name="watch", daemon=True)
         self._watch.start()
 
-    async def score(self, images: NDArray[np.uint8], cameras: Sequence[str]) -> Scored | WrongSize:
-        """One batch, (B,S,S,3) uint8 RGB; see score_batch."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._device_thread, self._score, images, cameras
-        )
+    async def score(
+        self, images: NDArray[np.uint8], cameras: Sequence[str], model: str = DEFAULT_MODEL
+    ) -> Scored | WrongSize:
+        """One batch, (B,S,S,3) uint8 RGB, that wants this model; see score_batch and Models."""
+        if not self._models.known(model):
+            # The device goes on with other models' frames meanwhile.
+            await asyncio.get_running_loop().run_in_executor(self._loader, self._models.need, model)
+        return await asyncio.wrap_future(self._calls.submit(images, cameras, model))
 
     async def info(self) -> dict[str, Any]:
-        """What is in use: model, version, image_size, device, pid, since, refused."""
-        held = self._versions.in_use
+        """Of the default model: model, version, image_size, since, threshold, refused. Of all:
+        models (name -> version) and trouble (name -> why the default one scores instead). Of the
+        replica: device, pid."""
+        default = self._models.default
+        held = default.in_use
         return {
-            "model": self._versions.name,
+            "model": default.name,
             "version": held.version,
             "image_size": held.image_size,
             "device": self._device,
             "pid": os.getpid(),
             "since_s": held.since_s,
             "threshold": float(held.loaded.thresholds["default"]),
-            "refused": dict(self._versions.refused),
+            "refused": dict(default.refused),
+            "models": {each.name: each.in_use.version for each in self._models.in_use()},
+            "trouble": dict(self._models.trouble),
         }
 
     def check_health(self) -> None:
-        """RuntimeError (the replica is replaced) when nobody follows the pointer any more."""
+        """RuntimeError (the replica is replaced) when a thread of it has died."""
         if not self._watch.is_alive():
-            raise RuntimeError("the thread that follows the model pointer has died")
+            raise RuntimeError("the thread that follows the model pointers has died")
+        if not self._calls.is_alive():
+            raise RuntimeError("the thread before the device has died")
 
     def __del__(self) -> None:
         if closing := getattr(self, "_closing", None):
             closing.set()
+            self._calls.close()
 
-    def _score(self, images: NDArray[np.uint8], cameras: Sequence[str]) -> Scored | WrongSize:
+    def _score(
+        self, images: NDArray[np.uint8], cameras: Sequence[str], model: str
+    ) -> Scored | WrongSize:
+        name, held = self._models.of(model)  # read once per batch
         with torch.inference_mode():
             return score_batch(
-                self._versions.in_use,  # read once per batch
-                self._versions.name,
-                images,
-                cameras,
-                self._overrides.of(cameras),
-                self._device,
+                held, name, images, cameras, self._overrides.of(cameras), self._device
             )
 
     def _follow(self) -> None:
@@ -171,7 +191,7 @@ class Scorer:
                 measured_s = time.monotonic()
                 self._measure()
             try:
-                self._versions.refresh()
+                self._models.refresh()
                 self._overrides.refresh()
                 failing = ""
             except DpdlError as error:  # S3 or Redis away: what is in use goes on
@@ -183,7 +203,7 @@ class Scorer:
                 log.exception("looking for a new version or threshold")
 
     def _measure(self) -> None:
-        held = self._versions.in_use
         self._replica.alive()
-        self._metrics.versions(self._versions.name, held.version, self._versions.refused_now)
-        self._metrics.drift(held.drift.psi())
+        for each in self._models.in_use():
+            self._metrics.versions(each.name, each.in_use.version, each.refused_now)
+            self._metrics.drift(each.in_use.drift.psi())

@@ -83,7 +83,8 @@ class Versions:
     def start(self) -> None:
         """Loads the current version, or the one before it when that is broken.
 
-        DataError when there is none or neither can be used; ServiceUnavailable passes through.
+        A second start tries no version again that was refused. DataError when there is none or
+        neither can be used; ServiceUnavailable passes through.
         """
         pointer = self._store.current(self.name)
         if pointer is None:
@@ -92,7 +93,7 @@ class Versions:
                 "one (dpdl models promote)"
             )
         for version in (pointer.version, pointer.previous):
-            if version and self._try(version):
+            if version and version not in self.refused and self._try(version):
                 self.refused_now = None if version == pointer.version else pointer.version
                 return
         raise DataError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -10,19 +11,28 @@ from rich.table import Table
 
 from cluster.commands.shared import out
 
-app = typer.Typer(help="Cameras: list them, set a threshold.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from infra.redis_client import CameraState
+
+app = typer.Typer(
+    help="Cameras: list them; give one its own threshold, model or debounce rule.",
+    no_args_is_help=True,
+)
 
 
 @app.command("list")
 def camera_list() -> None:
-    """Cameras, the latest seen first."""
+    """Cameras, the latest seen first, and what a person set for them."""
     from infra.redis_client import ResultStore
     from infra.settings import load_settings
 
+    settings = load_settings()
+    store = ResultStore(settings)
     table = Table(box=None, pad_edge=False)
-    for column in ("camera", "frames", "alerts", "last score", "threshold", "set by"):
-        table.add_column(column, justify="left" if column in ("camera", "set by") else "right")
-    for one in ResultStore(load_settings()).cameras():
+    for column in ("camera", "frames", "alerts", "last score", "threshold", "model", "set by"):
+        number = column in ("frames", "alerts", "last score", "threshold")
+        table.add_column(column, justify="right" if number else "left")
+    for one in store.cameras():
         override = one.override
         used = override.threshold if override else one.threshold_used
         table.add_row(
@@ -31,23 +41,96 @@ def camera_list() -> None:
             str(one.alerts),
             "" if one.last_score is None else f"{one.last_score:.3f}",
             "" if used is None else f"{used:.3f}",
-            escape(override.by) if override else "",
+            escape(_model(one)),
+            escape("; ".join(_settings(one))),
         )
     out.print(table)
+    if unlisted := store.unlisted_frames():
+        out.print(
+            f"{unlisted} frames of further cameras were scored and not kept: "
+            f"stream.max_cameras={settings.stream.max_cameras}",
+            markup=False,
+        )
 
 
 @app.command("set")
 def camera_set(
     camera: str,
-    threshold: Annotated[
-        float | None, typer.Option(help="Alert above this score; leave out to clear.")
+    threshold: Annotated[float | None, typer.Option(help="Alert above this score.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model that scores this camera.")] = None,
+    alert: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Alert at K anomalies in the last N frames.")
     ] = None,
+    clear_threshold: Annotated[bool, typer.Option("--clear-threshold")] = False,
+    clear_model: Annotated[bool, typer.Option("--clear-model")] = False,
+    clear_alert: Annotated[bool, typer.Option("--clear-alert")] = False,
     by: Annotated[str, typer.Option(envvar="USER", help="Who sets it.")] = "unknown",
 ) -> None:
-    """Set a camera's own threshold, in place of the model's; without --threshold, clear it."""
+    """Give a camera its own threshold, model or debounce rule; --clear-... takes it back.
+
+    Works within two seconds, on a running stream too.
+    """
+    from infra.errors import NotFound
+    from infra.model_store import ModelStore
     from infra.redis_client import ResultStore
     from infra.settings import load_settings
 
-    ResultStore(load_settings()).set_threshold(camera, threshold, by=by)
-    shown = "the model's" if threshold is None else f"{threshold:g}"
-    out.print(f"{camera}: threshold {shown}", markup=False)
+    for name, given, clear in (
+        ("threshold", threshold, clear_threshold),
+        ("model", model, clear_model),
+        ("alert", alert, clear_alert),
+    ):
+        if given is not None and clear:
+            raise ValueError(f"--{name} and --clear-{name} are both given: keep one")
+    rule = _rule(alert) if alert is not None else None
+    settings = load_settings()
+    if model is not None and ModelStore(settings).current(model) is None:
+        raise NotFound(
+            f"model {model} has no current version: `dpdl models list --model {model}` shows what "
+            "there is, `dpdl models promote` makes one current"
+        )
+    store = ResultStore(settings)
+    done = []
+    if threshold is not None or clear_threshold:
+        store.set_threshold(camera, threshold, by=by)
+        done.append("threshold " + ("the model's" if threshold is None else f"{threshold:g}"))
+    if model is not None or clear_model:
+        store.bind_model(camera, model, by=by)
+        done.append("model " + (model or "the default one"))
+    if rule is not None or clear_alert:
+        store.set_debounce(camera, rule, by=by)
+        done.append("alerts " + (f"at {alert}" if rule else "as all cameras"))
+    if not done:
+        raise ValueError("nothing to set: give --threshold, --model, --alert or one to clear")
+    out.print(f"{camera}: {', '.join(done)}", markup=False)
+
+
+def _rule(text: str) -> tuple[int, int]:
+    try:
+        k, n = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise ValueError(f"--alert {text}: wanted K/N, such as 3/5") from None
+    return k, n
+
+
+def _model(one: CameraState) -> str:
+    """What scores it, and what should where that is another."""
+    used = one.model or ""
+    if one.binding and one.binding.model != used:
+        return f"{one.binding.model} (last scored by {used})" if used else one.binding.model
+    return used
+
+
+def _settings(one: CameraState) -> list[str]:
+    def stamp(by: str, at_ns: int) -> str:
+        return f"{by} {datetime.fromtimestamp(at_ns / 1e9):%Y-%m-%d %H:%M}"
+
+    found = []
+    if one.override:
+        found.append(f"threshold: {stamp(one.override.by, one.override.at_ns)}")
+    if one.binding:
+        found.append(f"model: {stamp(one.binding.by, one.binding.at_ns)}")
+    if one.debounce:
+        rule = one.debounce
+        found.append(f"alert {rule.k}/{rule.n}: {stamp(rule.by, rule.at_ns)}")
+    return found

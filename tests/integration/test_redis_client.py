@@ -391,6 +391,62 @@ def test_a_paused_redis_is_an_error_in_time_and_its_late_write_is_fenced(
     assert len(store.alerts()) == 1
 
 
+def test_a_camera_is_bound_to_a_model_and_freed_again(store: ResultStore) -> None:
+    put(store, 0, [result(0, "cam-1"), result(1, "cam-2")])
+    store.bind_model("cam-2", "special", by="ada")
+    store.bind_model("cam-9", "other", by="bob")
+    assert store.bindings() == {"cam-2": "special", "cam-9": "other"}
+    known = {state.camera: state for state in store.cameras()}
+    assert set(known) == {"cam-1", "cam-2", "cam-9"}
+    bound = known["cam-2"].binding
+    assert bound is not None
+    assert (bound.model, bound.by) == ("special", "ada")
+    assert 0 <= time.time_ns() - bound.at_ns < 60e9
+    assert (known["cam-2"].model, known["cam-1"].binding) == ("default", None)
+    store.bind_model("cam-2", None, by="bob")
+    assert store.bindings() == {"cam-9": "other"}
+    freed = store.camera("cam-2")
+    assert freed is not None
+    assert freed.binding is None
+
+
+def test_a_camera_has_its_own_debounce(store: ResultStore) -> None:
+    store.set_debounce("cam-1", (2, 3), by="ada")
+    put(store, 0, [result(0, anomaly=True), result(1, "cam-2", anomaly=True)])
+    assert [each.result.camera for each in store.alerts()] == ["cam-2"]
+    put(store, 2, [result(2, anomaly=True)])
+    assert [each.result.offset for each in store.alerts()] == [1, 2]
+    rule = store.camera("cam-1")
+    assert rule is not None
+    assert rule.debounce is not None
+    assert (rule.debounce.k, rule.debounce.n, rule.debounce.by) == (2, 3, "ada")
+    store.set_debounce("cam-1", None, by="ada")
+    put(store, 3, [result(3), result(4), result(5, anomaly=True)])
+    assert [each.result.offset for each in store.alerts()] == [1, 2, 5]
+    with pytest.raises(ValueError, match="3 of 2"):
+        store.set_debounce("cam-1", (3, 2), by="ada")
+
+
+def test_cameras_beyond_the_bound_alert_and_leave_nothing_else(settings: Settings) -> None:
+    """Ids are invented by whoever sends: a flood of them must not fill Redis."""
+    store = ResultStore(changed(settings, "stream", max_cameras=3))
+    flood = [result(i, f"cam-{i}", anomaly=i % 2 == 0) for i in range(20)]
+    assert put(store, 0, flood) == 10
+    assert put(store, 20, [result(20, "cam-1", anomaly=True), result(21, "cam-19")]) == 1
+    assert {state.camera for state in store.cameras()} == {"cam-0", "cam-1", "cam-2"}
+    assert [each.result.offset for each in store.alerts()] == [*range(0, 20, 2), 20]
+    assert [each.result.offset for each in store.scores("cam-1")] == [20, 1]
+    assert store.scores("cam-19") == []
+    assert store.camera("cam-19") is None
+    assert store.unlisted_frames() == 18
+    assert store.next_offset(GROUP, TOPIC, 0) == 22
+    keys = make_redis(settings).keys(f"{settings.redis.prefix}:*cam*")
+    assert len(keys) == 1 + 3 + 3  # the list, three cameras' states, three cameras' scores
+    store.set_threshold("cam-19", 1.0, by="ada")  # who names a camera lists it
+    put(store, 22, [result(22, "cam-19")])
+    assert [each.result.offset for each in store.scores("cam-19")] == [22]
+
+
 @contextmanager
 def configured(settings: Settings, **options: str) -> Iterator[redis.Redis]:
     admin = make_redis(settings)

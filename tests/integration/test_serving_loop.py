@@ -23,7 +23,7 @@ from infra.messages import evidence_key, frame_headers
 from infra.redis_client import ResultStore
 from infra.s3_client import ensure_buckets
 from serving.archive import EvidenceBucket, open_archive
-from serving.batch import Polled, Scored, Span
+from serving.batch import Plan, Polled, Scored, Span
 from serving.decode import Decoder
 from serving.loop import Loop
 from serving.publish import StreamSink
@@ -43,11 +43,11 @@ class Crash(BaseException):
 class Brightness:
     """serving.batch.Score: mean of the pixels; bright frames are anomalies."""
 
-    def image_size(self):
-        return SIZE
+    def plan(self):
+        return Plan(SIZE)
 
-    def submit(self, images, cameras):
-        score = images.mean(axis=(1, 2, 3)).astype(np.float32)
+    def submit(self, batch):
+        score = batch.images.mean(axis=(1, 2, 3)).astype(np.float32)
         future = Future()
         future.set_result(
             Scored(
@@ -280,8 +280,8 @@ def publish_behind_its_back(settings, life, partition, num_records):
     start = life.results.next_offset(settings.kafka.group, *partition)
     records = [record for record in records if record.offset >= start][:num_records]
     span = Span(partition, start, start + len(records), lease=0)
-    batch = Decoder(1)(Polled(records, [span]), SIZE)
-    results, _ = life.loop._judge(batch, Brightness().submit(batch.images, []).result())
+    (batch,) = Decoder(1)(Polled(records, [span]), Plan(SIZE)).batches
+    results, _ = life.loop._judge(batch, Brightness().submit(batch).result())
     type(life.sink).publish(life.sink, span, results, {})
 
 

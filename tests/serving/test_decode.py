@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpdl_core.images import decode_image
-from serving.batch import Polled
+from serving.batch import Plan, Polled
 from serving.decode import Decoder
 
 RNG = np.random.default_rng(0)
@@ -39,12 +39,13 @@ def test_good_and_bad_keep_their_order(decoder):
         record(6, JPEG, headers=[("captured-at", b"soon")]),
         record(7, JPEG),
     ]
-    batch = decoder(Polled(records, []), 32)
+    decoded = decoder(Polled(records, []), Plan(32))
+    (batch,) = decoded.batches
     assert [frame.offset for frame in batch.frames] == [0, 2, 7]
     assert [each.offset for each in batch.records] == [0, 2, 7]
     for row, data in enumerate([JPEG, PNG, JPEG]):
         np.testing.assert_array_equal(batch.images[row], decode_image(data, 32))
-    assert [(bad.record.offset, bad.reason) for bad in batch.bad] == [
+    assert [(bad.record.offset, bad.reason) for bad in decoded.bad] == [
         (1, "truncated"),
         (3, "no-key"),
         (4, "empty"),
@@ -54,9 +55,20 @@ def test_good_and_bad_keep_their_order(decoder):
 
 
 def test_a_batch_of_bad_records_has_no_pixels(decoder):
-    batch = decoder(Polled([record(0, b"hello")], []), 32)
-    assert batch.images.shape == (0, 32, 32, 3)
-    assert len(batch.bad) == 1
+    decoded = decoder(Polled([record(0, b"hello")], []), Plan(32))
+    assert decoded.batches == []
+    assert len(decoded.bad) == 1
+
+
+def test_each_model_gets_its_own_batch_at_its_own_size(decoder):
+    keys = [b"cam-1", b"cam-2", b"cam-1", b"cam-3"]
+    records = [record(offset, JPEG, key) for offset, key in enumerate(keys)]
+    plan = Plan(32, {"cam-1": "other", "cam-3": "new"}, {"other": 16})
+    batches = {batch.model: batch for batch in decoder(Polled(records, []), plan).batches}
+    offsets = {model: [f.offset for f in batch.frames] for model, batch in batches.items()}
+    assert offsets == {"other": [0, 2], "": [1], "new": [3]}
+    sizes = {model: batch.images.shape for model, batch in batches.items()}
+    assert sizes == {"other": (2, 16, 16, 3), "": (1, 32, 32, 3), "new": (1, 32, 32, 3)}
 
 
 def test_a_codec_that_trips_does_not_stop_the_stream(decoder, monkeypatch):
@@ -64,5 +76,5 @@ def test_a_codec_that_trips_does_not_stop_the_stream(decoder, monkeypatch):
         raise SystemError("codec")
 
     monkeypatch.setattr("serving.decode.decode_image", trips)
-    batch = decoder(Polled([record(0, JPEG)], []), 32)
-    assert [bad.reason for bad in batch.bad] == ["undecodable"]
+    decoded = decoder(Polled([record(0, JPEG)], []), Plan(32))
+    assert [bad.reason for bad in decoded.bad] == ["undecodable"]

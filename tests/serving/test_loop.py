@@ -16,7 +16,17 @@ import numpy as np
 import pytest
 
 from infra.errors import AuthFailed, Fenced, ServiceUnavailable
-from serving.batch import BadRecord, Batch, Partition, Polled, Scored, Span, WrongSize
+from serving.batch import (
+    BadRecord,
+    Batch,
+    Decoded,
+    Partition,
+    Plan,
+    Polled,
+    Scored,
+    Span,
+    WrongSize,
+)
 from serving.loop import Loop
 
 TOPIC = "frames"
@@ -85,6 +95,7 @@ class Outside:
         self.positions = dict(world.stored)
         self.leases = dict.fromkeys(world.topic, 1)
         self.loop = None
+        self.bound = {}
         self.submitted = []
         self.committed = []
         self.idled = 0
@@ -127,20 +138,21 @@ class Outside:
         self.idled += 1
 
     # Score
-    def image_size(self):
-        return self.size
+    def plan(self):
+        return Plan(self.size, self.bound)
 
-    def submit(self, images, cameras):
-        self.submitted.append((images.shape, list(cameras)))
-        return self.call("submit", lambda: self._score(images))
+    def submit(self, batch):
+        cameras = [frame.camera for frame in batch.frames]
+        self.submitted.append((batch.model, batch.images.shape, cameras))
+        return self.call("submit", lambda: self._score(batch.images, batch.model))
 
-    def _score(self, images):
+    def _score(self, images, model):
         future = Future()
         n = len(images)
         score = np.arange(n, dtype=np.float32) * 0 + images[:, 0, 0, 0]
         future.set_result(
             Scored(
-                model="m",
+                model=model or "m",
                 version="v1",
                 image_size=self.size,
                 score=score,
@@ -170,9 +182,18 @@ def frame_id(record):
     return f"{record.topic}/{record.partition}/{record.offset}"
 
 
-def decode(polled, size):
+def decode(polled, plan):
     """A frame's pixels are its offset, so that scores tell which frame they belong to."""
-    good = [r for r in polled.records if r.value is not None]
+    by_model = defaultdict(list)
+    for record in polled.records:
+        if record.value is not None:
+            by_model[plan.of(record.key.decode())].append(record)
+    bad = [BadRecord(r, "empty") for r in polled.records if r.value is None]
+    batches = [batch(model, size, good) for (model, size), good in by_model.items()]
+    return Decoded(polled, batches, bad)
+
+
+def batch(model, size, good):
     frames = [
         SimpleNamespace(
             frame_id=frame_id(r),
@@ -185,8 +206,7 @@ def decode(polled, size):
     images = np.zeros((len(good), size, size, 3), np.uint8)
     for row, record in enumerate(good):
         images[row] = record.offset
-    bad = [BadRecord(r, "empty") for r in polled.records if r.value is None]
-    return Batch(polled, good, frames, images, bad)
+    return Batch(model, good, frames, images)
 
 
 def run(outside, **options):
@@ -333,14 +353,14 @@ def test_a_service_that_is_away_is_waited_for(step, monkeypatch):
     if step == "submit":  # its errors come with the answer
         outside.trap, real = (lambda name, now: None), outside.submit
 
-        def submit(images, cameras):
+        def submit(batch):
             try:
                 trap("submit", "before")
             except ServiceUnavailable as error:
                 future = Future()
                 future.set_exception(error)
                 return future
-            return real(images, cameras)
+            return real(batch)
 
         outside.submit = submit
     run(outside)
@@ -407,18 +427,54 @@ def test_a_version_of_another_size_gets_pixels_decoded_at_that_size():
     outside = Outside(world)
     real = outside._score
 
-    def score(images):
+    def score(images, model):
         if images.shape[1] != 4:
             future = Future()
             future.set_result(WrongSize(4))
             return future
         outside.size = 4
-        return real(images)
+        return real(images, model)
 
     outside._score = score
     run(outside)
     assert world.state() == quiet_state(bad=())
-    assert outside.submitted[-1][0][1:] == (4, 4, 3)
+    assert outside.submitted[-1][1][1:] == (4, 4, 3)
+
+
+def test_each_call_is_for_one_model_and_its_size():
+    """cam-1 is bound to a model that reads another size; order and offsets stay as they were."""
+    world = World()
+    outside = Outside(world)
+    outside.bound = {"cam-1": "other"}
+    real = outside._score
+
+    def score(images, model):
+        if model == "other" and images.shape[1] != 4:
+            future = Future()
+            future.set_result(WrongSize(4))
+            return future
+        return real(images, model)
+
+    outside._score = score
+    reports = run(outside)
+    assert world.state() == quiet_state()
+    assert {(model, *set(cameras)) for model, _, cameras in outside.submitted} == {
+        ("", "cam-0"),
+        ("other", "cam-1"),
+    }
+    assert {r.model for r in world.results["cam-0"]} == {"m"}
+    assert {r.model for r in world.results["cam-1"]} == {"other"}
+    assert reports[0].versions == {"m": "v1", "other": "v1"}
+
+
+def test_cameras_of_two_models_in_one_partition_keep_their_order():
+    world = World(num_partitions=1, per_partition=6, bad=())
+    for record in world.topic[Partition(TOPIC, 0)]:
+        record.key = b"cam-0" if record.offset % 2 else b"cam-1"
+    outside = Outside(world)
+    outside.bound = {"cam-1": "other"}
+    reports = run(outside)
+    assert [r.offset for report in reports for r in report.results] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_frame_whose_score_is_not_finite_is_put_aside():
@@ -426,8 +482,8 @@ def test_a_frame_whose_score_is_not_finite_is_put_aside():
     outside = Outside(world)
     real = outside._score
 
-    def score(images):
-        future = real(images)
+    def score(images, model):
+        future = real(images, model)
         future.result().score[images[:, 0, 0, 0] == 3] = np.nan
         return future
 
@@ -443,8 +499,8 @@ def test_no_more_batches_in_flight_than_depth():
     pending, most = [], []
 
     class Slow(Outside):
-        def _score(self, images):
-            answer, late = super()._score(images), Future()
+        def _score(self, images, model):
+            answer, late = super()._score(images, model), Future()
             pending.append((late, answer.result()))
             most.append(len(pending))
             return late
