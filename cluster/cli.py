@@ -21,6 +21,7 @@ from cluster.commands import (
     learn,
     machine,
     models,
+    replay,
     research,
     stream,
 )
@@ -32,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for flat in (machine, learn, stream, research):
+for flat in (machine, learn, stream, replay, research):
     app.add_typer(flat.app)
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")

@@ -381,6 +381,30 @@ class ResultStore:
         found = _stored(cast("list[tuple[str, dict[str, str]]]", entries))
         return found[0] if found else None
 
+    def scores_after(self, camera: str, after_id: str, count: int) -> list[StoredResult]:
+        """Results of one camera after a stream id ("0": from the oldest kept), oldest first."""
+        with redis_errors(self._where):
+            entries = self._redis.xrange(
+                self._key(f"scores:{camera}"), min=f"({after_id}", count=min(count, MAX_PAGE)
+            )
+        return _stored(cast("list[tuple[str, dict[str, str]]]", entries))
+
+    def expire(
+        self, seconds: int, cameras: Iterable[str], group: str, topic: str, partition: int
+    ) -> None:
+        """Let everything that a publish() for these cameras wrote vanish after `seconds`.
+
+        For results that are kept aside below a prefix of their own (serving/replay.py).
+        """
+        names = ["alerts", "cameras", "dead", "unlisted"]
+        names += [f"{kind}:{camera}" for camera in cameras for kind in ("scores", "camera")]
+        keys = [*map(self._key, names), self._progress(group, topic, partition)]
+        with redis_errors(self._where):
+            pipeline = self._redis.pipeline(transaction=False)
+            for key in keys:
+                pipeline.expire(key, seconds)
+            pipeline.execute()
+
     def _newest(
         self,
         stream: str,

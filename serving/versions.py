@@ -117,8 +117,13 @@ class Versions:
     def _try(self, version: str) -> bool:
         began = time.perf_counter()
         try:
-            loaded = unpack(self._store.fetch(self.name, version), device=self._device)
-            self._trial(loaded)
+            held = verified(
+                self._store,
+                self.name,
+                version,
+                device=self._device,
+                trial_batch=self._trial_batch,
+            )
         except (ArtifactError, DpdlError, KeyError, RuntimeError) as why:
             if isinstance(why, DpdlError) and why.retryable:
                 raise
@@ -128,21 +133,32 @@ class Versions:
             kept = f"{self._in_use.version} goes on" if self._in_use else "none is in use yet"
             log.error("version %s refused: %s; %s", version, self.refused[version], kept)
             return False
-        self._in_use = InUse(version, loaded, time.time(), Drift(loaded.metrics.get("drift")))
+        self._in_use = held
         self.refused.pop(version, None)
         log.info("version %s in use after %.1f s", version, time.perf_counter() - began)
         return True
 
-    def _trial(self, loaded: LoadedVersion) -> None:
-        size = int(loaded.model.config.image_size)
-        float(loaded.thresholds["default"])
-        grey = torch.full((self._trial_batch, size, size, 3), 127, dtype=torch.uint8)
-        scores = loaded.model.score(grey.to(self._device))
-        try:
-            cameras = [""] * self._trial_batch
-            winners = scores.winners.cpu().numpy()
-            Drift(loaded.metrics.get("drift")).add(cameras, scores.energy.cpu().numpy(), winners)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise ArtifactError(f"{METRICS}: its drift reference does not fit: {error}") from error
-        if not (torch.isfinite(scores.score).all() and torch.isfinite(scores.energy).all()):
-            raise ArtifactError("its scores on a grey image are not finite")
+
+def verified(store: Store, name: str, version: str, *, device: str, trial_batch: int) -> InUse:
+    """A version on its device, after its trial.
+
+    Errors: ArtifactError, KeyError, RuntimeError (it cannot be used), the store's DpdlError.
+    """
+    loaded = unpack(store.fetch(name, version), device=device)
+    _trial(loaded, device, trial_batch)
+    return InUse(version, loaded, time.time(), Drift(loaded.metrics.get("drift")))
+
+
+def _trial(loaded: LoadedVersion, device: str, trial_batch: int) -> None:
+    size = int(loaded.model.config.image_size)
+    float(loaded.thresholds["default"])
+    grey = torch.full((trial_batch, size, size, 3), 127, dtype=torch.uint8)
+    scores = loaded.model.score(grey.to(device))
+    try:
+        winners = scores.winners.cpu().numpy()
+        drift = Drift(loaded.metrics.get("drift"))
+        drift.add([""] * trial_batch, scores.energy.cpu().numpy(), winners)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ArtifactError(f"{METRICS}: its drift reference does not fit: {error}") from error
+    if not (torch.isfinite(scores.score).all() and torch.isfinite(scores.energy).all()):
+        raise ArtifactError("its scores on a grey image are not finite")
