@@ -130,7 +130,7 @@ class Consumer:
             **self._totals,
             "dead_letters": dict(self._bad),
             "lag": dict(self._lag),
-            "trouble": self._loop.trouble if self._loop else self._trouble,
+            "trouble": self._trouble or (self._loop.trouble if self._loop else ""),
             "last_batch": self._last,
         }
 
@@ -205,6 +205,7 @@ class Consumer:
         )
         if self._stopping.is_set():
             self._loop.stop()
+        self._trouble = ""
         return self._loop
 
     def _report(self, batch: BatchReport) -> None:

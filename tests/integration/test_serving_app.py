@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import ray
 from pydantic import SecretStr
-from ray import serve
 
 sys.path.insert(0, str(Path(__file__).parent))
 from lines import HOSTILE, MODEL, check, fitted, promote, send, wait_scored, wait_version
@@ -386,8 +385,7 @@ def test_lag_brings_more_consumers_and_they_lose_nothing(deployed, versions):
     until, most = time.monotonic() + 60, 1
     while most < 2:
         assert time.monotonic() < until, "lag brought no further consumer"
-        states = serve.status().applications[app.APP_NAME].deployments[app.CONSUMER].replica_states
-        most = max(most, states.get("RUNNING", 0))
+        most = max(most, app.consumers_running())
         time.sleep(0.5)
     wait_scored(settings, 120)
     check(settings, versions)
