@@ -220,7 +220,7 @@ def shutdown() -> None:
 def consumers_running() -> int:
     """Consumer replicas that run now; lag brings more, up to the settings' bound."""
     states = serve.status().applications[APP_NAME].deployments[CONSUMER].replica_states
-    return int(states.get("RUNNING", 0))
+    return sum(number for state, number in states.items() if state == "RUNNING")
 
 
 def scorer_info() -> dict[str, Any]:
