@@ -28,7 +28,6 @@ Works on Redis 6.2 or newer and Valkey; one primary, no cluster mode. A user of 
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from redis import exceptions as rex
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
+from infra.cameras import SMOOTHED_S, CameraState, ThresholdOverride, camera_state
 from infra.errors import (
     AuthFailed,
     DataError,
@@ -60,8 +60,6 @@ MAX_BLOCK_S = 3.0
 MAX_RESULTS = 2048
 """Per publish(): a script runs alone, and this many take Redis some tens of milliseconds."""
 MAX_PAGE = 10_000
-SMOOTHED_S = 900.0
-"""A camera's rates are of about the last so many seconds; older frames count e-fold less."""
 MAX_ALERT_N = 100
 """Frames that a debounce rule looks back."""
 
@@ -150,62 +148,6 @@ class StoredResult:
 
     id: str
     result: FrameResult
-
-
-@dataclass(frozen=True, slots=True)
-class ThresholdOverride:
-    """A person's threshold for one camera, in place of the model's."""
-
-    threshold: float
-    by: str
-    at_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModelBinding:
-    """The model that a person bound a camera to, in place of the default one."""
-
-    model: str
-    by: str
-    at_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Debounce:
-    """A camera's own rule: an anomaly is an alert when k of its last n frames are anomalous."""
-
-    k: int
-    n: int
-    by: str
-    at_ns: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CameraState:
-    """What is known of one camera. The fields of its last result are None before the first."""
-
-    camera: str
-    frames: int
-    anomalies: int
-    alerts: int
-    last_captured_at_ns: int | None
-    last_scored_at_ns: int | None
-    last_score: float | None
-    last_frame: str | None
-    threshold_used: float | None
-    model: str | None
-    version: str | None
-    override: ThresholdOverride | None
-    frames_per_s: float | None
-    """Over about SMOOTHED_S until now; None before the second batch."""
-    alert_share: float | None
-    """Of its frames, smoothed in the same way."""
-    last_alert_at_ns: int | None
-    """When the frame was captured."""
-    last_alert_frame: str | None
-    last_alert_evidence: str | None
-    binding: ModelBinding | None = None
-    debounce: Debounce | None = None
 
 
 class ResultStore:
@@ -439,14 +381,14 @@ class ResultStore:
             for name in names:
                 pipeline.hgetall(self._key(f"camera:{name}"))
             hashes = cast("list[dict[str, str]]", pipeline.execute())
-        states = [_camera_state(name, found) for name, found in zip(names, hashes, strict=True)]
+        states = [camera_state(name, found) for name, found in zip(names, hashes, strict=True)]
         return sorted(states, key=lambda state: (-(state.last_captured_at_ns or 0), state.camera))
 
     def camera(self, camera: str) -> CameraState | None:
         """One camera's state, or None for a camera that nobody has seen or configured."""
         with redis_errors(self._where):
             found = cast("dict[str, str]", self._redis.hgetall(self._key(f"camera:{camera}")))
-        return _camera_state(camera, found) if found else None
+        return camera_state(camera, found) if found else None
 
     def unlisted_frames(self) -> int:
         """Frames ever of cameras beyond stream.max_cameras: scored, alerted, nothing else kept."""
@@ -536,57 +478,3 @@ def _pairs(reply: Any) -> list[tuple[str, Any]]:
 def _literal(text: str) -> str:
     """Escape what SCAN's MATCH would take for a pattern."""
     return "".join(f"\\{char}" if char in "*?[]\\^" else char for char in text)
-
-
-def _camera_state(camera: str, found: Mapping[str, str]) -> CameraState:
-    def number(name: str, kind: type[Any]) -> Any:
-        return kind(found[name]) if name in found else None
-
-    override = None
-    if "threshold" in found:
-        override = ThresholdOverride(
-            float(found["threshold"]), found["threshold_by"], int(found["threshold_at"])
-        )
-    frames_per_s, alert_share = _rates(found)
-    binding = None
-    if "bound" in found:
-        binding = ModelBinding(found["bound"], found["bound_by"], int(found["bound_at"]))
-    debounce = None
-    if "alert_k" in found:
-        debounce = Debounce(
-            int(found["alert_k"]),
-            int(found["alert_n"]),
-            found["alert_by"],
-            int(found["alert_at"]),
-        )
-    return CameraState(
-        camera=camera,
-        frames=int(found.get("frames", 0)),
-        anomalies=int(found.get("anomalies", 0)),
-        alerts=int(found.get("alerts", 0)),
-        last_captured_at_ns=number("last_captured_at", int),
-        last_scored_at_ns=number("last_scored_at", int),
-        last_score=number("last_score", float),
-        last_frame=found.get("last_frame"),
-        threshold_used=number("threshold_used", float),
-        model=found.get("model"),
-        version=found.get("version"),
-        override=override,
-        frames_per_s=frames_per_s,
-        alert_share=alert_share,
-        last_alert_at_ns=number("last_alert_at", int),
-        last_alert_frame=found.get("last_alert_frame"),
-        last_alert_evidence=found.get("last_alert_evidence"),
-        binding=binding,
-        debounce=debounce,
-    )
-
-
-def _rates(found: Mapping[str, str]) -> tuple[float | None, float | None]:
-    """Frames a second and share of alerts, faded from the last batch until now (publish.lua)."""
-    if "rate_at" not in found:
-        return None, None
-    frames, alerts = float(found["rate_frames"]), float(found["rate_alerts"])
-    kept = math.exp(-max(0.0, time.time() - float(found["rate_at"])) / SMOOTHED_S)
-    seconds = float(found["rate_s"]) * kept + SMOOTHED_S * (1 - kept)
-    return frames * kept / seconds if float(found["rate_s"]) else None, alerts / frames

@@ -12,7 +12,7 @@ from rich.table import Table
 from cluster.commands.shared import out
 
 if TYPE_CHECKING:
-    from infra.redis_client import CameraState
+    from infra.cameras import CameraState
 
 app = typer.Typer(
     help="Cameras: list them; give one its own threshold, model or debounce rule.",

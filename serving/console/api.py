@@ -20,10 +20,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from infra.cameras import CameraState
 from infra.errors import DataError, DpdlError, NotFound, PointerConflict
 from infra.messages import frame_id
 from infra.metrics import ReplicaMetrics
-from infra.redis_client import CameraState, ResultStore, StoredResult
+from infra.redis_client import ResultStore, StoredResult
 from infra.settings import load_settings
 from serving.archive import FRAME, HEAT, EvidenceBucket, image_type
 from serving.console import lookup, schema, views

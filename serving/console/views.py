@@ -8,9 +8,10 @@ from typing import Any
 from urllib.parse import quote
 
 from infra.answers import Answer
+from infra.cameras import CameraState
 from infra.decisions import Decision
 from infra.model_store import Pointer
-from infra.redis_client import CameraState, StoredResult
+from infra.redis_client import StoredResult
 from serving.archive import FRAME, HEAT
 from serving.console import schema
 

@@ -17,10 +17,11 @@ import redis
 from pydantic import SecretStr
 
 from infra import redis_client
+from infra.cameras import CameraState
 from infra.embedded import Stack
 from infra.errors import AuthFailed, DataError, Fenced, ServiceUnavailable, StoreFull
 from infra.messages import FrameResult, evidence_key, frame_id
-from infra.redis_client import REPLY_TIMEOUT_S, CameraState, ResultStore, make_redis
+from infra.redis_client import REPLY_TIMEOUT_S, ResultStore, make_redis
 from infra.settings import Settings
 
 pytestmark = pytest.mark.integration

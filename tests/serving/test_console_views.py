@@ -3,9 +3,10 @@
 import pytest
 
 from infra.answers import Answer
+from infra.cameras import CameraState, ThresholdOverride
 from infra.messages import FrameResult
 from infra.model_store import Move, Pointer
-from infra.redis_client import CameraState, StoredResult, ThresholdOverride
+from infra.redis_client import StoredResult
 from serving.console import views
 
 NOW_S = 1_800_000_000.0
