@@ -7,7 +7,11 @@ known. Refresh needs no Ray: its tests start from a version that was fitted once
 import hashlib
 import io
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -375,6 +379,42 @@ def test_a_shift_makes_the_heads_be_learnt_anew(settings, deployed):
     assert report.decision == "promoted", report.why
     assert report.relearnt
     assert report.input_shift > 0.5
+
+
+@pytest.mark.storage
+def test_the_command_watches_refreshes_reports_and_ends_at_sigterm(settings, deployed, tmp_path):
+    report = tmp_path / "refresh.json"
+    command = [sys.executable, "-m", "cluster.cli", "refresh", "--watch", "--model", "plates"]
+    watch = subprocess.Popen(
+        [*command, "--min-new", "8", "--report", report], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert "nothing to do: 0 new images" in first_line(watch, "nothing")
+        put_incoming(settings, "plates", new_plates(20))
+        deadline = time.monotonic() + 120
+        while not report.exists() and watch.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        told = json.loads(report.read_text())
+        assert told["decision"] == "promoted", told["why"]
+        assert told["to_version"] == deployed.current("plates").version
+        keys = {"reasons", "prototypes", "score_shift", "thresholds_before", "thresholds_after"}
+        assert keys <= set(told)
+        assert told["prototypes"]["kept"] > 0
+        watch.send_signal(signal.SIGTERM)
+        assert watch.wait(15) == 0
+    finally:
+        watch.kill()
+        watch.wait()
+        watch.stderr.close()
+
+
+def first_line(process, having):
+    """The first line of a process's errors that has this word; the last one if it ends before."""
+    line = ""
+    for line in process.stderr:
+        if having in line:
+            break
+    return line
 
 
 def test_the_loop_goes_on_after_what_may_pass(settings, deployed, monkeypatch):
