@@ -1,19 +1,21 @@
 """Import into a real S3 and streaming readers over it."""
 
+import hashlib
 import io
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from dpdl_core.images import decode_image
 from infra.errors import DataError
-from infra.s3_client import make_minio
+from infra.s3_client import make_filesystem, make_minio
 from pipelines.dataset_index import check_snapshot, incoming, list_objects, load_index
 from pipelines.datasets import NewImage, import_dataset, iter_images, labels, put_incoming
 from pipelines.held_out import images
-from pipelines.sources import StreamedImages, read_here, row_groups
+from pipelines.sources import StreamedImages, digests, read_here, row_groups
 
 pytestmark = [pytest.mark.integration, pytest.mark.storage]
 
@@ -140,3 +142,14 @@ def test_a_data_set_that_is_not_there_says_how_to_import(settings):
         load_index(settings, "nothing")
     with pytest.raises(DataError, match="lower-case"):
         load_index(settings, "../models")
+
+
+def test_digests_are_read_where_they_are_written_and_made_where_not(settings, folder):
+    import_dataset(settings, folder, "plates", shots=4)
+    key = load_index(settings, "plates").keys("train", 0)[0]
+    filesystem, path = make_filesystem(settings), f"{settings.s3.data_bucket}/{key}"
+    table = pq.read_table(path, filesystem=filesystem)
+    found = digests(settings, key)
+    assert found == [hashlib.sha256(image).hexdigest() for image in table["image"].to_pylist()]
+    pq.write_table(table.drop_columns(["digest"]), path, filesystem=filesystem)  # an older import
+    assert digests(settings, key) == found
