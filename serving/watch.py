@@ -35,22 +35,21 @@ class Watch:
     """Looks every GAUGES_S from daemon threads; a store that is away only costs its own figures.
 
     Args:
-        model_name: whose refreshes are counted.
+        model_name: whose refreshes are counted, beside those of all models that have scored.
     """
 
     def __init__(
         self, settings: Settings, results: ResultStore, model_name: str, replica: ReplicaMetrics
     ) -> None:
         self._settings, self._results = settings, results
-        self._model, self._replica = model_name, replica
+        self._models, self._replica = {model_name}, replica
         self._metrics = WatchMetrics()
         self._kafka: KafkaConsumer | None = None
-        self._decisions: Recorded | None = None
-        self._found: list[Decision] = []
-        self._listed_s = float("-inf")
+        self._decisions: dict[str, Recorded] = {}
+        self._listed: dict[str, tuple[float, list[Decision]]] = {}
+        """Model -> when its decisions were listed, and what there was."""
         self._trouble: dict[str, str | None] = {}
         """Store -> why it cannot be looked at; None for one that answers."""
-        self._stopping = threading.Event()
         looks = {
             "Kafka": self._look_at_lag,
             "Redis": self._look_at_cameras,
@@ -67,18 +66,15 @@ class Watch:
         for thread in threads:
             thread.start()
 
-    def stop(self) -> None:
-        self._stopping.set()
-
     def _show(self) -> None:
-        while not self._stopping.is_set():
+        while True:
             self._replica.alive()
             for store, trouble in list(self._trouble.items()):
                 self._metrics.store(store, up=trouble is None)
-            self._stopping.wait(GAUGES_S)
+            time.sleep(GAUGES_S)
 
     def _follow(self, store: str, look: Callable[[], None]) -> None:
-        while not self._stopping.is_set():
+        while True:
             try:
                 look()
                 self._trouble[store] = None
@@ -88,7 +84,7 @@ class Watch:
                 self._trouble[store] = str(error)
             except Exception:  # whatever a store holds, the next look may find something else
                 log.exception("looking at %s", store)
-            self._stopping.wait(GAUGES_S)
+            time.sleep(GAUGES_S)
 
     def _look_at_lag(self) -> None:
         topic, group = self._settings.kafka.topic, self._settings.kafka.group
@@ -116,6 +112,7 @@ class Watch:
 
     def _look_at_cameras(self) -> None:
         seen = self._results.cameras()
+        self._models = self._models | {each.model for each in seen if each.model}
         for each in seen:
             self._metrics.counts(each.camera, each.frames, each.anomalies, each.alerts)
         self._metrics.dead_letters(self._results.dead_letters())
@@ -126,13 +123,14 @@ class Watch:
         )
 
     def _look_at_decisions(self) -> None:
-        if self._decisions is None:
-            self._decisions = Recorded(self._settings, self._model)
-        if time.monotonic() - self._listed_s > DECISIONS_S:
-            self._found = self._decisions.all()
-            self._listed_s = time.monotonic()
-        for decision in DECISIONS:
-            such = [each.at for each in self._found if each.decision == decision]
-            last = max(such, default="")
-            at_s = datetime.fromisoformat(last).timestamp() if last else 0.0
-            self._metrics.refreshes(self._model, decision, len(such), at_s)
+        for model in sorted(self._models):
+            known = self._decisions.setdefault(model, Recorded(self._settings, model))
+            listed_s, found = self._listed.get(model, (float("-inf"), []))
+            if time.monotonic() - listed_s > DECISIONS_S:
+                found = known.all()
+                self._listed[model] = (time.monotonic(), found)
+            for decision in DECISIONS:
+                such = [each.at for each in found if each.decision == decision]
+                last = max(such, default="")
+                at_s = datetime.fromisoformat(last).timestamp() if last else 0.0
+                self._metrics.refreshes(model, decision, len(such), at_s)
