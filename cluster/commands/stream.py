@@ -23,6 +23,7 @@ TARGETS_S = 15.0
 def serve(model: Model = "default") -> None:
     """Deploy the stream application (consumer, scorer, console) and keep it until Ctrl-C."""
     import ray
+    from ray.exceptions import RayError
 
     from infra import ray_runtime
     from infra.settings import load_settings
@@ -36,7 +37,7 @@ def serve(model: Model = "default") -> None:
         while True:  # nodes come and go
             try:
                 ray_runtime.write_scrape_targets(targets)
-            except OSError as error:
+            except (OSError, RayError) as error:  # a full disk; a head that is restarted
                 err.print(f"Prometheus cannot find this cluster: {error}", markup=False)
             time.sleep(TARGETS_S)
     finally:
