@@ -206,6 +206,7 @@ def _carry_out(
         "options": record.options,
         "code": record.code,
         "auroc": figures["metrics"]["auroc"],
+        "thresholds": figures["thresholds"],
         "fit_seconds": figures["fit_seconds"],
     }
     store, name = ModelStore(settings), record.model

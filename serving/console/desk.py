@@ -91,7 +91,7 @@ class Desk:
         pointer = self._store.current(self._model)
         with self._decisions_turn:
             decided = {each.candidate: each for each in self._decisions.all()}
-        known = {name: self._manifest(self._model, name) for name in self._listed()}
+        known = {n: self._shown(n) for n in self._store.list_versions(self._model)}
         newest = sorted(known, key=lambda name: str(known[name]["stored_at"]), reverse=True)
         return schema.VersionPage(
             model=self._model,
@@ -126,8 +126,12 @@ class Desk:
         announce_move(self._settings, self._model, moved)
         return moved
 
-    def _listed(self) -> list[str]:
-        return self._store.list_versions(self._model)
+    def _shown(self, version: str) -> dict[str, Any]:
+        """One manifest that is altered or too new does not hide the other versions."""
+        try:
+            return self._manifest(self._model, version)
+        except VersionBroken:
+            return {"kind": "broken", "stored_at": ""}
 
     def _manifest(self, model: str, version: str) -> dict[str, Any]:
         """Read once: a version never changes."""

@@ -54,6 +54,7 @@ export const send = (method, path, body) => ask(path, {
 export function say(trouble) {
   $("state").textContent = trouble || `live, ${clock(Date.now())}`;
   $("state").classList.toggle("bad", Boolean(trouble));
+  $("state").role = trouble ? "alert" : null; // a clock that ticks is not read aloud
 }
 
 let telling = 0;

@@ -29,7 +29,8 @@ export function openWall(root) {
       grid.replaceChildren(...now);
       if (grid.contains(focused)) focused.focus();
     }
-    summary.textContent = sentence(cameras) + (wanted.length > SHOWN ? ` The worst ${SHOWN} are shown.` : "");
+    const told = sentence(cameras) + (wanted.length > SHOWN ? ` The worst ${SHOWN} are shown.` : "");
+    if (summary.textContent !== told) summary.textContent = told;
   }
 
   async function look() {
