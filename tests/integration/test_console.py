@@ -108,6 +108,7 @@ def version_files():
 def plant(make_settings, tmp_path_factory):
     """The application on two versions, a producer, and what a test asks most."""
     import ray
+    from ray import serve
 
     from infra import ray_runtime
 
@@ -143,7 +144,7 @@ def plant(make_settings, tmp_path_factory):
             )  # fmt: skip
             producer.close()
         finally:
-            app.shutdown()
+            serve.shutdown()  # else the next module's Serve would look for this one's controller
             ray.shutdown()
 
 
