@@ -286,10 +286,10 @@ class Console:
         self, camera: CameraId, hours: Annotated[float, Query(gt=0, le=24 * 31)] = 24.0
     ) -> schema.Timeline:
         """Scores of the last `hours`, in columns; as many as are kept, at most 20,000."""
-        self._known(camera)
+        stream, own = self._settings.stream, self._known(camera).debounce
+        rule = (own.k, own.n) if own else (stream.alert_k, stream.alert_n)
         rows, complete = lookup.last_hours(self._results, camera, hours)
-        stream = self._settings.stream
-        return views.timeline(rows, complete, stream.alert_k, stream.alert_n)
+        return views.timeline(rows, complete, *rule)
 
     @api.put("/api/v1/cameras/{camera:path}/scores/{id}/answer", responses=CHANGES)
     def answer_frame(
