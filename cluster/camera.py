@@ -31,6 +31,8 @@ class OutgoingFrame:
     image: bytes
     source: str
     """Where it came from; stays here, never travels."""
+    captured_at_ns: int | None = None
+    """None: when it is sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,11 @@ def stream(
     settings: Settings,
     frames: Iterable[OutgoingFrame],
     *,
-    frames_per_second: float,
+    frames_per_second: float | None,
     stop: threading.Event,
     on_sent: Callable[[SentFrame], None],
 ) -> None:
-    """Send frames at a steady total rate until they end or `stop` is set.
+    """Send frames until they end or `stop` is set, at a steady rate or, with None, as they come.
 
     on_sent is called in order, once a frame is acknowledged. Errors: those of make_producer, and
     DataError for a frame that the broker refuses.
@@ -73,12 +75,15 @@ def stream(
                 if stop.wait(max(0.0, due - time.monotonic())):
                     break
                 # After a pause the pace goes on from now: late frames do not come in a rush.
-                due = max(due, time.monotonic()) + 1 / frames_per_second
+                if frames_per_second is not None:
+                    due = max(due, time.monotonic()) + 1 / frames_per_second
                 future = producer.send(
                     settings.kafka.topic,
                     key=frame.camera.encode(),
                     value=frame.image,
-                    headers=frame_headers(time.time_ns(), content_type(frame.image)),
+                    headers=frame_headers(
+                        frame.captured_at_ns or time.time_ns(), content_type(frame.image)
+                    ),
                 )
                 waiting.append((frame, future))
                 settle(IN_FLIGHT)

@@ -420,3 +420,19 @@ def _is(key: str, wanted: type) -> bool:
 
 
 _KEYS: list[str] = [key for key, _ in _leaves(Settings())]
+
+
+def referred_secret(reference: str) -> str:
+    """What `env:NAME` or `file:PATH` refers to, stripped. SettingsError when there is none."""
+    kind, _, name = reference.partition(":")
+    if kind == "env":
+        found = os.environ.get(name, "")
+    else:
+        try:
+            found = Path(name).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not text"
+            raise SettingsError(f"{reference}: {reason}") from None
+    if not found.strip():
+        raise SettingsError(f"{reference}: empty or not set")
+    return found.strip()

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.commands.shared import Model, err, out
+from cluster.commands.shared import Model, Report, err, out, write_report
+
+if TYPE_CHECKING:
+    from cluster.feeds import CameraCount
 
 app = typer.Typer()
 
@@ -48,29 +53,77 @@ def serve(model: Model = "default") -> None:
 
 @app.command()
 def stream(
-    src: Annotated[Path, typer.Argument(help="Folder of images.", exists=True, file_okay=False)],
-    camera: Annotated[str, typer.Option(help="Camera id.")],
-    fps: Annotated[float, typer.Option(min=0.01, help="Frames per second.")] = 5.0,
+    src: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder, a video file, an rtsp:// or http:// address; env:NAME or file:PATH "
+            "for an address with a password."
+        ),
+    ] = None,
+    camera: Annotated[str | None, typer.Option(help="Camera id.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(min=0.01, help="At most so many frames per second.")
+    ] = None,
+    cameras: Annotated[
+        Path | None, typer.Option(help="Many cameras, from a YAML file (docs/cameras.md).")
+    ] = None,
+    report: Report = None,
 ) -> None:
-    """Send the images of a folder as a camera's frames."""
-    from cluster.camera import SentFrame, folder_frames
-    from cluster.camera import stream as send
+    """Bring cameras' frames into the stream, until they end or Ctrl-C."""
+    from cluster.feeds import CameraSpec, load_cameras, run_cameras
+    from cluster.sources import parse_source
     from infra.kafka_client import ensure_topics
+    from infra.messages import check_camera
     from infra.settings import load_settings
 
     settings = load_settings()
+    if cameras is not None and (src or camera or fps):
+        raise ValueError("--cameras FILE names sources, ids and rates itself: leave out the others")
+    if cameras is not None:
+        specs = load_cameras(cameras)
+    elif src is None or camera is None:
+        raise ValueError("wanted SRC --camera ID, or --cameras FILE")
+    else:
+        source = parse_source(src, on_command_line=True)
+        specs = [CameraSpec(camera=check_camera(camera), source=source, fps=fps)]
     ensure_topics(settings)
-    sent: list[SentFrame] = []
-    try:
-        send(
-            settings,
-            folder_frames(src, camera),
-            frames_per_second=fps,
-            stop=threading.Event(),
-            on_sent=sent.append,
+    counts: list[CameraCount] = []
+    with cameras_line(counts) as say:
+        run_cameras(settings, specs, stop=threading.Event(), say=say, counts=counts)
+    for one in counts:
+        out.print(
+            f"{one.camera}: {one.sent} sent, {one.dropped} dropped, {one.refused} too large, "
+            f"lost {one.losses} times{f': {one.why}' if one.state == 'failed' else ''}",
+            markup=False,
         )
-    finally:
-        out.print(f"{len(sent)} frames sent as {camera}", markup=False)
+    write_report(report, {"cameras": [asdict(one) for one in counts]})
+    if any(one.state == "failed" for one in counts):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def cameras_line(counts: Sequence[CameraCount]) -> Iterator[Callable[[str], None]]:
+    """A line that says how the cameras are, where someone looks; events as lines of their own."""
+    if not err.is_terminal:
+        yield lambda line: err.print(line, markup=False)
+        return
+    done = threading.Event()
+    with err.status("connecting") as live:
+
+        def show() -> None:
+            while not done.wait(0.5):
+                lost = sum(one.state == "lost" for one in counts)
+                sent, dropped = sum(c.sent for c in counts), sum(c.dropped for c in counts)
+                live.update(
+                    f"{len(counts)} cameras, {lost} lost, {sent} frames sent, {dropped} dropped"
+                    "   (Ctrl-C ends)"
+                )
+
+        threading.Thread(target=show, daemon=True).start()
+        try:
+            yield lambda line: err.print(line, markup=False)
+        finally:
+            done.set()
 
 
 @app.command()
