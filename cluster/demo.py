@@ -8,12 +8,7 @@ labels never enter the stream: they are joined with the results at the end.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import random
-import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,10 +21,10 @@ from rich.console import Console
 from cluster.accounting import Account, take_account, wait_until_scored
 from cluster.camera import OutgoingFrame, SentFrame, stream
 from cluster.demo_view import StreamView
-from cluster.stack import open_stack
+from cluster.stack import open_stack, own_state_folder
 from dpdl_core.metrics import auroc, average_precision
 from dpdl_core.protocol import load_dataset, split
-from infra.errors import DpdlError, SettingsError
+from infra.errors import DpdlError
 from infra.kafka_client import end_offsets, ensure_topics
 from infra.redis_client import ResultStore
 from infra.settings import Settings, load_settings
@@ -77,7 +72,7 @@ def run_demo(options: DemoOptions, write: Callable[[dict[str, Any]], None]) -> N
     """Run it all; `write` gets the report. Errors: DpdlError, in one line."""
     console = Console()
     began = time.monotonic()
-    with _own_state_folder() as settings, open_stack(settings, say=_dim(console)):
+    with own_state_folder("demo") as settings, open_stack(settings, say=_dim(console)):
         settings = load_settings()  # now with the services' addresses and keys
         try:
             later = _import(settings, options, console)
@@ -102,26 +97,6 @@ def run_demo(options: DemoOptions, write: Callable[[dict[str, Any]], None]) -> N
                 threading.Event().wait()
         finally:
             _end_ray()
-
-
-@contextlib.contextmanager
-def _own_state_folder() -> Iterator[Settings]:
-    """<state>/demo, emptied, for this process and its children; one demo at a time."""
-    folder = load_settings().state_dir / "demo"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (folder / ".demo.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SettingsError(
-                f"another demo runs in {folder}: wait for its end, or set DPDL_STATE_DIR"
-            ) from None
-        os.environ["DPDL_STATE_DIR"] = str(folder)
-        if "DPDL_SERVE_HTTP_PORT" not in os.environ:
-            os.environ["DPDL_SERVE_HTTP_PORT"] = str(_free_port(load_settings().serve.http_port))
-        for data in ("kafka", "s3", "redis"):
-            shutil.rmtree(folder / data, ignore_errors=True)
-        yield load_settings()
 
 
 def _import(settings: Settings, options: DemoOptions, console: Console) -> list[NewImage]:
@@ -338,17 +313,6 @@ def _short(value: Any) -> str:
 
 def _dim(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(line, style="dim")
-
-
-def _free_port(wanted: int) -> int:
-    """`wanted`, or any free port where somebody has that one."""
-    for port in (wanted, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return int(probe.getsockname()[1])
-    raise SettingsError("no free port on 127.0.0.1 for the console: set DPDL_SERVE_HTTP_PORT")
 
 
 def _end_ray() -> None:

@@ -5,13 +5,19 @@ A service that a person configured elsewhere (say DPDL_KAFKA_BOOTSTRAP) is never
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.table import Table
 
 from infra.embedded import SERVICE_NAMES, ServiceStatus, Stack
-from infra.settings import Settings
+from infra.errors import SettingsError
+from infra.settings import Settings, load_settings
 
 
 def open_stack(
@@ -31,6 +37,37 @@ def open_stack(
     )
 
 
+@contextlib.contextmanager
+def own_state_folder(name: str) -> Iterator[Settings]:
+    """<state>/<name>, emptied, for this process and its children; one process at a time."""
+    folder = load_settings().state_dir / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (folder / f".{name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SettingsError(
+                f"another {name} runs in {folder}: wait for its end, or set DPDL_STATE_DIR"
+            ) from None
+        os.environ["DPDL_STATE_DIR"] = str(folder)
+        if "DPDL_SERVE_HTTP_PORT" not in os.environ:
+            os.environ["DPDL_SERVE_HTTP_PORT"] = str(_free_port(load_settings().serve.http_port))
+        for data in ("kafka", "s3", "redis"):
+            shutil.rmtree(folder / data, ignore_errors=True)
+        yield load_settings()
+
+
+def _free_port(wanted: int) -> int:
+    """`wanted`, or any free port where somebody has that one."""
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return int(probe.getsockname()[1])
+    raise SettingsError("no free port on 127.0.0.1 for the console: set DPDL_SERVE_HTTP_PORT")
+
+
 def up(settings: Settings, console: Console | None = None) -> None:
     """Start the services and leave them running until down().
 
@@ -39,7 +76,7 @@ def up(settings: Settings, console: Console | None = None) -> None:
     console = console or Console()
     stack = open_stack(settings, detached=True, say=lambda line: console.print(line, style="dim"))
     stack.start()
-    status(settings, console)
+    show_services(settings, console)
 
 
 def down(settings: Settings, console: Console | None = None) -> None:
@@ -51,7 +88,7 @@ def down(settings: Settings, console: Console | None = None) -> None:
     console.print(f"{num_running} services stopped" if num_running else "no service was running")
 
 
-def status(settings: Settings, console: Console | None = None) -> list[ServiceStatus]:
+def show_services(settings: Settings, console: Console | None = None) -> list[ServiceStatus]:
     """Print what runs and how it is; returns the same, for the exit code."""
     table = Table(box=None, pad_edge=False)
     for column in ("service", "state", "pid", "endpoint", "memory", "up"):

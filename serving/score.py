@@ -41,6 +41,12 @@ frames from 8 on (docs/serving.md), so there calls stay apart, and alerts are ou
 MAX_CAMERAS = 20_000
 
 
+def cpu_threads() -> int:
+    """Of torch, in a scorer on the CPU: decoding needs a core too, and beyond a few there is no
+    gain for small batches."""
+    return max(1, min(MAX_CPU_THREADS, (os.cpu_count() or 2) - 1))
+
+
 def score_batch(
     held: InUse,
     model_name: str,
@@ -114,8 +120,7 @@ class Scorer:
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         on_cpu = self._device == "cpu"
         if on_cpu:
-            # Decoding needs a core too; beyond a few, small batches gain nothing.
-            torch.set_num_threads(max(1, min(MAX_CPU_THREADS, (os.cpu_count() or 2) - 1)))
+            torch.set_num_threads(cpu_threads())
         max_batch = settings.stream.max_batch
         coalesced = 0 if on_cpu else COALESCED_BATCHES * max_batch
         self._overrides = Overrides(ResultStore(settings))

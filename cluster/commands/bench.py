@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cluster.commands.shared import Report, Sets, key_values, out, progress_line
+from cluster.commands.shared import (
+    Report,
+    Sets,
+    err,
+    key_values,
+    out,
+    progress_line,
+    write_report,
+)
 
 app = typer.Typer(help="Speed, measured as ratios in one run.", no_args_is_help=True)
 
@@ -36,3 +45,24 @@ def bench_score(
         done = run(chosen, progress)
     for name in ("trunk_images_per_second", "score_images_per_second", "ratio"):
         out.print(f"{name.replace('_', ' ')}  {done[name]:.3g}")
+
+
+@app.command("stream")
+def bench_stream(
+    frames: Annotated[int, typer.Option(min=64)] = 1000,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of images; default: made-up JPEGs.", exists=True, file_okay=False
+        ),
+    ] = None,
+    report: Report = None,
+) -> None:
+    """The whole stream against decode alone and scoring alone, on the same images, in one run."""
+    from cluster.bench_stream import BenchStreamOptions
+    from cluster.bench_stream import bench_stream as run
+
+    done = run(BenchStreamOptions(frames=frames, data=data), err)
+    for name in ("decode_fps", "score_fps", "stream_fps", "ratio"):
+        out.print(f"{name.replace('_', ' ')}  {done[name]:.3g}")
+    write_report(report, done)

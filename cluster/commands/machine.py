@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands.shared import Report, out, write_report
+from cluster.commands.shared import Model, Report, out, write_report
 
 app = typer.Typer()
 
@@ -56,14 +56,14 @@ def down() -> None:
 
 
 @app.command()
-def status() -> None:
-    """Show the services; exit code 1 unless all that should run answer."""
-    from cluster import stack
+def status(model: Model = "default", report: Report = None) -> None:
+    """Show services, lag, versions and cameras; exit code 1 unless all services answer."""
+    from cluster.status import show_status
     from infra.settings import load_settings
 
-    settings = load_settings()
-    found = stack.status(settings, out)
-    if not all(one.healthy for one in found if not settings.is_external(one.name)):
+    found = show_status(load_settings(), model, out)
+    write_report(report, found)
+    if not found["healthy"]:
         raise typer.Exit(1)
 
 

@@ -1,0 +1,181 @@
+"""`dpdl status`: services, lag, versions, cameras. Each part that cannot be asked says so itself.
+
+What the stream is asked over HTTP (the console's API) is what no store knows: refused versions and
+what it is retrying just now.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cluster.stack import show_services
+from infra.errors import DpdlError
+from infra.kafka_client import end_offsets
+from infra.model_store import ModelStore
+from infra.redis_client import ResultStore
+from infra.settings import Settings
+
+SILENT_S = 300.0
+"""As on the console's wall and in the alert rule CameraSilent."""
+ASK_S = 3.0
+SHOWN_CAMERAS = 50
+
+
+def show_status(settings: Settings, model: str, console: Console) -> dict[str, Any]:
+    """Print everything; returns it as JSON takes it. `healthy` is about the services alone."""
+    services = show_services(settings, console)
+    own = [one for one in services if not settings.is_external(one.name)]
+    parts: dict[str, Any] = {
+        "services": [asdict(one) for one in services],
+        "healthy": all(one.healthy for one in own),
+    }
+    for name, ask, show in (
+        ("stream", lambda: _stream(settings), _show_stream),
+        ("lag", lambda: _lag(settings), _show_lag),
+        ("versions", lambda: _versions(settings, model), _show_versions),
+        ("cameras", lambda: _cameras(settings), _show_cameras),
+    ):
+        console.print()
+        parts[name] = _part(name, ask, show, console)
+    return parts
+
+
+def _part(
+    name: str, ask: Callable[[], Any], show: Callable[[Any, Console], None], console: Console
+) -> Any:
+    try:
+        found = ask()
+    except DpdlError as error:
+        console.print(f"{name}: {error}", style="red", markup=False, highlight=False)
+        return {"error": str(error)}
+    show(found, console)
+    return found
+
+
+def _stream(settings: Settings) -> dict[str, Any]:
+    """What the running application says of itself; {} where none answers."""
+    request = urllib.request.Request(
+        f"http://{settings.serve.http_host}:{settings.serve.http_port}/api/v1/status"
+    )
+    if settings.serve.token is not None:
+        request.add_header("Authorization", f"Bearer {settings.serve.token.get_secret_value()}")
+    try:
+        with urllib.request.urlopen(request, timeout=ASK_S) as answer:
+            found = json.loads(answer.read(2**20))
+    except (urllib.error.URLError, OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _show_stream(found: dict[str, Any], console: Console) -> None:
+    if not found:
+        console.print("stream: no answer; `dpdl serve` starts it", style="yellow")
+        return
+    console.print("stream: running")
+    for part, said in sorted(found.items()):
+        for name, value in sorted(said.items()) if isinstance(said, dict) else ():
+            if name in ("trouble", "refused") and value:
+                console.print(f"  {part} {name}: {value}", style="yellow", markup=False)
+
+
+def _lag(settings: Settings) -> list[dict[str, int]]:
+    store = ResultStore(settings)
+    try:
+        done = store.progress(settings.kafka.group, settings.kafka.topic)
+    finally:
+        store.close()
+    ends = end_offsets(settings, settings.kafka.topic)
+    return [
+        {"partition": p, "next": done.get(p, 0), "end": end, "lag": end - done.get(p, 0)}
+        for p, end in sorted(ends.items())
+    ]
+
+
+def _show_lag(found: list[dict[str, int]], console: Console) -> None:
+    total = sum(one["lag"] for one in found)
+    each = ", ".join(f"{one['partition']}: {one['lag']}" for one in found)
+    console.print(f"lag: {total} frames ({each})", highlight=False)
+
+
+def _versions(settings: Settings, model: str) -> dict[str, Any]:
+    pointer = ModelStore(settings).current(model)
+    if pointer is None:
+        return {"model": model, "current": None}
+    return {
+        "model": model,
+        "current": pointer.version,
+        "since": pointer.at,
+        "by": pointer.by,
+        "why": pointer.why,
+    }
+
+
+def _show_versions(found: dict[str, Any], console: Console) -> None:
+    if found["current"] is None:
+        console.print(f"model {found['model']}: no version yet; `dpdl train` makes one")
+        return
+    console.print(
+        f"model {found['model']}: {found['current']} since {found['since']} by {found['by']}: "
+        f"{found['why']}",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _cameras(settings: Settings) -> list[dict[str, Any]]:
+    store = ResultStore(settings)
+    try:
+        known = store.cameras()
+    finally:
+        store.close()
+    now = time.time()
+    return [
+        {
+            "camera": one.camera,
+            "seen_s_ago": _ago(one.last_captured_at_ns, now),
+            "silent": (_ago(one.last_captured_at_ns, now) or 0) > SILENT_S,
+            "frames": one.frames,
+            "frames_per_s": one.frames_per_s,
+            "alerts": one.alerts,
+            "alert_share": one.alert_share,
+            "version": one.version,
+        }
+        for one in known
+    ]
+
+
+def _ago(at_ns: int | None, now: float) -> float | None:
+    return None if at_ns is None else round(now - at_ns / 1e9, 1)
+
+
+def _show_cameras(found: list[dict[str, Any]], console: Console) -> None:
+    if not found:
+        console.print("cameras: none seen yet; `dpdl stream` brings one in")
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("camera", "last frame", "frames/s", "frames", "alerts", "version"):
+        table.add_column(column, justify="left" if column in ("camera", "version") else "right")
+    for one in found[:SHOWN_CAMERAS]:
+        ago, rate = one["seen_s_ago"], one["frames_per_s"]
+        seen = "never" if ago is None else f"{ago:.0f} s ago"
+        table.add_row(
+            escape(one["camera"]),
+            f"[red]{seen}, silent[/]" if one["silent"] else seen,
+            "" if rate is None else f"{rate:.1f}",
+            str(one["frames"]),
+            str(one["alerts"]),
+            escape(one["version"] or ""),
+        )
+    console.print(table)
+    if len(found) > SHOWN_CAMERAS:
+        console.print(f"and {len(found) - SHOWN_CAMERAS} more: `dpdl camera list`")
