@@ -32,6 +32,7 @@ from dpdl_core.fit import fit
 from dpdl_core.images import ArraySource, decode_image
 from dpdl_core.model import Dpdl
 from infra.kafka_client import end_offsets, ensure_topics
+from infra.messages import KafkaRecord
 from infra.model_store import ModelStore
 from infra.s3_client import ensure_buckets
 from infra.settings import Settings, load_settings
@@ -114,8 +115,8 @@ def _decode_alone(settings: Settings, images: Sequence[bytes], count: int, size:
     """Frames per second of the stream's own decoder, in batches as the stream has them."""
     decoder, plan = Decoder(settings.stream.decode_threads), Plan(size)
     most = settings.stream.max_batch
-    records = [_Record(images[i % len(images)], i) for i in range(count)]
-    batches = [Polled(records[i : i + most], []) for i in range(0, count, most)]
+    records: list[KafkaRecord] = [_Record(images[i % len(images)], i) for i in range(count)]
+    batches = [Polled(list(records[i : i + most]), []) for i in range(0, count, most)]
     try:
         decoder(batches[0], plan)
         began = time.perf_counter()

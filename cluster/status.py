@@ -114,7 +114,7 @@ def _versions(settings: Settings, model: str) -> dict[str, Any]:
     return {
         "model": model,
         "current": pointer.version,
-        "since": pointer.at,
+        "since": pointer.promoted_at,
         "by": pointer.by,
         "why": pointer.why,
     }
