@@ -27,6 +27,7 @@ from infra import ray_runtime
 from infra.errors import DataError, ServiceUnavailable, SettingsError
 from infra.kafka_client import ensure_topics
 from infra.model_store import ModelStore
+from infra.redis_client import ResultStore
 from infra.s3_client import ensure_buckets
 from infra.settings import Settings, load_settings
 from serving.console.api import Console
@@ -236,6 +237,8 @@ def consumer_stats() -> dict[str, Any]:
 
 
 def _prepare(settings: Settings, model_name: str) -> None:
+    """Every service is asked here, so that what is wrong is said before anything starts."""
+    ResultStore(settings).close()
     ensure_topics(settings)
     ensure_buckets(settings)
     if ModelStore(settings).current(model_name) is None:

@@ -28,8 +28,7 @@ from lines import HOSTILE, MODEL, check, fitted, promote, send, wait_scored, wai
 
 from dpdl_core import artifact
 from infra import ray_runtime
-from infra.errors import DataError, SettingsError
-from infra.kafka_client import end_offsets
+from infra.errors import AuthFailed, DataError, SettingsError
 from infra.messages import evidence_key
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
@@ -404,3 +403,21 @@ def test_deploying_without_a_version_or_a_free_port_says_so(settings, cluster, m
     monkeypatch.setenv("DPDL_SERVE_HTTP_HOST", "0.0.0.0")
     with pytest.raises(SettingsError, match=r"serve\.token"):
         app.deploy(load_settings(), model_name="nothing")
+
+
+@pytest.mark.parametrize(
+    ("variable", "setting"),
+    [
+        ("DPDL_REDIS_PASSWORD", r"redis\.password"),
+        ("DPDL_KAFKA_SASL_PASSWORD", r"kafka\.sasl_password"),
+        ("DPDL_S3_SECRET_KEY", r"s3\.secret_key"),
+    ],
+)
+def test_wrong_credentials_are_one_line_before_anything_starts(
+    settings, monkeypatch, variable, setting
+):
+    monkeypatch.setenv(variable, "not-the-password")
+    with pytest.raises(AuthFailed, match=setting) as raised:
+        app.deploy(load_settings(), model_name=MODEL)
+    assert "\n" not in str(raised.value)
+    assert "not-the-password" not in str(raised.value)
