@@ -35,9 +35,11 @@ log = logging.getLogger("dpdl.score")
 LOOK_S = 1.0
 """How often the pointer and the threshold overrides are looked at."""
 MAX_CPU_THREADS = 8
+CPU_FRAMES = 8
+"""For each thread of a CPU at a time: more of them fall out of its caches (docs/serving.md)."""
 COALESCED_BATCHES = 4
-"""Full batches of several consumers that one call of a GPU takes. A CPU's time is linear in the
-frames from 8 on (docs/serving.md), so there calls stay apart, and alerts are out earlier."""
+"""Full batches of several consumers that one call of a GPU takes. A CPU gains
+nothing from more than CPU_FRAMES, so there calls stay apart, and alerts are out earlier."""
 MAX_CAMERAS = 20_000
 
 
@@ -61,14 +63,22 @@ def score_batch(
     """
     if images.shape[1:] != (held.image_size, held.image_size, 3):
         return WrongSize(held.image_size)
-    # torch.tensor copies: what comes from Ray's object store is read-only.
-    scores = held.loaded.model.score(torch.tensor(images, device=device))
-    score = scores.score.float().cpu().numpy()
+    num, step = len(images), len(images)
+    if device == "cpu":
+        step = CPU_FRAMES * torch.get_num_threads()
+    score, energy = np.empty(num, np.float32), np.empty(num, np.float32)
     threshold = np.array([overrides.get(c, held.threshold(c)) for c in cameras], np.float32)
-    energy = scores.energy.float().cpu().numpy()
-    held.drift.add(cameras, energy, scores.winners.cpu().numpy())
-    anomalies = np.flatnonzero(score > threshold)
-    maps = scores.maps[torch.as_tensor(anomalies, device=scores.maps.device)].float().cpu().numpy()
+    heat: dict[int, NDArray[np.float32]] = {}
+    for at in range(0, num, step):
+        rows = slice(at, at + step)
+        # torch.tensor copies: what comes from Ray's object store is read-only.
+        scores = held.loaded.model.score(torch.tensor(images[rows], device=device))
+        score[rows] = scores.score.float().cpu().numpy()
+        energy[rows] = scores.energy.float().cpu().numpy()
+        held.drift.add(cameras[rows], energy[rows], scores.winners.cpu().numpy())
+        hot = np.flatnonzero(score[rows] > threshold[rows])
+        maps = scores.maps[torch.as_tensor(hot, device=scores.maps.device)].float().cpu().numpy()
+        heat |= {at + int(row): each for row, each in zip(hot, maps, strict=True)}
     return Scored(
         model=model_name,
         version=held.version,
@@ -76,7 +86,7 @@ def score_batch(
         score=score,
         energy=energy,
         threshold=threshold,
-        maps={int(row): heat for row, heat in zip(anomalies, maps, strict=True)},
+        maps=heat,
     )
 
 

@@ -17,8 +17,8 @@ import torch
 from dpdl_core.config import recipe
 from pipelines.bench_score import _any_model
 
-SIZES = (1, 4, 8, 16, 32, 64, 128)
-ROUNDS = 5
+SIZES = (1, 4, 8, 16, 32, 64)
+ROUNDS = 3
 
 
 def main(device: str) -> None:
