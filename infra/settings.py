@@ -436,3 +436,19 @@ def referred_secret(reference: str) -> str:
     if not found.strip():
         raise SettingsError(f"{reference}: empty or not set")
     return found.strip()
+
+
+def is_setting(variable: str) -> bool:
+    """Whether this environment variable sets something here, `DPDL_CONFIG` included."""
+    return variable == CONFIG_VARIABLE or _key(variable) is not None
+
+
+def is_secret(variable: str) -> bool:
+    """Whether this environment variable would hold a secret itself, not the name of its file."""
+    key = _key(variable)
+    return key is not None and _is(key, SecretStr)
+
+
+def _key(variable: str) -> str | None:
+    names = {_PREFIX + key.upper().replace(".", "_"): key for key in _KEYS}
+    return names.get(variable)

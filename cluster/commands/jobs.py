@@ -1,0 +1,108 @@
+"""Training and renewal on a cluster: `dpdl job train|refresh`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cluster.commands import learn
+from cluster.commands.shared import err, key_values, out
+
+app = typer.Typer(
+    help="Run train or refresh on a Ray cluster and follow it.", no_args_is_help=True
+)
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Address = Annotated[
+    str, typer.Option(envvar="RAY_ADDRESS", help="The head's dashboard: http://HOST:8265.")
+]
+Wait = Annotated[
+    bool, typer.Option("--wait/--no-wait", help="Follow the log and end as the job ends.")
+]
+Upload = Annotated[
+    bool, typer.Option("--upload", help="Run this checkout's code, not what the cluster has.")
+]
+Variables = Annotated[
+    list[str] | None,
+    typer.Option("--env", help="DPDL_NAME=VALUE over the cluster's settings; no secrets."),
+]
+LOCAL_FORWARD = "http://127.0.0.1:8265"
+"""Where `ray dashboard ray_cluster.yaml` and `kubectl port-forward` bring the head's dashboard."""
+
+
+@app.command(context_settings=PASS_ON)
+def train(
+    context: typer.Context,
+    address: Address = LOCAL_FORWARD,
+    wait: Wait = True,
+    upload: Upload = False,
+    env: Variables = None,
+) -> None:
+    """Train on the cluster. Every other argument is one of `dpdl train`.
+
+    Ctrl-C leaves the job running and says how to follow and how to stop it.
+    """
+    _run("train", context.args, address, wait, upload, env, cpus=0)
+
+
+@app.command(context_settings=PASS_ON)
+def refresh(
+    context: typer.Context,
+    address: Address = LOCAL_FORWARD,
+    wait: Wait = True,
+    upload: Upload = False,
+    env: Variables = None,
+) -> None:
+    """Renew the current version on the cluster. Every other argument is one of `dpdl refresh`.
+
+    Ctrl-C leaves the job running and says how to follow and how to stop it.
+    """
+    # The work is in the command itself, so it has a CPU reserved, on any machine.
+    _run("refresh", context.args, address, wait, upload, env, cpus=1)
+
+
+def _run(
+    command: str,
+    arguments: list[str],
+    address: str,
+    wait: bool,
+    upload: bool,
+    env: list[str] | None,
+    *,
+    cpus: float,
+) -> None:
+    _check(command, arguments)
+    from cluster.jobs import JobRequest, Jobs
+
+    request = JobRequest(
+        command=command,
+        arguments=arguments,
+        variables=key_values(env),
+        upload=upload,
+        cpus=cpus,
+    )
+    jobs = Jobs(address)
+    job = jobs.submit(request)
+    out.print(job, markup=False, highlight=False)
+    if not wait:
+        return
+    try:
+        jobs.follow(job, sys.stdout.write)
+    except KeyboardInterrupt:
+        err.print(
+            f"{job} goes on. Follow it: ray job logs --address {address} --follow {job}; "
+            f"stop it: ray job stop --address {address} {job}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+
+
+def _check(command: str, arguments: list[str]) -> None:
+    """Refuse here what `dpdl train` or `dpdl refresh` would refuse on the cluster, minutes later."""
+    group = typer.main.get_group(learn.app)
+    group.commands[command].make_context(f"dpdl {command}", list(arguments))
