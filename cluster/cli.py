@@ -18,6 +18,7 @@ from cluster.commands import (
     cameras,
     dashboards,
     data,
+    jobs,
     learn,
     machine,
     models,
@@ -39,6 +40,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="models")
 app.add_typer(cameras.app, name="camera")
 app.add_typer(bench.app, name="bench")
+app.add_typer(jobs.app, name="job")
 app.add_typer(dashboards.app, name="dashboards")
 
 traceback_wanted = False

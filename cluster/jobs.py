@@ -2,10 +2,10 @@
 
     dpdl job train ARGS  >  head of the cluster: `dpdl train ARGS`  >  its log and its end, here
 
-What a job is given: the command's arguments, variables that hold no secret, and, if wanted, the code
-of this checkout. Settings are the cluster's own: its machines find dpdl.yaml and secret files where
-`ray up` or Kubernetes put them. Ray keeps a job's command line, environment and uploaded code where
-everyone with the dashboard can read them, so a secret in any of the three is refused.
+What a job is given: the command's arguments, variables that hold no secret, and, if wanted, the
+code of this checkout. Settings are the cluster's own: its machines find dpdl.yaml and secret files
+where `ray up` or Kubernetes put them. Ray keeps a job's command line, environment and uploaded code
+where everyone with the dashboard can read them, so no secret may be in any of the three.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from infra.errors import AuthFailed, DataError, DpdlError, ServiceUnavailable, SettingsError
-from infra.settings import is_setting, is_secret
+from infra.settings import is_secret, is_setting
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 NOT_UPLOADED = ["dpdl.yaml", ".dpdl", ".venv", ".git", "tests", "docs", "reports"]

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
+
+from infra.errors import AuthFailed
 
 OBJECT_STORE_BYTES = 1 << 30
 """Of a cluster started here. Decoded batches pass through it, whole data sets never do."""
@@ -23,7 +26,8 @@ OBJECT_STORE_BYTES = 1 << 30
 def connect(*, dashboard: bool = False) -> None:
     """Make ray.* usable in this process; harmless when it already is.
 
-    A cluster started here has its dashboard, if wanted, on loopback only.
+    A cluster started here has its dashboard, if wanted, on loopback only. AuthFailed where a
+    cluster refuses our token, or we have none.
     """
     if ray.is_initialized():
         return
@@ -40,15 +44,21 @@ def connect(*, dashboard: bool = False) -> None:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=dashboard,
-            dashboard_host="127.0.0.1",
-            **quiet,
-        )
-    except ValueError:
-        # Ray refuses sizes when it joins a cluster that runs already: that one has its own.
-        ray.init(**quiet)
+        try:
+            ray.init(
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
+                **quiet,
+            )
+        except ValueError:
+            # Ray refuses sizes when it joins a cluster that runs already: that one has its own.
+            ray.init(**quiet)
+    except AuthenticationError as error:
+        raise AuthFailed(
+            f"the Ray cluster refuses us without its token ({error.message.rstrip('.')}): copy "
+            "~/.ray/auth_token from where the cluster was made, or name it by RAY_AUTH_TOKEN_PATH"
+        ) from error
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler dumps a stack and dies at once: nothing would be ended in order.
         signal.signal(signal.SIGTERM, on_sigterm)

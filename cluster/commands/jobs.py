@@ -10,9 +10,7 @@ import typer
 from cluster.commands import learn
 from cluster.commands.shared import err, key_values, out
 
-app = typer.Typer(
-    help="Run train or refresh on a Ray cluster and follow it.", no_args_is_help=True
-)
+app = typer.Typer(help="Run train or refresh on a Ray cluster and follow it.", no_args_is_help=True)
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -103,6 +101,6 @@ def _run(
 
 
 def _check(command: str, arguments: list[str]) -> None:
-    """Refuse here what `dpdl train` or `dpdl refresh` would refuse on the cluster, minutes later."""
+    """Refuse here what the command would refuse on the cluster, minutes later."""
     group = typer.main.get_group(learn.app)
     group.commands[command].make_context(f"dpdl {command}", list(arguments))
