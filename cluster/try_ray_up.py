@@ -2,7 +2,7 @@
 
     python -m cluster.try_ray_up --report ray-up.json
 
-    sshd > ray up > ray job submit (a training) > dpdl job refresh > refused without token > ray down
+    sshd > ray up > ray job submit (a training) > dpdl job refresh > no token, no entry > ray down
 
 The whole trial runs in process, network and mount namespaces of its own. The shipped file's start
 commands and `ray down` contain `ray stop`, which ends every Ray process it sees: here only the
@@ -162,7 +162,7 @@ def prepare_checkout(trial: Trial) -> None:
 
 
 def prepare_environment(trial: Trial) -> None:
-    """~/dpdl/.venv on the host: no installation, the packages of this Python, the code of ~/dpdl."""
+    """~/dpdl/.venv on the host: the packages of this Python, the code of ~/dpdl."""
     venv = trial.host / "dpdl" / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     site = next(venv.glob("lib/python*/site-packages"))
@@ -212,7 +212,7 @@ def try_it(trial: Trial) -> dict[str, Any]:
 
     prepare_checkout(trial)
     with Stack(trial.work / "state", services=["s3"]) as stack, ssh_server(trial):
-        # What a person writes by hand for a store of their own, mode 0600: it travels with the code.
+        # What a person writes for a store of their own, mode 0600: it travels with the code.
         settings = trial.checkout / "dpdl.yaml"
         settings.write_text((stack.state_dir / "services.yaml").read_text())
         settings.chmod(0o600)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -88,7 +87,7 @@ def _run(
     if not wait:
         return
     try:
-        jobs.follow(job, sys.stdout.write)
+        jobs.follow(job, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         err.print(
             f"{job} goes on. Follow it: ray job logs --address {address} --follow {job}; "
