@@ -57,9 +57,12 @@ export function openAlerts(root, camera) {
     if (fetching || !older || alerts.length >= KEPT) return;
     fetching = true;
     try {
-      const page = await get("api/v1/alerts", { count: PAGE, before: older, camera });
-      older = page.older;
-      const fresh = page.alerts.filter((each) => !known.has(each.id));
+      let fresh = [];
+      while (!fresh.length && older) { // of a camera that seldom alerts, a page may hold none
+        const page = await get("api/v1/alerts", { count: PAGE, before: older, camera });
+        older = page.older;
+        fresh = page.alerts.filter((each) => !known.has(each.id));
+      }
       fresh.forEach((each) => known.add(each.id));
       alerts.push(...fresh);
       draw(true);
