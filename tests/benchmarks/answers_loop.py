@@ -79,7 +79,7 @@ def false_alarms(seed: int) -> dict[str, object]:
     answered = alarmed[:FED]
     learnt = [s for s in answered if not _is_held_out(s)]
     held_out = [s for s in answered if _is_held_out(s)]
-    after, _ = renew(
+    after, renewal = renew(
         model,
         ArraySource(_decoded(_exemplars(normals))),
         ArraySource(_decoded(learnt)),
@@ -94,6 +94,7 @@ def false_alarms(seed: int) -> dict[str, object]:
         "normals_learnt": len(normals),
         "false_alarms_found": len(alarmed),
         "answered": len(answered),
+        "relearnt": renewal.relearnt,
         "of_them_for_thresholds": len(held_out),
         "fresh_normals": len(fresh),
         "false_alarm_rate_before": _share(model, fresh, threshold),
