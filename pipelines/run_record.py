@@ -142,7 +142,8 @@ def draw(
         ("test anomalies", [score for score, label in test if label]),
     ]
     shown = [(name, scores) for name, scores in groups if scores]
-    last.hist([s for _, s in shown], bins=30, density=True, label=[n for n, _ in shown])
+    for name, scores in shown:
+        last.hist(scores, bins=30, density=True, histtype="step", linewidth=1.5, label=name)
     last.axvline(threshold, color="k", label="alert threshold")
     last.set_title("scores")
     last.legend(fontsize="small")
