@@ -141,8 +141,7 @@ def draw(
         ("test normals", [score for score, label in test if not label]),
         ("test anomalies", [score for score, label in test if label]),
     ]
-    shown = [(name, scores) for name, scores in groups if scores]
-    for name, scores in shown:
+    for name, scores in (group for group in groups if group[1]):
         last.hist(scores, bins=30, density=True, histtype="step", linewidth=1.5, label=name)
     last.axvline(threshold, color="k", label="alert threshold")
     last.set_title("scores")
