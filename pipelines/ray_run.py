@@ -20,8 +20,6 @@ from pipelines.dataset_index import Progress
 from pipelines.train_worker import FAILED
 
 POLL_S = 0.5
-STARTING_S = 20.0
-"""After so long without a sign of the workers a person is told what they wait for."""
 STOP_S = 20.0
 
 
@@ -75,7 +73,7 @@ class RayRun(threading.Thread):
         """
         seen: list[tuple[str, float, dict[str, Any]]] = []
         tell = progress or (lambda stage, fraction, figures: None)
-        alive, started, told = True, time.monotonic(), False
+        alive = True
         while alive:
             self.join(POLL_S)
             alive = self.is_alive()
@@ -84,9 +82,6 @@ class RayRun(threading.Thread):
                     raise DpdlError(f"training failed: {entry[2]['error']}")
                 seen.append(entry)
                 tell(*entry)
-            if alive and not seen and not told and time.monotonic() - started > STARTING_S:
-                told = True
-                tell("waiting for workers", 0.0, {"because": _free()})
         return seen
 
     def result(self) -> Any:
@@ -134,11 +129,7 @@ def cluster_total(resource: str) -> float:
     return float(found.get(resource, 0.0))
 
 
-def _free() -> str:
-    free = ray.available_resources()  # type: ignore[no-untyped-call]
-    shown = [
-        f"{free.get(name, 0.0):g} of {cluster_total(name):g} {name}s"
-        for name in ("CPU", "GPU")
-        if cluster_total(name)
-    ]
-    return f"the Ray cluster has {' and '.join(shown)} free, other jobs hold the rest"
+def cluster_free(resource: str) -> float:
+    """How much of it nobody holds at the moment."""
+    found = ray.available_resources()  # type: ignore[no-untyped-call]
+    return float(found.get(resource, 0.0))

@@ -43,7 +43,7 @@ from pipelines.dataset_index import (
 from pipelines.datasets import import_dataset
 from pipelines.patience import patiently
 from pipelines.promotion import code_version, consider
-from pipelines.ray_run import Introduce, RayRun, cluster_total
+from pipelines.ray_run import Introduce, RayRun, cluster_free, cluster_total
 from pipelines.run_record import EPOCHS, RUN, RunRecord, epochs_from_lines, load_run, save_run
 from pipelines.sources import row_groups, task_environment
 from pipelines.storage import shared_filesystem
@@ -190,6 +190,12 @@ def _carry_out(
     connect()
     job, workers = _job(settings, options, record, index)
     trainer = _trainer(settings, record, job, workers)
+    needed, free = _bounds(workers)[0] * WORKER_CPUS, cluster_free("CPU")
+    if free < needed and progress is not None:
+        because = (
+            f"{free:g} CPUs of the Ray cluster are free, {needed:g} are needed: others hold them"
+        )
+        progress("waiting for workers", 0.0, {"because": because})
     with RayRun(trainer, job.board) as run:
         told = run.follow(progress)
     files = files_of(run.result().checkpoint)
