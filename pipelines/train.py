@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpdl_core.config import DpdlConfig, override, recipe, to_json
 from infra.errors import DataError, ServiceUnavailable
@@ -320,9 +321,16 @@ def _job(
         test=row_groups(settings, index.keys("test")),
         # One per core that is left when every worker has its own.
         decode_tasks=max(1, int(cpus / high) - 1),
-        board=ray.remote(num_cpus=0)(ProgressBoard).remote(),
+        board=_board(),
     )
     return job, low if low == high else (low, high)
+
+
+def _board() -> Any:
+    """On the driver's own node: a node that is lost must not take the progress with it."""
+    here = ray.get_runtime_context().get_node_id()
+    place: Any = NodeAffinitySchedulingStrategy(here, soft=False)  # untyped in Ray
+    return ray.remote(num_cpus=0, scheduling_strategy=place)(ProgressBoard).remote()
 
 
 def _trainer(
@@ -339,6 +347,8 @@ def _trainer(
             num_workers=elastic,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": WORKER_CPUS} | ({"GPU": 1} if use_gpu else {}),
+            # Each on a machine of its own where there are several: decoding wants their cores.
+            placement_strategy="SPREAD",
         ),
         # A run of the same name in the same place goes on from its last checkpoint.
         run_config=ray.train.RunConfig(

@@ -1,34 +1,53 @@
-"""`ray_cluster.yaml` against Ray's own checks, offline."""
+"""The cluster files against Ray's own checks, offline: machines of one's own, and EC2."""
 
 from pathlib import Path
 
+import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-CLUSTER_FILE = Path(__file__).parents[2] / "ray_cluster.yaml"
+ROOT = Path(__file__).parents[2]
+OWN, CLOUD = ROOT / "ray_cluster.yaml", ROOT / "cluster" / "ray_cluster_aws.yaml"
+BOTH = pytest.mark.parametrize("path", [OWN, CLOUD], ids=["own", "aws"])
 
 
-def load() -> dict:
-    return yaml.safe_load(CLUSTER_FILE.read_text())
+def load(path):
+    return yaml.safe_load(path.read_text())
 
 
-def test_ray_accepts_it():
-    config = prepare_config(load())
+def test_ray_accepts_machines_of_ones_own():
+    config = prepare_config(load(OWN))
     validate_config(config)
     node_type = config["available_node_types"]["local.cluster.node"]
-    assert node_type["max_workers"] == len(load()["provider"]["worker_ips"])
+    assert node_type["max_workers"] == len(load(OWN)["provider"]["worker_ips"])
 
 
-def test_every_top_level_key_is_explained():
-    lines = CLUSTER_FILE.read_text().splitlines()
-    for key in load():
+def test_ray_accepts_the_cloud():
+    config = prepare_config(load(CLOUD))
+    validate_config(config)
+    assert config["available_node_types"]["gpu"]["resources"]["GPU"] == 1
+
+
+@BOTH
+def test_every_top_level_key_is_explained(path):
+    lines = path.read_text().splitlines()
+    for key in load(path):
         at = lines.index(next(line for line in lines if line.startswith(f"{key}:")))
         explained = lines[at - 1].startswith("#") or lines[at + 1].lstrip().startswith("#")
         follows_explained = lines[at - 1] and not lines[at - 1].startswith("#")
         assert explained or follows_explained, f"{key} has no comment"
 
 
-def test_it_holds_no_secret_and_asks_for_the_token():
-    starts = load()["head_start_ray_commands"] + load()["worker_start_ray_commands"]
+@BOTH
+def test_it_holds_no_secret_and_asks_for_the_token(path):
+    config = load(path)
+    starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
     assert all("RAY_AUTH_MODE=token" in line for line in starts if "ray start" in line)
     assert "--dashboard-host=127.0.0.1" in " ".join(starts)
+    assert "~/.ray/auth_token" in config["file_mounts"]
+
+
+@BOTH
+def test_ray_down_finds_ray(path):
+    """It calls a bare `ray stop` in a login shell: the environment must be on that shell's PATH."""
+    assert any("~/.bashrc" in line for line in load(path)["setup_commands"])

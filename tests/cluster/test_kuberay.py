@@ -1,0 +1,110 @@
+"""The manifests against KubeRay's own schemas, offline.
+
+kuberay_crds.json.gz: openAPIV3Schema of version v1 of RayJob, RayCronJob and RayService, without
+descriptions and status, from config/crd/bases of the Go module
+github.com/ray-project/kuberay/ray-operator v1.6.2 (Apache-2.0).
+"""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from jsonschema import Draft202012Validator
+
+from infra.settings import Settings, is_secret, load_settings
+
+ROOT = Path(__file__).parents[2]
+MANIFESTS = ROOT / "cluster" / "kuberay"
+RAY_KINDS = {"train.yaml": "RayJob", "refresh.yaml": "RayCronJob", "serve.yaml": "RayService"}
+
+
+@pytest.fixture(scope="module")
+def schemas():
+    with gzip.open(Path(__file__).with_name("kuberay_crds.json.gz")) as file:
+        return {kind: strict(schema) for kind, schema in json.load(file).items()}
+
+
+def strict(schema):
+    """A misspelt key is an error, where Kubernetes would drop it in silence."""
+    if isinstance(schema, list):
+        return [strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: strict(value) for key, value in schema.items()}
+    if "properties" in schema and "additionalProperties" not in schema:
+        free = schema.get("x-kubernetes-preserve-unknown-fields", False)
+        found["additionalProperties"] = free
+    if schema.get("x-kubernetes-int-or-string"):
+        found.pop("type", None)
+    return found
+
+
+def load(name):
+    return yaml.safe_load((MANIFESTS / name).read_text())
+
+
+def faults(schemas, manifest):
+    body = {key: value for key, value in manifest.items() if key != "metadata"}
+    found = Draft202012Validator(schemas[manifest["kind"]]).iter_errors(body)
+    return [f"{'.'.join(map(str, fault.path))}: {fault.message[:200]}" for fault in found]
+
+
+def ray_clusters():
+    yield load("train.yaml")["spec"]["rayClusterSpec"]
+    yield load("refresh.yaml")["spec"]["jobTemplate"]["rayClusterSpec"]
+    yield load("serve.yaml")["spec"]["rayClusterConfig"]
+
+
+def pods():
+    for cluster in ray_clusters():
+        yield cluster["headGroupSpec"]["template"]["spec"]
+        for group in cluster.get("workerGroupSpecs", []):
+            yield group["template"]["spec"]
+
+
+@pytest.mark.parametrize("name", RAY_KINDS)
+def test_kuberay_accepts_it(schemas, name):
+    manifest = load(name)
+    assert manifest["kind"] == RAY_KINDS[name]
+    assert faults(schemas, manifest) == []
+
+
+def test_a_misspelt_key_would_be_found(schemas):
+    manifest = load("train.yaml")
+    manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["contaners"] = []
+    assert "contaners" in faults(schemas, manifest)[0]
+
+
+def test_every_cluster_asks_for_the_token_and_runs_our_ray():
+    for cluster in ray_clusters():
+        assert cluster["authOptions"] == {"mode": "token", "secretName": "dpdl-ray-token"}
+        assert cluster["rayVersion"] == ray.__version__
+
+
+def test_secrets_are_files_and_every_variable_is_a_setting(tmp_path):
+    mounted = tmp_path / "secret"
+    mounted.write_text("x")
+    mounted.chmod(0o440)
+    settings_file = tmp_path / "dpdl.yaml"
+    config, policy = yaml.safe_load_all((MANIFESTS / "settings.yaml").read_text())
+    settings_file.write_text(config["data"]["dpdl.yaml"])
+    for pod in pods():
+        (container,) = pod["containers"]
+        environ = {each["name"]: each["value"] for each in container["env"]}
+        assert not any(is_secret(name) for name in environ)
+        environ |= {name: str(mounted) for name in environ if name.endswith("_FILE")}
+        environ["DPDL_CONFIG"] = str(settings_file)
+        assert isinstance(load_settings(environ), Settings)
+        requests = container["resources"]["requests"]
+        assert {"cpu", "memory"} <= set(requests)
+        assert container["resources"]["limits"] == requests
+    assert policy["kind"] == "NetworkPolicy"
+
+
+def test_serve_deploys_what_serve_config_says():
+    ours = yaml.safe_load((ROOT / "serving" / "serve_config.yaml").read_text())
+    theirs = yaml.safe_load(load("serve.yaml")["spec"]["serveConfigV2"])
+    assert theirs == ours
