@@ -65,7 +65,9 @@ def run_trial(report: Path) -> None:
         inside = [sys.executable, "-m", "cluster.try_ray_up", "--inside", work]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "DPDL_"))}
         environment["PYTHONPATH"] = str(ROOT)
-        command = [*_namespaces(), *inside, "--report", str(report.absolute())]
+        # A shell is the namespace's first process: it collects orphans, and `ray stop` waits for those.
+        init = ["bash", "-c", '"$@"; exit $?', "init"]
+        command = [*_namespaces(), *init, *inside, "--report", str(report.absolute())]
         subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=600)
 
 
@@ -179,7 +181,10 @@ def cluster_file(trial: Trial) -> Path:
     """The shipped file with its marked values filled in."""
     config = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
     config["provider"] |= {"head_ip": "127.0.0.1", "worker_ips": []}
-    config["auth"]["ssh_user"] = getpass.getuser()
+    config["auth"] = {
+        "ssh_user": getpass.getuser(),
+        "ssh_private_key": str(trial.client / ".ssh" / "id_ed25519"),
+    }
     config |= {"min_workers": 0, "max_workers": 0}
     path = trial.work / "cluster.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -225,8 +230,8 @@ def try_it(trial: Trial) -> dict[str, Any]:
             jobs(trial)
         finally:
             trial.call("ray down", "ray", "down", "-y", str(file))
-    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    if "raylet" in left or "gcs_server" in left:
+    left = subprocess.run(["ps", "-eo", "comm"], capture_output=True, text=True).stdout
+    if {"raylet", "gcs_server"} & set(left.split("\n")):
         raise SystemExit(f"Ray still runs after ray down:\n{left}")
     return {"ray": _version("ray"), "seconds": trial.seconds}
 
