@@ -65,7 +65,7 @@ def run_trial(report: Path) -> None:
         inside = [sys.executable, "-m", "cluster.try_ray_up", "--inside", work]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "DPDL_"))}
         environment["PYTHONPATH"] = str(ROOT)
-        # A shell is the namespace's first process: it collects orphans, and `ray stop` waits for those.
+        # A shell comes first in the namespace: it collects orphans, for which `ray stop` waits.
         init = ["bash", "-c", '"$@"; exit $?', "init"]
         command = [*_namespaces(), *init, *inside, "--report", str(report.absolute())]
         subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=600)
