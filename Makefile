@@ -13,7 +13,10 @@ test: setup  ## Run every test: units, then the real services over sockets, then
 	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),tests)
 
 unit: setup  ## Run the unit tests only: no cluster, no network, about a minute
-	@$(BIN)/python -m pytest tests --ignore=tests/integration $(ARGS)
+	@$(BIN)/python -m pytest tests --ignore=tests/integration --ignore=tests/faults $(ARGS)
+
+faults: setup  ## Kill and pause each part of the running system, and send it bad input (20 minutes)
+	@$(BIN)/python tests/faults/run.py $(ARGS)
 
 test-minio: setup  ## Run the storage tests on a real MinIO, built with Go where there is one
 	@minio=$$($(BIN)/python tests/integration/minio_server.py) && if [ -n "$$minio" ]; then \
@@ -48,4 +51,4 @@ clean:  ## Remove .venv and the demo's state (.dpdl)
 help:  ## Print this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-.PHONY: demo test unit test-minio check bench setup clean help
+.PHONY: demo test unit faults test-minio check bench setup clean help

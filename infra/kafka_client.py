@@ -19,6 +19,7 @@ from kafka import errors as ke
 from kafka.net.compat import KafkaNetClient
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
+from kafka.record.default_records import DefaultRecordBatch
 
 from infra.errors import (
     AuthFailed,
@@ -135,6 +136,9 @@ def _topic(kafka: KafkaSettings, partitions: int, max_record_bytes: int) -> dict
             # Kafka deletes whole segments: a bound in bytes is only as fine as its segments.
             "segment.bytes": str(min(max(retention_bytes // 8, 2 * max_record_bytes), 2**30)),
             "max.message.bytes": str(max_record_bytes),
+            # Whatever a sender compresses with, the broker unpacks: kafka-python lacks some
+            # codecs, and would stand still before such a record for ever.
+            "compression.type": "uncompressed",
             "min.insync.replicas": "2" if kafka.replication > 2 else "1",
         },
     }
@@ -210,6 +214,30 @@ def _translated(error: Exception, kafka: KafkaSettings, detail: str = "") -> Dpd
         f"{where} did not answer ({detail or error}): check that it runs (`dpdl status`), "
         "kafka.bootstrap and kafka.security_protocol"
     )
+
+
+class _AnyNames(bytearray):
+    """A batch whose headers' names may be any bytes; what is not UTF-8 becomes U+FFFD."""
+
+    def __getitem__(self, at: Any) -> Any:
+        found = super().__getitem__(at)
+        return _AnyNames(found) if isinstance(at, slice) else found
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return super().decode(encoding, "replace")
+
+
+def _read_any(batch: Any) -> Any:
+    """kafka-python 3.0.12 cannot pass a record with such a name: one would end the stream."""
+    try:
+        return _read_strictly(batch)
+    except UnicodeDecodeError:
+        batch._buffer = _AnyNames(batch._buffer)  # its position has not moved
+        return _read_strictly(batch)
+
+
+_read_strictly = DefaultRecordBatch._read_msg
+DefaultRecordBatch._read_msg = _read_any
 
 
 class _Hidden(str):

@@ -155,12 +155,21 @@ def bad_headers(rng: Rng) -> Hostile:
         ([("content-type", b"x" * 1000)], "bad-content-type"),
     ]
     headers, reason = cases[rng.integers(len(cases))]
+    headers = [(NotUtf8(), b""), *headers, ("dead-frame", b"forged")]
     return Hostile(f"header: {reason}", jpeg(rng), frozenset({reason}), headers=headers)
 
 
+class NotUtf8(str):
+    """A header's name that only a sender in C could write."""
+
+    def encode(self, *_: str) -> bytes:
+        return b"x-\xff\xfe"
+
+
 def odd_headers(rng: Rng) -> Hostile:
-    """Headers that mean nothing to us are nobody's business."""
-    headers = [("x-\u00e4\u00f6", rng.bytes(50)), ("", b""), ("dead-reason", b"forged")]
+    """Headers that mean nothing to us are nobody's business, whatever their names."""
+    names = ("x-\u00e4\u00f6", "", NotUtf8(), NotUtf8())
+    headers = [(names[rng.integers(len(names))], rng.bytes(50)), ("dead-reason", b"forged")]
     return Hostile("odd headers", jpeg(rng), frozenset({SCORED}), headers=headers)
 
 

@@ -67,6 +67,10 @@ class Node:
                     ) from None
                 time.sleep(0.1)
 
+    def settings(self) -> dict[str, object]:
+        """Its group of the settings."""
+        return self.service.settings(self.place)
+
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
         record = Record.read(self._record)
@@ -154,7 +158,7 @@ class KafkaCluster:
 
     def settings(self) -> dict[str, Any]:
         """The group `kafka` of the settings."""
-        groups = [node.service.settings(node.place) for node in self.nodes.values()]
+        groups = [node.settings() for node in self.nodes.values()]
         bootstrap = ",".join(str(group["bootstrap"]) for group in groups)
         return groups[0] | {"bootstrap": bootstrap, "replication": min(3, len(self.nodes))}
 

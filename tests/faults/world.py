@@ -23,16 +23,19 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+import yaml
 from frames import jpeg
 from kafka import TopicPartition
+from nodes import KafkaCluster, Node
 
 from dpdl_core import artifact
 from dpdl_core.config import recipe
 from dpdl_core.fit import fit
 from dpdl_core.images import ArraySource, decode_image
-from infra.embedded import Stack
+from infra.embedded import SERVICE_NAMES, Stack
+from infra.embedded.files import write_private
 from infra.errors import DpdlError
-from infra.kafka_client import end_offsets, ensure_topics, make_consumer
+from infra.kafka_client import end_offsets, ensure_topics, make_admin, make_consumer
 from infra.messages import evidence_key
 from infra.model_store import ModelStore
 from infra.redis_client import MAX_PAGE, ResultStore
@@ -126,9 +129,13 @@ class Frames:
 class World:
     """Services and application in one folder, alive as long as the block."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
-        self.folder, self._say = folder, say
-        self.stack = Stack(folder / "state")
+    def __init__(self, folder: Path, *, brokers: int = 1) -> None:
+        """brokers: with more than one, a cluster of them in place of the stack's own."""
+        self.folder = folder
+        self.cluster = KafkaCluster(folder / "cluster", brokers) if brokers > 1 else None
+        self.stack = Stack(
+            folder / "state", services=("s3", "redis") if self.cluster else SERVICE_NAMES
+        )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -136,12 +143,19 @@ class World:
         self.environment = environment | {
             "DPDL_STATE_DIR": str(folder / "state"),
             "DPDL_SERVE_HTTP_PORT": str(port),
+            # A full run's hostile records stay until they are counted.
+            "DPDL_KAFKA_RETENTION_MB": "4096",
         }
         self._ends = ExitStack()
 
     def __enter__(self) -> World:
         with ExitStack() as ends:
             ends.enter_context(self.stack)
+            if self.cluster:
+                ends.enter_context(self.cluster)
+                config = self.folder / "dpdl.yaml"
+                write_private(config, yaml.safe_dump({"kafka": self.cluster.settings()}))
+                self.environment["DPDL_CONFIG"] = str(config)
             self.settings = load_settings(self.environment)
             ensure_buckets(self.settings)
             ensure_topics(self.settings)
@@ -209,6 +223,17 @@ class World:
         self.kill_one("raylet/raylet")
         self._kill(everything)
         self._driver.wait()
+
+    def leader(self) -> Node:
+        """The broker that leads partition 0 of the frames."""
+        assert self.cluster is not None
+        admin = make_admin(self.settings)
+        try:
+            topic = admin.describe_topics([self.settings.kafka.topic])[0]
+        finally:
+            admin.close()
+        first = next(p for p in topic["partitions"] if p["partition_index"] == 0)
+        return self.cluster.nodes[first["leader_id"]]
 
     @staticmethod
     def _kill(processes: list[psutil.Process]) -> None:
@@ -295,7 +320,7 @@ class World:
                 return len(wanted - there)
             time.sleep(0.5)
 
-    def read(self, topic: str) -> list[Any]:
+    def read(self, topic: str) -> Iterator[Any]:
         """Every record of a topic, by a plain consumer."""
         consumer = make_consumer(self.settings)
         try:
@@ -303,11 +328,9 @@ class World:
             consumer.assign(places)
             ends = consumer.end_offsets(places)
             consumer.seek_to_beginning(*places)
-            records: list[Any] = []
             while any(consumer.position(place) < ends[place] for place in places):
                 for got in consumer.poll(timeout_ms=500).values():
-                    records += got
-            return records
+                    yield from got
         finally:
             consumer.close()
 
@@ -392,6 +415,21 @@ def faults(pause_s: float) -> list[Fault]:
             mend=lambda world: world.deploy(),
         ),
     ]
+
+
+def leader_killed() -> Fault:
+    """Of three brokers; what it leads goes on with the other two at once."""
+    gone: list[Node] = []
+
+    def kill(world: World) -> None:
+        gone[:] = [world.leader()]
+        gone[0].kill()
+
+    def bring_back(world: World) -> None:
+        gone[0].start()
+        gone[0].serves()
+
+    return Fault(name="leader of 3 brokers SIGKILL", strike=kill, mend=bring_back, harmless=True)
 
 
 def strike(world: World, fault: Fault, deadline_s: float = 120.0) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -260,3 +261,24 @@ def test_a_variable_is_a_setting_or_an_error(name: str, value: str) -> None:
         refused = str(error)
     assert "\n" not in refused
     assert refused or variable in origins
+
+
+leaves = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), text, st.lists(text))
+groups = st.sampled_from([*Settings.model_fields, "nonsense"])
+fields = st.one_of(st.sampled_from(["port", "topic", "max_batch", "password", "tls_ca"]), text)
+
+
+@given(content=st.dictionaries(groups, st.one_of(leaves, st.dictionaries(fields, leaves))))
+def test_any_yaml_is_settings_or_one_line(
+    content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.touch(0o600)
+    path.write_text(yaml.safe_dump(content))
+    said = ""
+    try:
+        load_settings({"DPDL_CONFIG": str(path), "DPDL_STATE_DIR": "/nonexistent"})
+    except SettingsError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert len(said) < 1000
