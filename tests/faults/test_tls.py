@@ -100,6 +100,12 @@ def changed(settings: Settings, **groups: dict[str, Any]) -> Settings:
     return settings.model_copy(update=update)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal is known at once; the client would go on trying for ten seconds."""
+    monkeypatch.setattr("infra.kafka_client.BOOTSTRAP_TIMEOUT_S", 4.0)
+
+
 CONNECT = {"kafka": make_admin, "redis": make_redis, "s3": ensure_buckets}
 
 
@@ -127,6 +133,7 @@ def test_objects_and_results_travel_by_tls(secured: Settings) -> None:
     assert filesystem.open_input_file(f"{secured.s3.data_bucket}/key").read() == b"through TLS"
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("service", CONNECT)
 def test_an_authority_that_is_not_known_is_one_line(
     secured: Settings, service: str, tmp_path: Path
@@ -138,6 +145,7 @@ def test_an_authority_that_is_not_known_is_one_line(
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     ("service", "plain"),
     [
@@ -154,6 +162,7 @@ def test_a_client_without_tls_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_certificate_for_another_host_is_refused(secured: Settings) -> None:
     """localhost is the same machine, but the certificate is for 127.0.0.1."""
     elsewhere = changed(
