@@ -22,6 +22,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -272,6 +273,8 @@ def main() -> None:
         reason = missing()
         if reason is not None:
             sys.exit(reason)
+        # An exception ends the namespaces with all that runs in them; a bare death would not.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         run_trial(chosen.report)
         return
     trial = Trial(chosen.inside)
