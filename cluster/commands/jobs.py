@@ -90,8 +90,9 @@ def _run(
         jobs.follow(job, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         err.print(
-            f"{job} goes on. Follow it: ray job logs --address {address} --follow {job}; "
-            f"stop it: ray job stop --address {address} {job}",
+            f"{job} goes on. Follow or stop it (with RAY_AUTH_MODE=token in the environment): "
+            f"ray job logs --address {address} --follow {job}; "
+            f"ray job stop --address {address} {job}",
             markup=False,
             highlight=False,
             soft_wrap=True,
