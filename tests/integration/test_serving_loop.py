@@ -280,8 +280,9 @@ def publish_behind_its_back(settings, life, partition, num_records):
     start = life.results.next_offset(settings.kafka.group, *partition)
     records = [record for record in records if record.offset >= start][:num_records]
     span = Span(partition, start, start + len(records), lease=0)
-    (batch,) = Decoder(1)(Polled(records, [span]), Plan(SIZE)).batches
-    results, _ = life.loop._judge(batch, Brightness().submit(batch).result())
+    results = []
+    for batch in Decoder(1)(Polled(records, [span]), Plan(SIZE)).batches:  # none of no records
+        results += life.loop._judge(batch, Brightness().submit(batch).result())[0]
     type(life.sink).publish(life.sink, span, results, {})
 
 
