@@ -113,7 +113,8 @@ class Jobs:
                 if time.monotonic() - reached > RECONNECT_S:
                     raise ServiceUnavailable(
                         f"{self.address} cannot be reached for {RECONNECT_S:.0f} s ({error}): job "
-                        f"{job} goes on; follow it with `RAY_AUTH_MODE=token ray job logs --follow {job}`"
+                        f"{job} goes on; follow it with "
+                        f"`RAY_AUTH_MODE=token ray job logs --follow {job}`"
                     ) from error
             else:
                 if info.status.is_terminal():
