@@ -39,7 +39,7 @@ def result(settings, camera, offset, captured_at_ns):
 def test_lag_and_cameras_are_those_of_the_stream(settings):
     ensure_topics(settings)
     producer = make_producer(settings)
-    for number in range(5):
+    for _ in range(5):
         producer.send(
             settings.kafka.topic, key=b"line-1", value=b"x", partition=0,
             headers=frame_headers(time.time_ns(), "image/jpeg"),
@@ -55,7 +55,7 @@ def test_lag_and_cameras_are_those_of_the_stream(settings):
     store.publish(group, topic, 0, 0, 2, rows)
     store.close()
     found, text = shown(settings)
-    assert [one["lag"] for one in found["lag"]][0] == 3
+    assert found["lag"][0]["lag"] == 3
     assert {c["camera"]: c["silent"] for c in found["cameras"]} == {
         "line-1": False,
         "[red]odd[/]": True,
