@@ -1,0 +1,20 @@
+"""`ray up ray_cluster.yaml` and jobs on it, by cluster/try_ray_up.py, where ssh can be had."""
+
+import json
+
+import pytest
+
+from cluster import try_ray_up
+
+pytestmark = pytest.mark.integration
+
+
+def test_ray_up_jobs_and_ray_down(tmp_path):
+    """The trial fails at the first step that does; what it says is in the captured output."""
+    reason = try_ray_up.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    report = tmp_path / "report.json"
+    try_ray_up.run_trial(report)
+    steps = json.loads(report.read_text())["seconds"]
+    assert {"ray up", "ray job submit train", "dpdl job refresh", "ray down"} <= set(steps)
