@@ -1,0 +1,80 @@
+"""What drift's PSI says on real images: `python tests/benchmarks/drift_psi.py --report FILE`.
+
+ELPV by the edge recipe: a model on some normals, its reference on others, and then 500 frames of
+normals that neither has seen: as they are, darker, brighter, blurred, and one in five a defect. The
+bound of the rule is 0.25; without drift nothing may come near it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from dpdl_core import config, fit, images, protocol
+from dpdl_core.drift import WINDOW, Drift, reference
+
+FIT, HELD_OUT = 240, 200
+
+
+def moved(frames, how):
+    """uint8 (N,S,S,3) frames as a camera would send them after something has happened to it."""
+    if how in ("darker", "brighter"):
+        gain = {"darker": 0.85, "brighter": 1.15}[how]
+        return (frames.astype(np.float32) * gain).clip(0, 255).astype(np.uint8)
+    if how == "blurred":
+        return np.stack([cv2.GaussianBlur(frame, (0, 0), 1.5) for frame in frames])
+    return frames
+
+
+def observed(model, frames):
+    scores = [model.score(torch.from_numpy(frames[i : i + 32])) for i in range(0, len(frames), 32)]
+    return (
+        torch.cat([s.energy for s in scores]).numpy(),
+        torch.cat([s.winners for s in scores]).numpy(),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--report", type=Path)
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    recipe = config.recipe("edge")
+    data = protocol.load_dataset("elpv")
+    split = protocol.split(data, setting="general", shots=10, seed=0)
+    unseen = [sample for sample in split.test if not sample.label]
+    normals = [*split.train_normals, *unseen]
+    order = np.random.default_rng(0).permutation(len(normals))[: FIT + HELD_OUT + WINDOW]
+    pixels = protocol.decode_samples([normals[i] for i in order], recipe.image_size)[0]
+    seen = protocol.decode_samples(split.train_anomalies, recipe.image_size)[0]
+    defects = [sample for sample in split.test if sample.label][: WINDOW // 5]
+    wrong = protocol.decode_samples(defects, recipe.image_size)[0]
+    model = fit.fit(recipe, images.ArraySource(pixels[:FIT]), seen, seed=0)
+    held_out = observed(model, pixels[FIT : FIT + HELD_OUT])
+    first = next(iter(model.parts.energies.patches))
+    count = model.parts.energies.sizes[f"patch {first}"]
+    kept = reference(*held_out, [""] * HELD_OUT, count)
+    frames = pixels[FIT + HELD_OUT :]
+    found = {}
+    for how in ("as they are", "darker", "brighter", "blurred", "one in five a defect"):
+        sent = moved(frames, how)
+        if how == "one in five a defect":
+            sent = np.concatenate([frames[: WINDOW - len(wrong)], wrong])
+        watched = Drift(kept)
+        watched.add(["a"] * len(sent), *observed(model, sent))
+        found[how] = {of: round(value, 3) for of, value in watched.psi()["a"].items()}
+        print(f"{how:<22} {found[how]}", flush=True)
+    report = {"psi": found, "held_out": HELD_OUT, "frames": WINDOW}
+    report["seconds"] = round(time.perf_counter() - began, 1)
+    if arguments.report:
+        arguments.report.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
