@@ -15,6 +15,9 @@ test: setup  ## Run every test: units, then the real services over sockets, then
 unit: setup  ## Run the unit tests only: no cluster, no network, about a minute
 	@$(BIN)/python -m pytest tests --ignore=tests/integration --ignore=tests/faults $(ARGS)
 
+test-slow: setup  ## Run the tests that take minutes each: `ray up` over ssh, a node lost in mid-run
+	@$(BIN)/python -m pytest -m slow $(if $(ARGS),$(ARGS),tests)
+
 faults: setup  ## Kill and pause each part of the running system, and send it bad input (20 minutes)
 	@$(BIN)/python tests/faults/run.py $(ARGS)
 
@@ -51,4 +54,4 @@ clean:  ## Remove .venv and the demo's state (.dpdl)
 help:  ## Print this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-.PHONY: demo test unit faults test-minio check bench setup clean help
+.PHONY: demo test unit faults test-minio check bench setup clean help test-slow

@@ -6,7 +6,7 @@ import pytest
 
 from cluster import try_ray_up
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 def test_ray_up_jobs_and_ray_down(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from cluster.try_ray_up import SMALL, images
 from pipelines.datasets import import_dataset
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 DRIVER = """
 import contextlib, json, os, subprocess, sys
