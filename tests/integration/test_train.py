@@ -170,6 +170,7 @@ def cut_off(ray_here):
         driver.wait()
 
 
+@pytest.mark.slow
 def test_after_kill_9_of_the_driver_and_of_a_worker_the_run_ends_as_an_unharmed_one(
     settings, dataset, ray_here, curves
 ):
