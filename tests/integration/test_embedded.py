@@ -310,7 +310,7 @@ def test_up_stays_is_used_and_goes_with_down(own_state, monkeypatch):
     assert before.alive()
     assert load_settings().redis.port == settings.redis.port
 
-    found = cluster.stack.status(settings, console)
+    found = cluster.stack.show_services(settings, console)
     assert [one.detail for one in found] == ["stopped", "running", "running"]
     cluster.stack.down(settings, console)
     assert not before.alive()

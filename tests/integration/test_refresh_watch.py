@@ -222,10 +222,11 @@ def test_who_may_not_listen_is_told(settings):
 
 def test_images_put_in_twice_wake_nobody_twice(settings, watching):
     """put_incoming() names an object by its content: the same again is the same watermark."""
-    from pipelines.dataset_index import DatasetIndex
+    from pipelines.dataset_index import SPLITS, DatasetIndex
     from pipelines.datasets import _put
 
-    index = DatasetIndex("plates", "", "", "general", 1, 0, None, "", 0.2, {}, [])
+    parts = {split: [] for split in SPLITS}
+    index = DatasetIndex("plates", "", "", "general", 1, 0, None, "", 0.2, parts, [])
     _put(settings, "plates/dataset.json", index.to_json())
     loop = watching()
     assert loop.wait_for(1, 10) == 1

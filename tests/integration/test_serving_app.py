@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import ray
 from pydantic import SecretStr
+from ray import serve
 
 sys.path.insert(0, str(Path(__file__).parent))
 from lines import HOSTILE, MODEL, check, fitted, promote, send, wait_scored, wait_version
@@ -56,6 +57,7 @@ def cluster():
     os.environ["RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "1"
     ray_runtime.connect()
     yield
+    serve.shutdown()  # else the next module's Serve would look for this one's controller
     ray.shutdown()
 
 

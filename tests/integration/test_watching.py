@@ -213,6 +213,7 @@ def until(check, deadline_s=30.0):
 def system(settings, monkeypatch, tmp_path):
     """The application at work on version v1, with v2 refused and a refresh held."""
     import ray
+    from ray import serve
 
     monkeypatch.setenv("DPDL_SERVE_HTTP_PORT", str(free_port()))
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "3000")  # gauges last twice that
@@ -231,6 +232,7 @@ def system(settings, monkeypatch, tmp_path):
         yield settings
     finally:
         app.shutdown()
+        serve.shutdown()  # else the next module's Serve would look for this one's controller
         ray.shutdown()
 
 
