@@ -1,7 +1,8 @@
 """Encoded bytes to square RGB arrays: the one decode path of the whole product.
 
 Training, evaluation and the stream all call `decode_image`, so a model never meets pixels that
-were resized differently from those it learnt. Knows nothing of where bytes come from.
+were resized differently from those it learnt. Knows nothing of where bytes come from. Imports no
+torch to decode: a process that does nothing else (serving/consume.py) is spared its 600 MB.
 Letters: N images, B batch, S side of the square in pixels.
 
 What is done to an image, always and in this order:
@@ -21,14 +22,16 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-import torch
 from PIL import Image, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 64_000_000
@@ -248,7 +251,7 @@ class ArraySource:
         """images uint8 (N, S, S, 3); indices picks and orders rows without copying them all."""
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images have shape {tuple(images.shape)}: need (N, S, S, 3)")
-        if images.dtype not in (np.uint8, torch.uint8):
+        if str(images.dtype).removeprefix("torch.") != "uint8":
             raise ValueError(f"images are {images.dtype}: need uint8")
         self._images = images
         self._indices = np.arange(len(images)) if indices is None else np.asarray(indices, np.int64)
@@ -258,6 +261,8 @@ class ArraySource:
         return len(self._indices)
 
     def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        import torch
+
         for start in range(0, len(self._indices), batch_size):
             rows = self._indices[start : start + batch_size]
             if isinstance(self._images, torch.Tensor):

@@ -104,10 +104,3 @@ def resize(images: Tensor, size: int) -> Tensor:
     x = images.permute(0, 3, 1, 2).float()
     x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
     return x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def upsample_map(heat: Tensor, size: int) -> Tensor:
-    """(h, w) heat map -> (size, size), bilinear; only for what is reported."""
-    return F.interpolate(
-        heat[None, None].float(), size=(size, size), mode="bilinear", align_corners=False
-    )[0, 0]

@@ -29,7 +29,7 @@ from infra.errors import (
     ServiceUnavailable,
     SettingsError,
 )
-from infra.messages import MAX_FRAME_BYTES, KafkaRecord
+from infra.messages import MAX_FRAME_BYTES
 from infra.settings import KafkaSettings, Settings
 
 MAX_RECORD_BYTES = 2 * MAX_FRAME_BYTES
@@ -43,15 +43,17 @@ _AUTH_ERRORS = (
     ke.UnsupportedSaslMechanismError,
     ke.AuthorizationError,
 )
-_SIZE_ERRORS = (
+SIZE_ERRORS = (
     ke.MessageSizeTooLargeError,
     ke.RecordListTooLargeError,
 )
 
 
-def make_producer(settings: Settings) -> KafkaProducer:
-    """A producer whose acknowledged records survive: all in-sync replicas, no duplicates on retry.
+def make_producer(settings: Settings, *, idempotent: bool = True) -> KafkaProducer:
+    """A producer whose acknowledged records survive: all in-sync replicas.
 
+    idempotent: no duplicates on retry; but one record that the broker refuses, as too large for
+    instance, fails this producer for good (kafka-python 3.0.12). Without, it fails alone.
     kafka-python bounds no buffer memory: a sender of live frames must itself bound what is in
     flight. A record that is not acknowledged in 60 s fails its future.
     Errors: AuthFailed, ServiceUnavailable, SettingsError.
@@ -60,7 +62,7 @@ def make_producer(settings: Settings) -> KafkaProducer:
         KafkaProducer,
         settings.kafka,
         acks="all",
-        enable_idempotence=True,
+        enable_idempotence=idempotent,
         max_request_size=_MAX_DEAD_BYTES,
         max_block_ms=int(BOOTSTRAP_TIMEOUT_S * 1000),
         delivery_timeout_ms=60_000,
@@ -174,23 +176,6 @@ def _offsets(
         consumer.close()
 
 
-def send_dead(producer: KafkaProducer, dead_topic: str, record: KafkaRecord, reason: str) -> Any:
-    """Send a record that cannot be scored to the dead letters; returns kafka's future.
-
-    Key, value and headers are kept; `dead-reason` and `dead-frame` (topic/partition/offset) are
-    added. After a crash the same frame may come twice: `dead-frame` tells.
-    """
-    frame = f"{record.topic}/{record.partition}/{record.offset}"
-    added = [("dead-reason", reason.encode()), ("dead-frame", frame.encode())]
-    return producer.send(
-        dead_topic,
-        # kafka-python refuses a record with neither key nor value.
-        value=record.value if record.value is not None else b"",
-        key=record.key,
-        headers=[*((name, value or b"") for name, value in record.headers or ()), *added],
-    )
-
-
 @contextmanager
 def kafka_errors(kafka: KafkaSettings) -> Iterator[None]:
     """Turn kafka-python's errors into ours, for any call on a client."""
@@ -208,7 +193,7 @@ def _translated(error: Exception, kafka: KafkaSettings, detail: str = "") -> Dpd
             f"{where} refused user {user} ({detail or error}): check kafka.sasl_username, "
             "kafka.sasl_password and the user's ACLs"
         )
-    if isinstance(error, _SIZE_ERRORS):
+    if isinstance(error, SIZE_ERRORS):
         return DataError(f"{where} refused a record as too large: {error}")
     return ServiceUnavailable(
         f"{where} did not answer ({detail or error}): check that it runs (`dpdl status`), "

@@ -23,11 +23,9 @@ from typing import cast
 
 import cv2
 import numpy as np
-import torch
 from kafka import KafkaConsumer, TopicPartition
 from numpy.typing import NDArray
 
-from dpdl_core.model import upsample_map
 from infra import s3_client
 from infra.errors import DpdlError, NotFound, ServiceUnavailable
 from infra.kafka_client import kafka_errors, make_consumer
@@ -69,12 +67,21 @@ def image_type(data: bytes) -> str:
     return "application/octet-stream"
 
 
+def upsample_map(heat: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    """(h,w) -> (side,side), bilinear between the centres of pixels.
+
+    The same as torch's interpolate with align_corners=False, without torch in this process.
+    """
+    big = cv2.resize(heat.astype(np.float32), (side, side), interpolation=cv2.INTER_LINEAR)
+    return big  # type: ignore[return-value]
+
+
 def heat_png(heat: NDArray[np.float32], side: int = HEAT_SIDE) -> bytes:
     """(h,w) low-resolution map -> RGBA PNG overlay, hottest spot opaque, coldest clear.
 
     Scaled to the map's own range: it shows where, the score says how much.
     """
-    big = upsample_map(torch.as_tensor(heat), side).float().numpy()
+    big = upsample_map(heat, side)
     low, high = float(big.min()), float(big.max())
     unit = (big - low) / (high - low) if high > low else np.zeros_like(big)
     level = (unit * 255).round().astype(np.uint8)

@@ -22,8 +22,9 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from infra.dead_letters import DeadLetters
 from infra.errors import DpdlError, ServiceUnavailable
-from infra.kafka_client import make_consumer, make_producer
+from infra.kafka_client import make_consumer
 from infra.metrics import GAUGES_S, ReplicaMetrics, StreamMetrics
 from infra.redis_client import ResultStore
 from infra.settings import Settings, load_settings
@@ -188,8 +189,8 @@ class Consumer:
     def _connect(self, settings: Settings, ends: ExitStack) -> Loop:
         depth = settings.stream.max_in_flight
         results = ResultStore(settings)
-        producer = make_producer(settings)
-        ends.callback(producer.close, timeout=CLOSE_S)
+        dead = DeadLetters(settings)
+        ends.callback(dead.close, CLOSE_S)
         archive = open_archive(settings)
         ends.callback(archive.close)
         decoder = Decoder(settings.stream.decode_threads)
@@ -198,7 +199,7 @@ class Consumer:
         ends.callback(score.close)
         source = KafkaSource(make_consumer(settings, group=settings.kafka.group), results, settings)
         ends.callback(source.close, CLOSE_S)
-        sink = StreamSink(results, archive, producer, settings.kafka)
+        sink = StreamSink(results, archive, dead, group=settings.kafka.group)
         self._source = source
         self._loop = Loop(
             source, decoder, score, sink, report=self._report, depth=depth, drain_s=DRAIN_S

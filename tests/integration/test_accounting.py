@@ -6,8 +6,9 @@ import pytest
 
 from cluster.accounting import take_account, wait_until_scored
 from cluster.camera import OutgoingFrame, stream
+from infra.dead_letters import DeadLetters
 from infra.errors import ServiceUnavailable
-from infra.kafka_client import end_offsets, ensure_topics, make_producer, send_dead
+from infra.kafka_client import end_offsets, ensure_topics
 from infra.messages import FrameResult
 from infra.redis_client import ResultStore
 
@@ -76,7 +77,6 @@ def test_a_planted_loss_and_a_dead_letter_are_told_apart(settings):
     start = end_offsets(settings, settings.kafka.topic)
     frames = send(settings, 10)
     publish(settings, frames[2:])
-    producer = make_producer(settings)
     topic, partition, offset = frames[0].frame_id.rsplit("/", 2)
 
     class Record:
@@ -84,8 +84,9 @@ def test_a_planted_loss_and_a_dead_letter_are_told_apart(settings):
 
     record = Record()
     record.topic, record.partition, record.offset = topic, int(partition), int(offset)
-    send_dead(producer, settings.kafka.dead_topic, record, "truncated").get(timeout=30)
-    producer.close()
+    letters = DeadLetters(settings)
+    letters.put([(record, "truncated")])
+    letters.close(5)
     account = take_account(settings, start)
     assert account.dead == {frames[0].frame_id: "truncated"}
     assert account.lost == 1

@@ -15,6 +15,7 @@ from kafka.errors import NoOffsetForPartitionError, OffsetOutOfRangeError
 from pydantic import SecretStr
 
 from infra import kafka_client
+from infra.dead_letters import DeadLetters
 from infra.embedded import Stack
 from infra.errors import (
     AuthFailed,
@@ -34,7 +35,6 @@ from infra.kafka_client import (
     make_admin,
     make_consumer,
     make_producer,
-    send_dead,
 )
 from infra.messages import MAX_FRAME_BYTES, FrameRecord, frame_headers
 from infra.settings import Settings
@@ -166,12 +166,15 @@ def test_an_oversized_frame_arrives_and_becomes_a_dead_letter(settings: Settings
     with pytest.raises(BadFrame) as raised:
         FrameRecord.from_kafka(bad)
     dead_topic = settings.kafka.dead_topic
-    send_dead(producer, dead_topic, bad, raised.value.reason).get(timeout=60)
+    letters = DeadLetters(settings)
+    letters.put([(bad, raised.value.reason)])
+    letters.close(5)
     [dead] = read(at(settings, 0, 0, dead_topic), 1)
     assert (dead.key, len(dead.value)) == (b"cam-1", MAX_FRAME_BYTES + 1)
     headers = dict(dead.headers)
     assert headers["dead-reason"] == b"too-large"
     assert headers["dead-frame"] == f"{settings.kafka.topic}/0/1".encode()
+    assert headers["dead-size"] == str(MAX_FRAME_BYTES + 1).encode()
     assert headers["captured-at"] == b"5"
     consumer.close()
     producer.close()
@@ -182,9 +185,9 @@ def test_a_record_with_no_key_and_no_value_is_kept_too(settings: Settings) -> No
     producer = make_producer(settings)
     producer.send(settings.kafka.topic, value=None, key=b"cam", headers=[("h", b"")]).get(30)
     [record] = read(at(settings, 0, 0), 1)
-    send_dead(producer, settings.kafka.dead_topic, record, "empty").get(timeout=30)
-    nothing = record._replace(key=None)
-    send_dead(producer, settings.kafka.dead_topic, nothing, "no-key").get(timeout=30)
+    letters = DeadLetters(settings)
+    letters.put([(record, "empty"), (record._replace(key=None), "no-key")])
+    letters.close(5)
     dead = read(at(settings, 0, 0, settings.kafka.dead_topic), 2)
     assert [dict(each.headers)["dead-reason"] for each in dead] == [b"empty", b"no-key"]
     producer.close()

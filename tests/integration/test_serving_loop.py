@@ -18,7 +18,14 @@ import numpy as np
 import pytest
 from kafka import TopicPartition
 
-from infra.kafka_client import end_offsets, ensure_topics, make_consumer, make_producer
+from infra.dead_letters import DeadLetters
+from infra.kafka_client import (
+    end_offsets,
+    ensure_topics,
+    make_admin,
+    make_consumer,
+    make_producer,
+)
 from infra.messages import evidence_key, frame_headers
 from infra.redis_client import ResultStore
 from infra.s3_client import ensure_buckets
@@ -71,8 +78,8 @@ class Life:
     def __init__(self, settings, trap=None):
         self.settings = settings
         self.ends = contextlib.ExitStack()
-        producer = make_producer(settings)
-        self.ends.callback(producer.close, timeout=1)
+        dead = DeadLetters(settings)
+        self.ends.callback(dead.close, 1)
         archive = open_archive(settings)
         self.ends.callback(archive.close)
         decoder = Decoder(2)
@@ -81,7 +88,7 @@ class Life:
         self.results = ResultStore(settings)
         self.source = KafkaSource(consumer, self.results, settings)
         self.ends.callback(self.source.close, 2)
-        self.sink = StreamSink(self.results, archive, producer, settings.kafka)
+        self.sink = StreamSink(self.results, archive, dead, group=settings.kafka.group)
         self.reports = []
         if trap:
             self._trapped(self.source, ["poll", "commit"], trap)
@@ -216,6 +223,40 @@ def test_bad_records_among_good_ones(settings, topic):
     for frame_id in alerts:
         assert bucket.get(f"{evidence_key(frame_id)}/frame") == frame(250)
         assert bucket.get(f"{evidence_key(frame_id)}/heat.png").startswith(b"\x89PNG")
+
+
+def test_dead_letters_larger_than_their_topic_admits(settings):
+    """A topic made by hand takes 100 KB: larger ones are kept without their bytes."""
+    limit, kafka = 100_000, settings.kafka
+    admin = make_admin(settings)
+    config = {"max.message.bytes": str(limit)}
+    admin.create_topics(
+        {kafka.dead_topic: {"num_partitions": 1, "replication_factor": 1, "configs": config}}
+    )
+    admin.close()
+    ensure_topics(settings)
+    ensure_buckets(settings)
+    send(settings, 30)
+    sizes = [3 * limit, 10, 2 * limit, 20, 80 * limit, limit // 2, limit // 2, limit // 2]
+    producer = make_producer(settings)
+    oversized_header = [("x", bytes(2 * limit))]
+    for i, size in enumerate(sizes):
+        headers = [*frame_headers(i + 1, "image/jpeg"), *(oversized_header if i == 4 else ())]
+        producer.send(kafka.topic, key=b"cam-0", value=b"!" * size, headers=headers).get(60)
+    producer.close()
+    send(settings, 30)
+    with Life(settings) as life:
+        life.run_to_the_end(30)
+    dead_ids, _ = check_nothing_lost_nothing_twice(settings)
+    assert len(dead_ids) == len(sizes)
+    assert ResultStore(settings).dead_letters() == {"not-an-image": len(sizes)}
+    dead = [(dict(each.headers), each) for each in read_topic(settings, kafka.dead_topic)]
+    assert len(dead) == len(sizes)
+    dead.sort(key=lambda letter: int(letter[0]["dead-frame"].rsplit(b"/")[-1]))
+    assert [int(headers["dead-size"]) for headers, _ in dead] == sizes
+    assert [len(each.value) for _, each in dead] == [s if s < limit else 0 for s in sizes]
+    assert ["captured-at" in headers for headers, _ in dead] == [i != 4 for i in range(len(sizes))]
+    assert {each.key for _, each in dead} == {b"cam-0"}
 
 
 def test_a_crash_between_every_two_steps(settings, topic):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,3 +115,11 @@ def test_no_secret_travels_with_the_deployments():
         shown = [part._deployment_config.to_proto_bytes(), str(part.init_args).encode()]
         assert not any(secret.encode() in each for each in shown)
         assert secret not in str(part.ray_actor_options)
+
+
+def test_a_consumer_is_spared_torch():
+    """Its replicas are many, and PyTorch is most of what a process with it takes."""
+    heavy = "{'torch', 'torchvision', 'timm', 'scipy', 'sklearn'} & set(sys.modules)"
+    code = f"import sys, serving.consume; print({heavy} or '')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import torch
+from torch.nn.functional import interpolate
 
 from infra.errors import ServiceUnavailable
 from infra.messages import evidence_key
 from serving import archive
-from serving.archive import Archive, heat_png, image_type
+from serving.archive import Archive, heat_png, image_type, upsample_map
 
 
 class Notes(dict):
@@ -51,6 +53,14 @@ def test_the_overlay_is_hot_where_the_map_is_and_clear_where_it_is_cold():
     assert rgba.shape == (64, 64, 4)
     assert rgba[4, 4, 3] > 250
     assert rgba[4, 60, 3] < 5
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (14, 11), (1, 1), (256, 256), (300, 20)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_maps_are_upsampled_as_torch_does(shape, dtype):
+    heat = (10 * np.random.default_rng(0).standard_normal(shape)).astype(dtype)
+    want = interpolate(torch.from_numpy(heat).float()[None, None], (256, 256), mode="bilinear")
+    assert np.allclose(upsample_map(heat, 256), want[0, 0].numpy(), atol=1e-4)
 
 
 def test_a_flat_map_is_clear():
