@@ -56,6 +56,7 @@ def renew_prototypes(
     normals: Shard,
     new: Shard | None,
     held_out: Tensor,
+    vouched: Tensor | None = None,
     *,
     max_images: int,
     batch_size: int,
@@ -63,8 +64,9 @@ def renew_prototypes(
     """Distributed VQ on the present features of old and new normals; the optimiser goes on.
 
     Of the old normals, and of the new, at most `max_images` spread over all are looked at.
-    held_out: this rank's images (n, S, S, 3), in neither, which the shift is measured on. Moments
-    of replaced prototypes become zero; kept ones keep theirs, and their variances.
+    held_out: this rank's images (n, S, S, 3), in neither, which the shift is measured on.
+    vouched: numbers of new normals that a person has called normal, which are never set aside.
+    Moments of replaced prototypes become zero; kept ones keep theirs, and their variances.
     """
     started = time.perf_counter()
     before = _energies(network, held_out, batch_size)
@@ -78,6 +80,8 @@ def renew_prototypes(
         some = _spread(new, max_images)
         fresh, unlike = _look(network, new, some, batch_size)
         strange = stand_out(unlike, energy)
+        if vouched is not None:
+            strange &= ~torch.isin(new.numbers, vouched).to(strange.device)
         aside = distributed.gather_rows(new.numbers[strange.cpu()])
         wanted = ~strange[torch.isin(new.numbers, some).to(strange.device)]
         rows = torch.cat([rows, fresh[wanted].flatten(0, 1)])

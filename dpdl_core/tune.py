@@ -52,9 +52,10 @@ class Keeper(Protocol):
     def keep(self, state: TuneState, figures: dict[str, Any]) -> None:
         """An epoch is done; `state` is the same on every rank."""
 
-    def arrivals(self, at_least: int) -> Shard | None:
+    def arrivals(self, at_least: int) -> tuple[Shard, Tensor] | None:
         """This rank's share of new normals, numbered above all others, once `at_least` of them
-        have landed since the last ones; None before."""
+        have landed since the last ones, and the numbers of those in it that a person has called
+        normal; None before."""
 
 
 def tune(
@@ -251,9 +252,9 @@ class _Training:
         config = self.config
         if self.epoch >= config.tune_epochs:
             return None  # no step would follow it
-        new = None
+        new, vouched = None, None
         if self.keeper is not None and config.renew_min_new:
-            new = self.keeper.arrivals(config.renew_min_new)
+            new, vouched = self.keeper.arrivals(config.renew_min_new) or (None, None)
         every = config.renew_every_epochs
         if new is None and not (every and self.epoch % every == 0):
             return None
@@ -264,6 +265,7 @@ class _Training:
             self.normals.without(self.held_out),
             new,
             self.held_images,
+            vouched,
             max_images=config.max_maps,
             batch_size=config.batch_size,
         )

@@ -24,11 +24,12 @@ from infra.answers import is_answer
 from infra.errors import DataError, VersionExists
 from infra.model_store import ModelStore
 from infra.settings import Settings
-from pipelines.dataset_index import SPLITS, DatasetIndex, Progress, incoming, snapshot
+from pipelines.dataset_index import DatasetIndex, Progress, incoming, snapshot
 from pipelines.held_out import HeldOut, images, is_held_out, usable
+from pipelines.people import said
 from pipelines.promotion import code_version
 from pipelines.scoring import calibrate
-from pipelines.sources import RowRef, digests, row_groups, stack
+from pipelines.sources import RowRef, row_groups, stack
 
 EXEMPLARS = 512
 """Old normals that a renewal looks at again: whole row groups, evenly from all there are."""
@@ -107,26 +108,6 @@ def find_inputs(
     return inputs, rows, notes
 
 
-def repeated(settings: Settings, inputs: Inputs, index: DatasetIndex) -> dict[str, list[int]]:
-    """Rows of new objects whose image is known, byte for byte: key -> rows.
-
-    Known are all splits of the data set, what earlier refreshes used, and rows before in the new
-    objects. An image learnt twice would count twice; one on both sides would pass for unseen.
-    What was only set aside is not known: a person may have called it normal since.
-    """
-    keys = [key for split in SPLITS for key in index.keys(split)]
-    known = {digest for key in [*keys, *inputs.used] for digest in digests(settings, key)}
-    called_normal = {d for key in inputs.new if is_answer(key) for d in digests(settings, key)}
-    known -= called_normal & set(inputs.set_aside)
-    found: dict[str, list[int]] = {}
-    for key in inputs.new:
-        for row, digest in enumerate(digests(settings, key)):
-            if digest in known:
-                found.setdefault(key, []).append(row)
-            known.add(digest)
-    return found
-
-
 def build(
     settings: Settings,
     store: ModelStore,
@@ -152,13 +133,8 @@ def build(
         "new": inputs.new,
         "new_defects": inputs.new_defects,
         "set_aside": inputs.set_aside,
-        "confirmed": [
-            digest
-            for key in index.keys("train", 1)
-            if is_answer(key)
-            for digest in digests(settings, key)
-        ],
         "repeated": {**parent["data"].get("repeated", {}), **repeats},
+        **said(settings, index, inputs.used | inputs.new),
     }
     may_use = usable(data)
     unreadable: list[str] = []

@@ -25,9 +25,10 @@ from infra import decisions
 from infra.errors import DataError
 from infra.model_store import ModelStore
 from infra.settings import Settings
-from pipelines.candidate import Inputs, build, find_inputs, repeated
+from pipelines.candidate import Inputs, build, find_inputs
 from pipelines.dataset_index import Progress, check_snapshot, load_index
 from pipelines.gate import GateLimits, Verdict
+from pipelines.people import repeated
 from pipelines.promotion import consider, load
 from pipelines.scoring import yield_cores
 
@@ -106,7 +107,9 @@ def refresh_once(
     current = load(store, name, pointer.version)
     held_out = None
     if inputs.candidate not in store.list_versions(name):
-        repeats = repeated(settings, inputs, index)
+        repeats = repeated(
+            settings, index, used=inputs.used, new=inputs.new, set_aside=inputs.set_aside
+        )
         if sum(map(len, repeats.values())) == waiting:
             why = f"all {waiting} new images are known already"
             _settle(settings, name, inputs, why)

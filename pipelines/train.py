@@ -27,6 +27,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpdl_core.config import DpdlConfig, override, recipe, to_json
+from infra.answers import is_answer
 from infra.errors import DataError, ServiceUnavailable
 from infra.model_store import ModelStore, new_version_id
 from infra.ray_runtime import connect
@@ -43,6 +44,7 @@ from pipelines.dataset_index import (
 )
 from pipelines.datasets import import_dataset
 from pipelines.patience import patiently
+from pipelines.people import data_of_training
 from pipelines.promotion import code_version, consider
 from pipelines.ray_run import Introduce, RayRun, cluster_free, cluster_total
 from pipelines.run_record import EPOCHS, RUN, RunRecord, epochs_from_lines, load_run, save_run
@@ -114,6 +116,9 @@ class TrainReport:
     renewals: list[dict[str, Any]]
     """Of the prototypes, in the run."""
     images: dict[str, dict[str, int]]
+    """Of the data set, by split; confirmed defects count to "train"."""
+    answers: dict[str, int]
+    """Of those that people gave, used here: confirmed defects and vouched normals."""
     thresholds: dict[str, Any]
     stages: dict[str, dict[str, Any]]
     """Last figures of each stage of the fit."""
@@ -140,7 +145,7 @@ def train(
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         options={**asdict(options), "overrides": dict(options.overrides)},
         config=json.loads(to_json(config)),
-        data=snapshot(index),
+        data=data_of_training(settings, index),
         code=code_version(),
     )
     save_run(settings, record)
@@ -160,10 +165,16 @@ def resume(
     options = _options(record)
     index = load_index(settings, options.dataset)
     check_snapshot(settings, index)
+    # What people have confirmed since is for the next training; this one has its data.
+    index.parts["train"] = [
+        part
+        for part in index.parts["train"]
+        if not is_answer(part.key) or part.key in record.data["objects"]
+    ]
     if snapshot(index)["objects"] != record.data["objects"]:
         raise DataError(
-            f"data set {index.name!r} was imported anew since {run} started: train again, "
-            f"`dpdl train --dataset {index.name}`"
+            f"data set {index.name!r} was imported anew, or a confirmed defect taken back, since "
+            f"{run} started: train again, `dpdl train --dataset {index.name}`"
         )
     return _carry_out(settings, record, options, index, started, progress, resumed=True)
 
@@ -208,7 +219,7 @@ def _carry_out(
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "parent": None,
         "line": [],
-        "data": record.data | {key: figures[key] for key in ("incoming", "set_aside")},
+        "data": record.data | figures["data"],
         "false_alarm_rate": options.false_alarm_rate,
         "options": record.options,
         "code": record.code,
@@ -239,6 +250,10 @@ def _carry_out(
         curve=epochs,
         renewals=[epoch["renewal"] for epoch in epochs if "renewal" in epoch],
         images=index.counts(),
+        answers={
+            "defects": len(record.data["confirmed"]),
+            "normals": sum(map(is_answer, figures["data"]["incoming"])),
+        },
         thresholds=figures["thresholds"],
         stages=_last_of_each(told),
         notes=figures["notes"],
@@ -314,7 +329,7 @@ def _job(
         config=json.dumps(record.config),
         seed=options.seed,
         false_alarm_rate=options.false_alarm_rate,
-        dataset=index.name,
+        data=record.data,
         normals=normals,
         defects=row_groups(settings, index.keys("train", 1)),
         calibration=row_groups(settings, index.keys("calibration")),

@@ -8,9 +8,10 @@ Letters: W workers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,14 +21,18 @@ import torch.distributed
 
 from dpdl_core.shard import Shard
 from dpdl_core.tune_state import TuneState
+from infra.answers import is_answer
+from infra.errors import DataError
 from infra.settings import Settings
-from pipelines.dataset_index import incoming
-from pipelines.held_out import is_held_out
+from pipelines.dataset_index import incoming, load_index
+from pipelines.held_out import is_held_out, usable
+from pipelines.people import answered_by, repeated
 from pipelines.run_record import EPOCHS, epochs_from_lines, epochs_to_lines
 from pipelines.sources import RowGroup, RowRef, StreamedImages, row_groups
 
 ARRIVED = "arrived.json"
-"""In a checkpoint: the objects of new normals that joined the run, in order, with their ETags."""
+"""In a checkpoint: JOINED of the run's data, with the new normals that joined it."""
+JOINED = ("incoming", "repeated", "answered_by")
 
 
 class Numbers:
@@ -60,18 +65,19 @@ class WorkerKeeper:
     def __init__(
         self,
         settings: Settings,
-        dataset: str,
+        data: Mapping[str, Any],
         open_images: Open,
         files: Mapping[str, bytes],
     ) -> None:
-        """files: of the checkpoint to go on from, none to start anew."""
-        self._settings, self._dataset, self._open = settings, dataset, open_images
+        """data: the run's, as a manifest keeps it; its incoming objects are learnt from the start.
+        files: of the checkpoint to go on from, none to start anew."""
+        self._settings, self._open = settings, open_images
         self._files = dict(files)
         self._numbers = Numbers()
         self._sources: list[tuple[StreamedImages, torch.Tensor]] = []
         self.epochs = epochs_from_lines(self._files.get(EPOCHS, b""))
-        self.arrived: dict[str, str] = json.loads(self._files.get(ARRIVED, b"{}"))
-        """Object -> ETag of the new normals that joined."""
+        self.data = {**data, **json.loads(self._files.get(ARRIVED, b"{}"))}
+        """With the new normals that have joined."""
         self.left_out = torch.zeros(0, dtype=torch.long)
 
     @property
@@ -80,12 +86,12 @@ class WorkerKeeper:
         return sum(source.waited_s for source, _ in self._sources)
 
     def normals(self, groups: Sequence[RowGroup]) -> Shard:
-        """This worker's shard of the data set's normals, and of those that had joined before."""
+        """This worker's shard of the data set's normals, of those that people vouch for, and of
+        those that had joined before."""
         self._numbers.add(groups)
         shard = self._shard(groups)
-        for key in self.arrived:
-            shard = shard.and_also(self._joined([key]))
-        return shard
+        known = list(self.data["incoming"])
+        return shard.and_also(self._joined(known)) if known else shard
 
     def resume(self) -> TuneState | None:
         return TuneState.from_files(self._files) if self.epochs else None
@@ -99,16 +105,28 @@ class WorkerKeeper:
             return
         files = state.to_files() | {
             EPOCHS: epochs_to_lines(self.epochs),
-            ARRIVED: json.dumps(self.arrived).encode(),
+            ARRIVED: json.dumps(self.joined()).encode(),
         }
         report(figures, files)
 
-    def arrivals(self, at_least: int) -> Shard | None:
+    def arrivals(self, at_least: int) -> tuple[Shard, torch.Tensor] | None:
         found = _from_first(lambda: self._new(at_least))
         if not found:
             return None
-        self.arrived |= found
-        return self._joined(list(found))
+        for part in JOINED:
+            self.data[part] = {**self.data[part], **found[part]}
+        shard = self._joined(list(found["incoming"]))
+        source, numbers = self._sources[-1]
+        return shard, numbers[torch.tensor([is_answer(row.key) for row in source.rows]).bool()]
+
+    def answers(self) -> list[RowGroup]:
+        """The normals that people vouch for, held out or not."""
+        there = self._there()
+        return _answers(key for key in self.data["incoming"] if key in there)
+
+    def joined(self) -> dict[str, Any]:
+        """JOINED of the run's data as it is now."""
+        return {part: self.data[part] for part in JOINED}
 
     def digests(self, numbers: torch.Tensor) -> list[str]:
         """Of the images of these numbers on all ranks: what a manifest calls them."""
@@ -119,18 +137,46 @@ class WorkerKeeper:
         ]
         return sorted(digest for each in gather(mine) for digest in each)
 
-    def _new(self, at_least: int) -> dict[str, str]:
-        """Objects that have not joined, if they hold enough rows together."""
-        objects = {o.key: o.etag for o in incoming(self._settings, self._dataset)}
-        new = {key: etag for key, etag in objects.items() if key not in self.arrived}
-        rows = sum(group.rows for group in row_groups(self._settings, new))
-        return new if rows >= at_least else {}
+    def _new(self, at_least: int) -> dict[str, dict[str, Any]]:
+        """Objects that have not joined, if they hold enough rows together, and the rows of them
+        that are known. One that cannot be read is left: a refresh names it."""
+        name, joined = self.data["dataset"], self.data["incoming"]
+        new, rows = {}, 0
+        for found in incoming(self._settings, name):
+            if found.key not in joined:
+                with contextlib.suppress(DataError):
+                    rows += sum(group.rows for group in row_groups(self._settings, [found.key]))
+                    new[found.key] = found.etag
+        if rows < at_least:
+            return {}
+        index = load_index(self._settings, name)
+        again = repeated(self._settings, index, used=joined, new=new)
+        return {
+            "incoming": new,
+            "repeated": again,
+            "answered_by": answered_by(self._settings, new),
+        }
 
     def _joined(self, keys: Sequence[str]) -> Shard:
-        groups = row_groups(self._settings, keys)
+        groups = [
+            group
+            for key in keys
+            for group in (_answers([key]) or row_groups(self._settings, [key]))
+        ]
         self._numbers.add(groups)
-        # A share of new normals is never learnt from: refreshes judge candidates by it.
-        return self._shard(groups, lambda row: not is_held_out(row))
+        there, may_use = self._there(), usable(self.data)
+        return self._shard(
+            [group for group in groups if group.key in there],
+            # A share of new normals is never learnt from: refreshes judge candidates by it.
+            lambda row: may_use(row) and not is_held_out(row),
+        )
+
+    def _there(self) -> dict[str, Any]:
+        """Incoming objects. A person may take an answer back in mid-run: the run goes on without
+        its image, whose number stays its own."""
+        return _from_first(
+            lambda: {o.key: o.etag for o in incoming(self._settings, self.data["dataset"])}
+        )
 
     def _shard(
         self, groups: Sequence[RowGroup], keep: Callable[[RowRef], bool] | None = None
@@ -139,6 +185,11 @@ class WorkerKeeper:
         part = (source, self._numbers.of(source.rows))
         self._sources.append(part)
         return Shard([part])
+
+
+def _answers(keys: Iterable[str]) -> list[RowGroup]:
+    """Those objects that are answers; each holds one image (infra/answers.py)."""
+    return [RowGroup(key, 0, 1) for key in keys if is_answer(key)]
 
 
 def report(figures: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
@@ -169,10 +220,10 @@ def gather(mine: Any) -> list[Any]:
     return everyone
 
 
-def _from_first(look: Callable[[], dict[str, str]]) -> dict[str, str]:
+def _from_first(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What rank 0 sees, on every rank: two looks at S3 may differ. Its error is every rank's."""
     error: Exception | None = None
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {}
     if _rank() == 0:
         try:
             found = look()

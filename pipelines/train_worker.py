@@ -30,6 +30,7 @@ from dpdl_core.config import from_json
 from dpdl_core.fit import fit
 from dpdl_core.metrics import auroc, average_precision
 from infra.errors import DpdlError
+from pipelines.held_out import is_held_out, usable
 from pipelines.run_record import CURVES, EPOCHS, draw, epochs_to_lines
 from pipelines.scoring import Observed, calibrate, drift_reference, observe, yield_cores
 from pipelines.sources import (
@@ -58,7 +59,8 @@ class TrainJob:
     """DpdlConfig as JSON."""
     seed: int
     false_alarm_rate: float
-    dataset: str
+    data: dict[str, Any]
+    """As the run's record has it."""
     normals: Sequence[RowGroup]
     defects: Sequence[RowGroup]
     calibration: Sequence[RowGroup]
@@ -115,7 +117,7 @@ def _train(job: TrainJob) -> None:
     started = time.perf_counter()
     model, waited = worker.fit()
     fitted = time.perf_counter()
-    calibration, normals = worker.score(model, worker.job.calibration, "calibrate")
+    calibration, normals = worker.calibration(model)
     test, _ = worker.score(model, worker.job.test, "test")
     set_aside = worker.keeper.digests(worker.keeper.left_out)
     if worker.rank != 0:
@@ -142,8 +144,7 @@ def _train(job: TrainJob) -> None:
         "metrics": metrics,
         "thresholds": thresholds,
         "notes": notes,
-        "incoming": worker.keeper.arrived,
-        "set_aside": set_aside,
+        "data": {**worker.keeper.joined(), "set_aside": set_aside},
     }
     files = artifact.pack(model, thresholds=thresholds, metrics=metrics) | {
         EPOCHS: epochs_to_lines(epochs),
@@ -171,7 +172,7 @@ class _Worker:
         self.before = latest()
         """Files of the checkpoint to go on from."""
         self.keeper = WorkerKeeper(
-            task_settings(job.environment), job.dataset, self._shard, self.before
+            task_settings(job.environment), job.data, self._shard, self.before
         )
 
     def fit(self) -> tuple[Any, float]:
@@ -197,13 +198,28 @@ class _Worker:
         )
         return model, self.keeper.waited_s
 
+    def calibration(self, model: Any) -> tuple[list[tuple[float, int, str]], list[Observed]]:
+        """score() of the calibration split and of the held-out share of what people vouch for."""
+        of_data_set = {group.key for group in self.job.calibration}
+        groups = [*self.job.calibration, *self.keeper.answers()]
+        may_use = usable(self.keeper.data)
+
+        def held_out(row: RowRef) -> bool:
+            return row.key in of_data_set or (is_held_out(row) and may_use(row))
+
+        return self.score(model, groups, "calibrate", held_out)
+
     def score(
-        self, model: Any, groups: Sequence[RowGroup], stage: str
+        self,
+        model: Any,
+        groups: Sequence[RowGroup],
+        stage: str,
+        keep: Callable[[RowRef], bool] | None = None,
     ) -> tuple[list[tuple[float, int, str]], list[Observed]]:
         """(score, label, camera) of all rows of all ranks, the same on each; and all that was
         seen of them, in the same order."""
         self.progress(stage, 0.0, {})
-        source = self._shard(groups)
+        source = self._shard(groups, keep)
         seen = observe(model, source, self.device)
         rows = [(float(s), r.label, r.camera) for s, r in zip(seen.score, source.rows, strict=True)]
         everyone = gather((rows, seen))

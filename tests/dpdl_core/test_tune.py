@@ -54,8 +54,8 @@ def shard(images: torch.Tensor, first: int = 0) -> Shard:
 class Kept:
     """A Keeper in memory, through the files that would be stored; 23 images arrive at epoch 1."""
 
-    def __init__(self, start=None, arrive=True):
-        self.start, self.arrive = start, arrive
+    def __init__(self, start=None, arrive=True, vouched=()):
+        self.start, self.arrive, self.vouched = start, arrive, vouched
         self.states, self.figures = [], []
 
     def resume(self):
@@ -70,7 +70,7 @@ class Kept:
         if not self.arrive:
             return None
         self.arrive = False
-        return shard(NEW, first=1000)
+        return shard(NEW, first=1000), torch.tensor(self.vouched, dtype=torch.long)
 
 
 def run(keeper, source=None, config=CONFIG):
@@ -141,6 +141,17 @@ def test_what_arrives_joins_but_for_what_stands_out(monkeypatch):
     assert all(1000 <= number < 1023 for number in aside)
     known = {*range(60), *range(1000, 1023)}
     assert set(found.numbers.tolist()) == known - set(aside)
+
+
+def test_what_a_person_vouches_for_joins_however_it_stands_out(monkeypatch):
+    monkeypatch.setattr(renewal, "stand_out", lambda new, old: new >= new.topk(3).values.min())
+    keeper = Kept()
+    run(keeper)
+    aside = TuneState.from_files(keeper.states[-1]).tensors["left_out"].tolist()
+    keeper = Kept(vouched=aside[:2])
+    _, found, _ = run(keeper)
+    assert keeper.figures[0]["renewal"]["set_aside"] == 1
+    assert set(range(1000, 1023)) - set(found.numbers.tolist()) == {aside[2]}
 
 
 def test_a_training_goes_on_from_any_checkpoint_as_if_it_had_not_stopped(alone):

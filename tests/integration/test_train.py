@@ -5,6 +5,7 @@ tested is the machinery. test_tune.py has the same without Ray.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -17,16 +18,20 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from dpdl_core import artifact
 from dpdl_core.config import override, recipe
 from dpdl_core.fit import fit
+from dpdl_core.images import decode_image
+from infra.answers import Answers
 from infra.errors import DataError, DpdlError
+from infra.messages import FrameResult
 from infra.model_store import ModelStore
 from pipelines.dataset_index import load_index, snapshot
 from pipelines.datasets import NewImage, import_dataset, put_incoming
-from pipelines.held_out import images
+from pipelines.held_out import HELD_OUT_OF, images
 from pipelines.promotion import load
 from pipelines.run_record import list_runs
 from pipelines.scoring import calibrate, score_images
@@ -117,6 +122,18 @@ def same_curve(report, want):
     """Losses and energies of every epoch, once each; rounding adds up over twenty steps."""
     assert [epoch["epoch"] for epoch in report.curve] == [1, 2, 3, 4, 5]
     np.testing.assert_allclose(curve(report), want, rtol=0.02, atol=2e-3)
+
+
+def answer(settings, offset, kind, image):
+    """What the console does for a person."""
+    frame = FrameResult(
+        frame_id=f"frames/0/{offset}", camera="cam-1", captured_at_ns=offset, scored_at_ns=1,
+        score=9.0, threshold=1.0, energy=0.0, is_anomaly=True, model="m", version="v",
+        evidence_key="",
+    )  # fmt: skip
+    defect = "spot" if kind == "defect" else ""
+    people = Answers(settings)
+    return people.give(frame, kind, defect=defect, by="ann", dataset="plates", image=image)
 
 
 def train_workers():
@@ -210,16 +227,28 @@ def test_new_normals_join_an_elastic_run_and_all_is_recorded(settings, dataset, 
     new = [NewImage(plate(5000 + i), "cam-1") for i in range(30)]
     key = put_incoming(settings, "plates", new).key
     overrides = TUNED | {"renew_every_epochs": "0", "renew_min_new": "20"}
-    report = train(settings, options(overrides, workers=(1, 2)))
+    answers = {}
+
+    def progress(stage, fraction, figures):
+        if stage == "start":  # the data of the run stand; what comes now joins it later
+            for i in range(8):
+                spot = plate(9000 + i, spot=True)
+                answers[hashlib.sha256(spot).hexdigest()] = answer(settings, i, "false-alarm", spot)
+
+    report = train(settings, options(overrides, workers=(1, 2)), progress)
     assert report.workers in (1, 2)
     (renewal,) = report.renewals
     assert renewal["epoch"] == 1
-    assert 15 <= renewal["new_normals"] < 30  # one in five is held out for the gates to come
+    assert 15 <= renewal["new_normals"] < 38  # one in five is held out for the gates to come
     store = ModelStore(settings)
     manifest = store.manifest("default", report.version)
     assert manifest["data"]["objects"] == snapshot(dataset)["objects"]
-    assert list(manifest["data"]["incoming"]) == [key]
+    alarms = {given.key for given in answers.values()}
+    assert set(manifest["data"]["incoming"]) == {key, *alarms}
+    assert manifest["data"]["answered_by"] == dict.fromkeys(alarms, "ann")
     assert len(manifest["data"]["set_aside"]) == renewal["set_aside"]
+    assert not set(manifest["data"]["set_aside"]) & set(answers)  # a person vouches for them
+    assert report.answers == {"defects": 0, "normals": 8}
     files = store.fetch("default", report.version)
     lines = [json.loads(line) for line in files["epochs.jsonl"].splitlines()]
     assert lines == report.curve
@@ -266,8 +295,16 @@ def first_version(settings, dataset):
     store.move_pointer("default", "train-0", None, by="test", why="the first version")
 
 
-def test_a_recipe_without_tuning_begins_anew_when_a_worker_dies(settings, dataset, ray_here):
+def test_without_tuning_a_training_begins_anew_when_a_worker_dies_and_learns_what_people_said(
+    settings, dataset, ray_here, folder
+):
     first_version(settings, dataset)
+    spots = [plate(9000 + i, spot=True) for i in range(20)]
+    given = [answer(settings, i, "false-alarm", spot) for i, spot in enumerate(spots[:12])]
+    given.append(answer(settings, 90, "defect", plate(9100, spot=True)))
+    known = (folder / "normal" / "000.png").read_bytes()
+    given.append(answer(settings, 91, "false-alarm", known))
+    put_incoming(settings, "plates", [NewImage(spot) for spot in spots[12:]])
     killed = []
 
     def progress(stage, fraction, figures):
@@ -279,6 +316,23 @@ def test_a_recipe_without_tuning_begins_anew_when_a_worker_dies(settings, datase
     assert (report.epochs, report.steps, report.curve) == (0, 0, [])
     assert report.starts == 2
     assert "AUROC on known defects" in report.why  # it went through the gate
+    store = ModelStore(settings)
+    data = store.manifest("default", report.version)["data"]
+    assert data["answered_by"] == dict.fromkeys([each.key for each in given], "ann")
+    assert set(data["incoming"]) == {each.key for each in given if each.kind == "false-alarm"}
+    assert data["repeated"] == {given[-1].key: [0]}
+    assert report.answers == {"defects": 1, "normals": 13}
+    held_out = sum(
+        int(hashlib.sha256(s).hexdigest()[:8], 16) % HELD_OUT_OF == 0 for s in spots[:12]
+    )
+    assert 0 < held_out < 12
+    calibration = dataset.rows("calibration")
+    assert report.thresholds["calibration_normals"] == calibration + held_out
+    shown = torch.stack([torch.from_numpy(decode_image(spot, 64)) for spot in spots[12:]])
+    before, after = (
+        load(store, "default", v).model.score(shown).energy for v in ("train-0", report.version)
+    )
+    assert after.mean() < 0.8 * before.mean()  # others of the kind, which nobody spoke for
     files = ModelStore(settings).fetch("default", report.version)
     assert files["curves.png"].startswith(b"\x89PNG")
 
