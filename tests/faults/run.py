@@ -3,6 +3,9 @@
     python tests/faults/run.py [--frames N] [--hostile N] [--pause S] [--only REGEX]
                                [--report FILE.json] [--table FILE.md]
 
+In parts: `--only` chooses faults, `--hostile 0` leaves out the bad records, and what FILE.json
+holds of other parts stays in it and in the table.
+
 Each fault has a stream of its own; it strikes after a third of the frames. The exit code is 1 when
 a frame was lost, doubled, out of order or without its evidence, or a bad record ended wrongly.
 """
@@ -44,7 +47,8 @@ def struck(world: World, fault: Fault, number: int, num_frames: int) -> dict[str
         frames.kill()
     world.wait_scored(300)
     account = world.account(sent, patience_s=60)
-    return {"fault": fault.name, **times, **asdict(account), "perfect": account.perfect}
+    found = {"fault": fault.name, **times, **asdict(account), "perfect": account.perfect}
+    return found | {"run": machine()}
 
 
 @contextmanager
@@ -62,6 +66,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path, help="JSON file to write")
     parser.add_argument("--table", type=Path, help="Markdown file: what is below MARK is replaced")
     options = parser.parse_args()
+    kept = read_report(options.report)
     rows: list[dict[str, Any]] = []
     hostile: dict[str, Any] = {}
 
@@ -72,23 +77,28 @@ def main() -> int:
             continue
         with opened(brokers) as world:
             if num_hostile:
-                hostile = asdict(bad_input(world, num_hostile))
+                hostile = asdict(bad_input(world, num_hostile)) | {"run": machine()}
                 print(json.dumps(hostile), flush=True)
             for fault in chosen:
                 rows.append(struck(world, fault, len(rows), options.frames))
                 print(json.dumps(rows[-1]), flush=True)
-    report = {"machine": machine(), "frames_per_fault": options.frames, "faults": rows}
-    if hostile:
-        report["bad_input"] = hostile
+    done = {row["fault"]: row for row in [*kept["faults"], *rows]}
+    report = {"faults": list(done.values()), "bad_input": hostile or kept["bad_input"]}
     if options.report:
         options.report.write_text(json.dumps(report, indent=1) + "\n")
-    text = f"{machine()}\n\n{table(rows)}\n\n{bad_table(hostile)}\n"
+    text = f"{table(report['faults'])}\n\n{bad_table(report['bad_input'])}".rstrip() + "\n"
     print(f"\n{text}")
     if options.table:
-        kept = options.table.read_text().partition(MARK)[0] if options.table.exists() else ""
-        command = "make faults ARGS='" + " ".join(sys.argv[1:]) + "'"
-        options.table.write_text(f"{kept}{MARK}\n\n`{command}`: {text}")
+        above = options.table.read_text().partition(MARK)[0] if options.table.exists() else ""
+        options.table.write_text(f"{above}{MARK}\n\n{text}")
     return 0 if all(row["perfect"] for row in rows) and fine(hostile) else 1
+
+
+def read_report(path: Path | None) -> dict[str, Any]:
+    """What earlier runs have found."""
+    if path is None or not path.exists():
+        return {"faults": [], "bad_input": {}}
+    return dict(json.loads(path.read_text()))
 
 
 def fine(hostile: dict[str, Any]) -> bool:
@@ -107,6 +117,8 @@ def machine() -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
     columns = {
         "fault": "Fault",
         "sent": "Frames",
@@ -121,7 +133,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     }
     lines = [list(columns.values()), ["---"] * len(columns)]
     lines += [[str(row[name]) for name in columns] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    runs = "; ".join(dict.fromkeys(row["run"] for row in rows))
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines]) + f"\n\nRun on: {runs}."
 
 
 def bad_table(hostile: dict[str, Any]) -> str:
@@ -136,7 +149,8 @@ def bad_table(hostile: dict[str, Any]) -> str:
         "",
         f"Good frames among them: {hostile['good']}, not scored exactly once: "
         f"{hostile['good_wrong']}. Ended otherwise than they may: {len(hostile['wrong'])}. "
-        f"Memory of a consumer: {hostile['idle_mb']} MB idle, {hostile['peak_mb']} MB at most.",
+        f"Memory of a consumer: {hostile['idle_mb']} MB idle, {hostile['peak_mb']} MB at most. "
+        f"Run on: {hostile['run']}.",
     ]
     return "\n".join(lines)
 
