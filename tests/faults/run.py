@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,10 @@ def main() -> int:
             continue
         with opened(brokers) as world:
             if num_hostile:
-                hostile = asdict(bad_input(world, num_hostile)) | {"run": machine()}
+                found = bad_input(world, num_hostile)
+                # Not asdict: it makes a Counter of a Counter's items.
+                hostile = {each.name: getattr(found, each.name) for each in fields(found)}
+                hostile["run"] = machine()
                 print(json.dumps(hostile), flush=True)
             for fault in chosen:
                 rows.append(struck(world, fault, len(rows), options.frames))
