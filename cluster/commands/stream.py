@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +26,7 @@ TARGETS_S = 15.0
 
 @app.command()
 def serve(model: Model = "default") -> None:
-    """Deploy the stream application (consumer, scorer, console) and keep it until Ctrl-C."""
+    """Deploy the stream application (consumer, scorer, console); Ctrl-C or SIGTERM ends it."""
     import ray
     from ray.exceptions import RayError
 
@@ -39,12 +39,14 @@ def serve(model: Model = "default") -> None:
     try:
         deployed = stream_app.deploy(settings, model_name=model, say=out.print)
         out.print(f"{deployed.version} scores; alerts at {deployed.url}   (Ctrl-C ends)")
-        while True:  # nodes come and go
-            try:
-                ray_runtime.write_scrape_targets(targets)
-            except (OSError, RayError) as error:  # a full disk; a head that is restarted
-                err.print(f"Prometheus cannot find this cluster: {error}", markup=False)
-            time.sleep(TARGETS_S)
+        with suppress(KeyboardInterrupt):  # SIGTERM too: cluster/cli.py
+            while True:  # nodes come and go
+                try:
+                    ray_runtime.write_scrape_targets(targets)
+                except (OSError, RayError) as error:  # a full disk; a head that is restarted
+                    err.print(f"Prometheus cannot find this cluster: {error}", markup=False)
+                time.sleep(TARGETS_S)
+        out.print("ending: what is in flight is published first")
     finally:
         if ray.is_initialized():
             stream_app.shutdown()

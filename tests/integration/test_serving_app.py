@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 import ray
 from pydantic import SecretStr
@@ -30,6 +33,7 @@ from lines import HOSTILE, MODEL, check, fitted, promote, send, wait_scored, wai
 from dpdl_core import artifact
 from infra import ray_runtime
 from infra.errors import AuthFailed, DataError, SettingsError
+from infra.kafka_client import ensure_topics
 from infra.messages import evidence_key
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
@@ -62,8 +66,8 @@ def cluster():
 
 
 @pytest.fixture
-def deployed(settings, versions, cluster, monkeypatch):
-    """Version v1 in use and the application running."""
+def prepared(settings, versions, monkeypatch):
+    """Version v1 in use, and a port for the console."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("DPDL_SERVE_HTTP_PORT", str(probe.getsockname()[1]))
@@ -73,8 +77,14 @@ def deployed(settings, versions, cluster, monkeypatch):
     for version, files in versions.items():
         store.put_version(MODEL, version, files, {})
     promote(settings, "v1")
+    return settings
+
+
+@pytest.fixture
+def deployed(prepared, cluster):
+    """The application running."""
     try:
-        yield settings, app.deploy(settings, model_name=MODEL, device="cpu")
+        yield prepared, app.deploy(prepared, model_name=MODEL, device="cpu")
     finally:
         app.shutdown()
 
@@ -94,6 +104,39 @@ def get_json(settings, path):
     status, _, body = get(settings, path)
     assert status == 200, body
     return json.loads(body)
+
+
+def test_serve_ends_in_order_when_told_to(prepared, versions):
+    """SIGTERM to `dpdl serve` in mid-stream: what is in flight is published, nothing is left."""
+    settings, kafka = prepared, prepared.kafka
+    ensure_topics(settings)
+    results = ResultStore(settings)
+    command = [sys.executable, "-m", "cluster.cli", "serve", "--model", MODEL]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        lines = iter(running.stdout.readline, "")
+        assert any("v1 scores" in line for line in lines)
+        everything = psutil.Process(running.pid).children(recursive=True)
+        logs = _ray_logs(everything)
+        send(settings, 400, seed=1, bad_every=1000)
+        running.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        rest = running.stdout.read()
+        assert running.wait(timeout=60) == 0
+    assert time.monotonic() - began < DRAIN_S + CLOSE_S + 10
+    assert rest == "ending: what is in flight is published first\n"
+    assert len(everything) > 5
+    assert not psutil.wait_procs(everything, timeout=5)[1]
+    assert sum(results.progress(kafka.group, kafka.topic).values()) > 0
+    said = [line for path in logs.glob("worker-*.err") for line in path.read_text().splitlines()]
+    assert any("batch {" in line for line in said)
+    assert not any("to replay" in line for line in said)
+
+
+def _ray_logs(processes):
+    """Of the Ray that these processes are."""
+    raylet = next(line for each in processes if "raylet/raylet" in (line := each.cmdline())[0])
+    session = next(part for part in raylet if part.startswith("--session_dir="))
+    return Path(session.removeprefix("--session_dir=")) / "logs"
 
 
 def test_stream_swap_refuse_and_console(deployed, versions):
