@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.messages import FrameResult
-from infra.redis_client import make_redis, redis_errors
+from infra.redis_connection import make_redis, redis_errors
 from infra.s3_client import make_minio, s3_errors
 from infra.settings import Settings
 

@@ -29,117 +29,24 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, cast
 
-import redis
-from redis import exceptions as rex
-from redis.backoff import ExponentialBackoff
-from redis.retry import Retry
-
 from infra.cameras import SMOOTHED_S, CameraState, ThresholdOverride, camera_state
-from infra.errors import (
-    AuthFailed,
-    DataError,
-    DpdlError,
-    Fenced,
-    ServiceUnavailable,
-    SettingsError,
-    StoreFull,
-)
+from infra.errors import Fenced
 from infra.messages import FrameResult, check_camera
-from infra.settings import RedisSettings, Settings
+from infra.redis_connection import make_redis, redis_errors
+from infra.settings import Settings
 
-CONNECT_TIMEOUT_S = 2.0
-REPLY_TIMEOUT_S = 5.0
 MAX_BLOCK_S = 3.0
-"""Longest wait inside Redis; less than REPLY_TIMEOUT_S, which would break the connection."""
+"""Longest wait inside Redis; less than redis_connection.REPLY_TIMEOUT_S breaks it."""
 MAX_RESULTS = 2048
 """Per publish(): a script runs alone, and this many take Redis some tens of milliseconds."""
 MAX_PAGE = 10_000
 MAX_ALERT_N = 100
 """Frames that a debounce rule looks back."""
-
-
-def make_redis(settings: Settings, *, retries: int = 1) -> redis.Redis:
-    """A connected client that answers str; commands wait at most REPLY_TIMEOUT_S.
-
-    Errors: AuthFailed, ServiceUnavailable, SettingsError.
-    """
-    where = settings.redis
-    if not where.host:
-        raise SettingsError(
-            "no Redis is known: start the embedded services with `dpdl up`, or set "
-            "DPDL_REDIS_HOST and DPDL_REDIS_PORT"
-        )
-    client = redis.Redis(
-        host=where.host,
-        port=where.port,
-        db=where.db,
-        username=where.username or None,
-        password=where.password.get_secret_value() if where.password else None,
-        decode_responses=True,
-        socket_connect_timeout=CONNECT_TIMEOUT_S,
-        socket_timeout=REPLY_TIMEOUT_S,
-        retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries),
-        **_tls(where),
-    )
-    with redis_errors(where):
-        client.ping()
-    return client
-
-
-def _tls(where: RedisSettings) -> dict[str, Any]:
-    if not where.tls:
-        return {}
-    for field in ("tls_ca", "tls_cert", "tls_key"):
-        path = getattr(where, field)
-        if path and not path.is_file():
-            raise SettingsError(f"redis.{field}={path}: no such file")
-    return {
-        "ssl": True,
-        "ssl_ca_certs": str(where.tls_ca) if where.tls_ca else None,
-        "ssl_certfile": str(where.tls_cert) if where.tls_cert else None,
-        "ssl_keyfile": str(where.tls_key) if where.tls_key else None,
-        "ssl_check_hostname": where.tls_check_hostname,
-    }
-
-
-@contextmanager
-def redis_errors(where: RedisSettings) -> Iterator[None]:
-    """Turn redis-py's errors into ours, for any call on a client."""
-    try:
-        yield
-    except rex.RedisError as error:
-        raise _translated(error, where) from error
-
-
-def _translated(error: rex.RedisError, where: RedisSettings) -> DpdlError:
-    place = f"Redis at {where.host}:{where.port}"
-    if isinstance(error, (rex.AuthenticationError, rex.AuthorizationError, rex.NoPermissionError)):
-        # With no password at all Redis answers a lecture on its HELLO command.
-        why = "it wants a password" if "HELLO" in str(error) else str(error)
-        return AuthFailed(
-            f"{place} refused user {where.username or 'default'} ({why}): check redis.username, "
-            "redis.password and the user's ACL"
-        )
-    if isinstance(error, rex.OutOfMemoryError):
-        return StoreFull(
-            f"{place} is at its memory limit ({error}): raise maxmemory or lower stream.scores_kept"
-        )
-    # InvalidResponse: whatever listens there, it is no Redis.
-    unavailable = (rex.ConnectionError, rex.TimeoutError, rex.ReadOnlyError, rex.InvalidResponse)
-    # MISCONF: Redis cannot persist (a full disk) and refuses writes; MASTERDOWN: a lone replica.
-    refuses = str(error).startswith(("MISCONF", "MASTERDOWN", "LOADING", "NOREPLICAS", "BUSY"))
-    if isinstance(error, unavailable) or refuses:
-        return ServiceUnavailable(
-            f"{place} is not available ({error}): check that it runs (`dpdl status`), and that "
-            "redis.host and redis.port name the primary"
-        )
-    return DataError(f"{place} refused a command ({error}): is redis.prefix used by others?")
 
 
 @dataclass(frozen=True, slots=True)

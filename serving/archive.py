@@ -30,7 +30,7 @@ from infra import s3_client
 from infra.errors import DpdlError, NotFound, ServiceUnavailable
 from infra.kafka_client import kafka_errors, make_consumer
 from infra.messages import FrameRecord, evidence_key
-from infra.redis_client import make_redis, redis_errors
+from infra.redis_connection import make_redis, redis_errors
 from infra.s3_client import make_minio, s3_errors
 from infra.settings import Settings
 

@@ -29,7 +29,7 @@ from infra.embedded.service import Tls
 from infra.embedded.valkey import Valkey
 from infra.errors import DpdlError, ServiceUnavailable
 from infra.kafka_client import ensure_topics, make_admin, make_consumer, make_producer
-from infra.redis_client import make_redis
+from infra.redis_connection import make_redis
 from infra.s3_client import ensure_buckets, make_filesystem
 from infra.settings import Settings, load_settings
 

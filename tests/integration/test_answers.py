@@ -13,7 +13,7 @@ import pytest
 from infra import answers
 from infra.answers import Answers, is_answer
 from infra.messages import FrameResult
-from infra.redis_client import make_redis
+from infra.redis_connection import make_redis
 from infra.s3_client import ensure_buckets, get, make_minio
 from pipelines import datasets
 from pipelines.dataset_index import SCHEMA, check_snapshot, incoming, load_index, snapshot

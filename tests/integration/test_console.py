@@ -34,7 +34,8 @@ from dpdl_core.images import ArraySource, decode_image
 from infra.kafka_client import make_producer
 from infra.messages import frame_headers
 from infra.model_store import ModelStore
-from infra.redis_client import ResultStore, make_redis
+from infra.redis_client import ResultStore
+from infra.redis_connection import make_redis
 from infra.s3_client import ensure_buckets, get, make_minio
 from infra.settings import load_settings
 from serving import app

@@ -21,7 +21,8 @@ from infra.cameras import CameraState
 from infra.embedded import Stack
 from infra.errors import AuthFailed, DataError, Fenced, ServiceUnavailable, StoreFull
 from infra.messages import FrameResult, evidence_key, frame_id
-from infra.redis_client import REPLY_TIMEOUT_S, ResultStore, make_redis
+from infra.redis_client import ResultStore
+from infra.redis_connection import REPLY_TIMEOUT_S, make_redis
 from infra.settings import Settings
 
 pytestmark = pytest.mark.integration

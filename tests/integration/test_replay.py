@@ -21,7 +21,8 @@ from infra.errors import DataError, NotFound
 from infra.kafka_client import ensure_topics, make_producer
 from infra.messages import FrameResult, frame_headers, frame_id
 from infra.model_store import ModelStore
-from infra.redis_client import ResultStore, make_redis
+from infra.redis_client import ResultStore
+from infra.redis_connection import make_redis
 from infra.s3_client import ensure_buckets
 from serving.replay import Place, ReplayOptions, replay
 
