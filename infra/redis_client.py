@@ -41,7 +41,7 @@ from infra.redis_connection import make_redis, redis_errors
 from infra.settings import Settings
 
 MAX_BLOCK_S = 3.0
-"""Longest wait inside Redis; less than redis_connection.REPLY_TIMEOUT_S breaks it."""
+"""Longest wait inside Redis; the connection's REPLY_TIMEOUT_S would break a longer one."""
 MAX_RESULTS = 2048
 """Per publish(): a script runs alone, and this many take Redis some tens of milliseconds."""
 MAX_PAGE = 10_000

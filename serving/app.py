@@ -58,15 +58,18 @@ class AppArgs(BaseModel):
     """Empty: a GPU where the cluster has one."""
 
 
-def build(args: AppArgs) -> serve.Application:
+def build(args: dict[str, Any]) -> serve.Application:
     """The application, not yet deployed. Creates topics and buckets that do not exist.
 
+    args: AppArgs as a dict; Serve turns it into a model only where annotations are no strings.
     Reads the settings of the process that it runs in: numbers of replicas are settings.serve's.
-    Errors: DataError (no usable model version), AuthFailed, ServiceUnavailable, SettingsError.
+    Errors: ValidationError (args), DataError (no usable model version), AuthFailed,
+    ServiceUnavailable, SettingsError.
     """
+    wanted = AppArgs.model_validate(args)
     settings = load_settings()
-    _prepare(settings, args.model_name)
-    return application(args, settings, _resources())
+    _prepare(settings, wanted.model_name)
+    return application(wanted, settings, _resources())
 
 
 def application(

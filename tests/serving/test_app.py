@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from pydantic import SecretStr, ValidationError
+from ray._common.utils import import_attr
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 import serving.app
@@ -86,14 +88,18 @@ def test_replicas_follow_lag_and_queue_where_the_settings_allow():
     assert plain["Consumer"].num_replicas == 1
 
 
-def test_the_config_file_is_what_ray_serve_takes():
+def test_the_config_file_is_what_ray_serve_takes(monkeypatch):
+    """Built as `serve deploy` does, up to the services."""
+    monkeypatch.setenv("DPDL_STATE_DIR", "/nowhere/dpdl")
+    prepared = []
+    monkeypatch.setattr(serving.app, "_prepare", lambda _, model_name: prepared.append(model_name))
     schema = ServeDeploySchema.model_validate(yaml.safe_load(CONFIG.read_text()))
     (app,) = schema.applications
-    module, _, name = app.import_path.partition(":")
-    assert getattr(__import__(module, fromlist=[name]), name) is serving.app.build
-    assert AppArgs.model_validate(app.args) == AppArgs()
+    built = call_user_app_builder_with_args_if_necessary(import_attr(app.import_path), app.args)
+    assert set(deployments(built)) == {"Consumer", "Scorer", "Console"}
+    assert prepared == ["default"]
     with pytest.raises(ValidationError, match="extra"):
-        AppArgs.model_validate({**app.args, "modle_name": "x"})
+        serving.app.build({**app.args, "modle_name": "x"})
 
 
 def test_no_secret_travels_with_the_deployments():
