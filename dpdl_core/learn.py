@@ -178,10 +178,19 @@ def _whitener(joined: Tensor, center: Tensor) -> Tensor:
     return whitener
 
 
+@torch.no_grad()
 def _reset(heads: Heads) -> None:
+    """Ready to learn. What a logit adds up starts at zero: ten anomalies move few directions, and
+    in all others the usual random start would stay, as noise of the logit's own size.
+    """
     for module in heads.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d):
             module.reset_parameters()
+    last = heads.normal.classify[-1]
+    assert isinstance(last, nn.Linear)
+    for layer in (heads.anomaly.classify, heads.residual.head.classify, last):
+        for parameter in layer.parameters():
+            parameter.zero_()
 
 
 @torch.no_grad()
