@@ -22,6 +22,19 @@ from infra.errors import AuthFailed
 OBJECT_STORE_BYTES = 1 << 30
 """Of a cluster started here. Decoded batches pass through it, whole data sets never do."""
 
+ENVIRONMENT = {
+    # Ray prints a paragraph on token authentication at every start, and usage hints.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray starts its workers at nice 15: on a busy machine the stream's scorer would then yield to
+    # everything else. Batch work makes itself nice instead (pipelines/train_worker.py).
+    "RAY_worker_niceness": "0",
+    # Serve gives its HTTP proxy five seconds to import everything, kills it, and tries again: on a
+    # busy machine for ever.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+}
+"""What Ray's processes should be started with; cluster/Dockerfile has the same."""
+
 
 def connect(*, dashboard: bool = False) -> None:
     """Make ray.* usable in this process; harmless when it already is.
@@ -31,15 +44,8 @@ def connect(*, dashboard: bool = False) -> None:
     """
     if ray.is_initialized():
         return
-    # Ray prints a paragraph on token authentication at every start, and usage hints.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray starts its workers at nice 15: on a busy machine the stream's scorer would then yield to
-    # everything else. Batch work makes itself nice instead (pipelines/train_worker.py).
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    # Serve gives its HTTP proxy five seconds to import everything, kills it, and tries again: on a
-    # busy machine for ever.
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "30")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     on_sigterm = signal.getsignal(signal.SIGTERM)

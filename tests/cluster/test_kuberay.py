@@ -14,6 +14,7 @@ import ray
 import yaml
 from jsonschema import Draft202012Validator
 
+from infra.ray_runtime import ENVIRONMENT
 from infra.settings import Settings, is_secret, load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -108,3 +109,9 @@ def test_serve_deploys_what_serve_config_says():
     ours = yaml.safe_load((ROOT / "serving" / "serve_config.yaml").read_text())
     theirs = yaml.safe_load(load("serve.yaml")["spec"]["serveConfigV2"])
     assert theirs == ours
+
+
+def test_the_image_starts_ray_as_the_machine_here_does():
+    dockerfile = (ROOT / "cluster" / "Dockerfile").read_text()
+    for name, value in ENVIRONMENT.items():
+        assert f" {name}={value}" in dockerfile
