@@ -65,12 +65,16 @@ class _Spoiler:
         return spoiled
 
 
+ENOUGH = 200
+"""Left-out normals whose values a renewal's tails are content with. A training judges all."""
+
+
 @dataclass(frozen=True)
 class CrossFit:
     """Values of images under fits that have not seen them; the same on every rank."""
 
     normals: Tensor
-    """(K, V)."""
+    """(K, V); of a renewal ENOUGH or a fold more, if there are so many."""
     spoiled: list[Tensor]
     """Per level, (K', V)."""
     seen: Tensor
@@ -87,8 +91,14 @@ def cross_fit(
     generator: torch.Generator,
     keep: Parts | None = None,
 ) -> CrossFit:
-    """Every kept normal, spoiled normal and seen anomaly under fits without it."""
+    """Every kept normal, spoiled normal and seen anomaly under fits without it.
+
+    With `keep` and nothing seen anew, weights and the seen parts' tails stay as they are: a few
+    folds, one step of Lloyd each, are enough for the energies' tails.
+    """
     folds = min(config.folds, len(normals.kept))
+    brief = keep is not None and not len(seen)
+    judged = min(folds, math.ceil(folds * ENOUGH / len(normals.kept))) if brief else folds
     fold_of = deal_folds(normals.pooled[normals.kept], folds, generator)
     mine = fold_of[normals.mine]
     num_parts = len(Parts(config, channels, full).names)
@@ -96,7 +106,7 @@ def cross_fit(
     spoiled = [torch.zeros(len(level), num_parts) for level in normals.spoiled]
     seen_fold = torch.arange(len(seen)) % folds
     seen_values = torch.zeros(len(seen) if len(seen) > 1 else 0, num_parts)
-    for fold in range(folds):
+    for fold in range(judged):
         inside = torch.ones(len(normals.pooled), dtype=torch.bool)
         inside[normals.kept[fold_of == fold]] = False
         local = normals.features.take((mine != fold).nonzero().squeeze(1))
@@ -107,7 +117,7 @@ def cross_fit(
             local,
             generator=generator,
             start=full,
-            iterations=2,
+            iterations=1 if brief else 2,
         )
         known = (seen_fold != fold).nonzero().squeeze(1) if len(seen_values) else seen_fold
         parts = fit_parts(config, channels, energies, local, seen.take(known), generator, keep)
@@ -119,9 +129,9 @@ def cross_fit(
         held = (seen_fold == fold).nonzero().squeeze(1)
         if len(seen_values):
             seen_values[held] = part_values(parts, seen.take(held))
-    places = distributed.gather_rows(normals.mine)
+    order = distributed.gather_rows(normals.mine).argsort()
     return CrossFit(
-        distributed.gather_rows(values)[places.argsort()],
+        distributed.gather_rows(values)[order][fold_of < judged],
         [distributed.gather_rows(level) for level in spoiled],
         seen_values,
     )

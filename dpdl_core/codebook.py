@@ -23,6 +23,8 @@ from dpdl_core.seeding import bounded_sample, count_distinct, seed
 
 DEAD_SHARE = 0.1
 """A code used less than this share of an even use is dead."""
+TOLERANCE = 3e-4
+"""Share of its inertia by which Lloyd must still get better to go on."""
 _CHUNK_COSTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Entries of the N x C distance matrix in memory at a time."""
 
@@ -63,7 +65,7 @@ def kmeans(
     *,
     restarts: int = 3,
     iterations: int = 50,
-    tolerance: float = 3e-4,
+    tolerance: float = TOLERANCE,
     generator: torch.Generator | None = None,
     init: Tensor | None = None,
 ) -> Codebook:
@@ -148,7 +150,6 @@ def refresh(
     usage_mix: float = 0.5,
     min_overlap: float = 0.5,
     iterations: int = 25,
-    generator: torch.Generator | None = None,
 ) -> Refreshed:
     """Renew prototypes on features of old and new normals, taken with the present trunk.
 
@@ -161,9 +162,10 @@ def refresh(
         raise ValueError(f"blend={blend}: want a share in (0, 1]")
     num_codes = len(means)
     means = means.detach().to(x)
-    old, _ = assign(x, means)
-    book = kmeans(x, num_codes, iterations=iterations, init=means, generator=generator)
-    new, _ = assign(x, book.means)
+    _check_vectors(x, num_codes)
+    center = _mean(x)
+    run = _lloyd(x, center, means - center, iterations, TOLERANCE, num_codes)
+    book, old, new = _describe(x, center, run), run.first, run.nearest
 
     together = _together(old, new, num_codes)
     order = match(old, new, num_codes)
@@ -269,6 +271,8 @@ class _Step:
 @dataclass(frozen=True)
 class _Run:
     codes: Tensor
+    first: Tensor
+    """(N,) nearest of the codes that it started from."""
     nearest: Tensor
     counts: Tensor
     inertia: float
@@ -300,9 +304,11 @@ def _lloyd(
 ) -> _Run:
     """At most `iterations`, and up to `rescues` more while a code has no member."""
     before: Tensor | None = None
+    first: Tensor | None = None
     best = float("inf")
     for iteration in range(iterations + rescues + 1):
         step = _pass(x, center, codes)
+        first = step.nearest if first is None else first
         counts = all_sum(step.counts)
         inertia = float(all_sum(step.distances.sum(dtype=torch.float64)))
         empty = counts == 0
@@ -319,7 +325,8 @@ def _lloyd(
         else:
             codes = (all_sum(step.sums) / counts.unsqueeze(1)).to(codes)
             before, best = step.nearest, inertia
-    return _Run(codes, step.nearest, counts, inertia)
+    assert first is not None
+    return _Run(codes, first, step.nearest, counts, inertia)
 
 
 def _describe(x: Tensor, center: Tensor, run: _Run) -> Codebook:

@@ -181,12 +181,14 @@ def renew_energies(
     features: Features,
     before: Energies,
     *,
+    iterations: int,
     generator: torch.Generator,
 ) -> tuple[Energies, dict[str, int]]:
     """Energies on the present normals, every prototype under its old number where it lives on.
 
-    Whitening is computed anew, patch axes are kept (prototypes live in them). Also returns how
-    many prototypes there are and how many were kept, replaced and revived.
+    Whitening is computed anew, patch axes are kept (prototypes live in them); Lloyd takes at most
+    `iterations` from the present prototypes. Also returns how many prototypes there are and how
+    many were kept, replaced and revived.
     """
     counts = {"prototypes": 0, "kept": 0, "replaced": 0, "revived": 0}
     patches: dict[str, PatchEnergy] = {}
@@ -200,8 +202,7 @@ def renew_energies(
             old.bridge.variances[:1],
             old.bridge.log_weights,
             blend=1.0,
-            iterations=10,
-            generator=generator,
+            iterations=iterations,
         )
         patches[space] = PatchEnergy(old.space, len(new.means), config.eps, config.patch_worst)
         patches[space].bridge = Bridge(new.means, new.variances, old.bridge.log_weights, config.eps)

@@ -33,6 +33,7 @@ from dpdl_core.model import Dpdl
 from dpdl_core.observe import Features, Normals, look_at_all, observe
 from dpdl_core.parts import Energies
 from dpdl_core.shard import Shard
+from dpdl_core.sieve import look_over, see, with_new
 from dpdl_core.tune import Keeper, tune
 
 Progress = Callable[[str, float, dict[str, Any]], None]
@@ -41,6 +42,8 @@ MIN_NORMALS = 10
 SHIFT_LIMIT = 0.25
 """Shift of new normals beyond which a renewal learns anew what the anomalies taught. At .25 a
 threshold for one false alarm in a hundred gives about one in seventy."""
+LLOYD, LLOYD_MOVED = 2, 10
+"""Steps from the present prototypes, without and with such a shift."""
 RETUNE_SHARE = 0.1
 """Of its training's epochs that a tuned trunk is tuned again after such a shift."""
 
@@ -100,6 +103,7 @@ def fit(
                 keeper=keeper,
             )
     trunk.fuse()
+    _check_enough(sum(distributed.row_counts(_rows(normals))))
     found = _observe(config, trunk, normals, seed, generator, tell)
     seen = _look_at_anomalies(config, trunk, anomalies)
     tell("prototypes", 0.0, {})
@@ -134,7 +138,8 @@ def renew(
     tell = progress or _silent
     model = copy.deepcopy(model).cpu()
     config, trunk = model.config, copy.deepcopy(model.trunk).to(device)
-    aside, shift = look_over(model, new_normals)
+    looked = look_over(model, new_normals, max_maps=config.max_maps)
+    aside, shift, seen_new = looked.aside, looked.shift, looked.seen
     if len(vouched):
         aside &= ~torch.as_tensor(vouched)
     aside_everywhere = distributed.gather_rows(aside)
@@ -160,12 +165,15 @@ def renew(
     counts = (int((~aside_everywhere).sum()), sum(distributed.row_counts(_rows(old_normals))))
     chance = 3 * math.sqrt(sum(1 / max(1, count) for count in counts))
     relearn = relearn or shift > max(SHIFT_LIMIT, chance)
-    source = _Joined(old_normals, new_normals, aside)
     generator = torch.Generator().manual_seed(seed)
     known = _as_images(config, anomalies if relearn else anomalies[:0])
     if config.tuned_stages and len(known):
+        source = _Joined(old_normals, new_normals, aside)
         _retune(config, trunk, source, known, generator, tell)
-    found = _observe(config, trunk, source, seed, generator, tell, spoil=False)
+        seen_new = see(config, trunk, new_normals, config.max_maps)
+    old = _observe(config, trunk, old_normals, seed, generator, tell, spoil=False)
+    found = with_new(old, seen_new, ~aside)
+    _check_enough(len(found.pooled))
     seen = _look_at_anomalies(config, trunk, known)
     tell("prototypes", 0.0, {})
     energies, changed = renew_energies(
@@ -174,10 +182,17 @@ def renew(
         found.pooled,
         found.features,
         model.parts.energies,
+        # What has not moved is found where it was.
+        iterations=LLOYD_MOVED if relearn else LLOYD,
         generator=generator,
     )
     renewed = _calibrated(config, trunk, energies, found, seen, generator, tell, model)
     return renewed, report(changed, _score_shift(model, renewed, found), relearnt=len(seen) > 0)
+
+
+def _check_enough(total: int) -> None:
+    if total < MIN_NORMALS:
+        raise ValueError(f"{total} normal images: need at least {MIN_NORMALS} to fit a model")
 
 
 def _rows(source: ImageSource) -> Tensor:
@@ -214,9 +229,6 @@ def _observe(
     *,
     spoil: bool = True,
 ) -> Normals:
-    total = sum(distributed.row_counts(_rows(source)))
-    if total < MIN_NORMALS:
-        raise ValueError(f"{total} normal images: need at least {MIN_NORMALS} to fit a model")
     started = time.monotonic()
 
     def report(share: float) -> None:
@@ -330,38 +342,6 @@ class _Joined:
             at += len(images)
             if len(kept):
                 yield kept
-
-
-def set_aside(model: Dpdl, new: ImageSource) -> Tensor:
-    """Which of this rank's new normals not to learn from, (n,) bool; see look_over()."""
-    return look_over(model, new)[0]
-
-
-def look_over(model: Dpdl, new: ImageSource) -> tuple[Tensor, float]:
-    """Which of this rank's new normals not to learn from, (n,) bool, and the others' shift.
-
-    Aside go those whose energy under the present model is beyond what it finds in normals it has
-    not seen, and beyond the bulk of the new ones: if all have drifted, drift is what is to be
-    learnt; if some stand out, they are taken for anomalies that slipped in. Median and deviation
-    from it, so that up to half of the new may be poison.
-    The shift is RenewReport.input_shift, over all ranks.
-    """
-    names = model.parts.energies.names
-    mine = torch.zeros(0, 2)
-    for batch in new.batches(model.config.batch_size):
-        found = model.score(batch)
-        tail = torch.stack([found.parts[name] for name in names]).mean(0)
-        mine = torch.cat([mine, torch.stack([found.energy, tail], 1).cpu()])
-    everyone = distributed.gather_rows(mine)
-    if not len(everyone):
-        return torch.zeros(0, dtype=torch.bool), 0.0
-    energies = everyone[:, 0]
-    median = energies.median()
-    spread = 1.4826 * (energies - median).abs().median()
-    limit = torch.maximum(model.energy_limit.cpu(), median + 3.5 * spread)
-    # -log of a tail probability has mean 1 over normals that the model has not seen.
-    shift = float(everyone[energies <= limit, 1].mean() - 1)
-    return mine[:, 0] > limit, shift
 
 
 @torch.no_grad()

@@ -104,8 +104,8 @@ def observe(
         pooled=distributed.gather_rows(torch.cat(pooled)),
         kept=everywhere,
         mine=mine,
-        features=_join(kept),
-        spoiled=[_join(level) for level in spoiled if level],
+        features=join(kept),
+        spoiled=[join(level) for level in spoiled if level],
         spoiled_rows=to_spoil[everywhere[mine]].nonzero().squeeze(1),
     )
 
@@ -113,19 +113,23 @@ def observe(
 @torch.no_grad()
 def look(trunk: Trunk, images: Tensor, stages: list[int]) -> Features:
     """Features of one batch of uint8 images (B, S, S, 3), on the CPU."""
-    device = trunk.mean_255.device
-    maps = trunk(images.to(device))
-    empty = maps[0].new_empty((len(images), 0), dtype=torch.float16).cpu()
-    keep = [m.half().cpu() if i in stages else empty for i, m in enumerate(maps)]
-    return Features(pool(maps).cpu(), keep)
+    return keep(trunk(images.to(trunk.mean_255.device)), stages)
+
+
+def keep(maps: list[Tensor], stages: list[int]) -> Features:
+    """Of one batch's maps what a fit needs: pooled features, and these stages' maps by halves."""
+    empty = maps[0].new_empty((len(maps[0]), 0), dtype=torch.float16).cpu()
+    kept = [m.half().cpu() if i in stages else empty for i, m in enumerate(maps)]
+    return Features(pool(maps).cpu(), kept)
 
 
 def look_at_all(trunk: Trunk, images: Tensor, stages: list[int], batch_size: int) -> Features:
     """Features of images in memory, uint8 (M, S, S, 3)."""
-    return _join([look(trunk, batch, stages) for batch in torch.split(images, batch_size)])
+    return join([look(trunk, batch, stages) for batch in torch.split(images, batch_size)])
 
 
-def _join(parts: list[Features]) -> Features:
+def join(parts: list[Features]) -> Features:
+    """The images of all parts, in order."""
     return Features(
         torch.cat([p.pooled for p in parts]),
         [torch.cat(level) for level in zip(*(p.maps for p in parts), strict=True)],

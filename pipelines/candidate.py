@@ -18,7 +18,8 @@ import numpy as np
 
 from dpdl_core import artifact
 from dpdl_core.artifact import LoadedVersion
-from dpdl_core.fit import renew, set_aside
+from dpdl_core.fit import renew
+from dpdl_core.sieve import set_aside
 from infra import decisions
 from infra.answers import is_answer
 from infra.errors import DataError, VersionExists

@@ -13,10 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small import SIZE, anomalies, normals, tiny_config
 
 from dpdl_core import artifact
-from dpdl_core.fit import fit, renew, set_aside
+from dpdl_core.fit import fit, renew
 from dpdl_core.images import ArraySource
 from dpdl_core.metrics import auroc
 from dpdl_core.model import Dpdl
+from dpdl_core.sieve import set_aside
 
 NORMALS, SEEN = normals(60), anomalies(4)
 
