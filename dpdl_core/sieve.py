@@ -1,0 +1,142 @@
+"""New normals under the present model: which look like anomalies, how far the others lie, and
+their features, which a renewal learns from without reading the images again.
+
+Knows models, image sources and ranks; nothing of where images come from.
+Letters: n new images of this rank, m of them with maps kept, P pooled features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dpdl_core import distributed
+from dpdl_core.config import DpdlConfig
+from dpdl_core.estimate import map_stages
+from dpdl_core.features import Trunk
+from dpdl_core.images import ImageSource
+from dpdl_core.model import Dpdl
+from dpdl_core.observe import Features, Normals, join, keep
+from dpdl_core.parts import pool
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Features of n images; maps of at most so many as were wanted, spread evenly."""
+
+    pooled: Tensor
+    """(n, P)."""
+    mapped: Tensor
+    """(m,) rows of `features`, ascending."""
+    features: Features
+    """Of m images."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What the present model says of the new normals."""
+
+    aside: Tensor
+    """(n,) bool: not to be learnt from, since they look like anomalies."""
+    shift: float
+    """Of the others, over all ranks; see look_over()."""
+    seen: Seen
+
+
+def set_aside(model: Dpdl, new: ImageSource) -> Tensor:
+    """Which of this rank's new normals not to learn from, (n,) bool; see look_over()."""
+    return look_over(model, new, max_maps=0).aside
+
+
+@torch.no_grad()
+def look_over(model: Dpdl, new: ImageSource, *, max_maps: int) -> Looked:
+    """Which of this rank's new normals not to learn from, the others' shift, and all features.
+
+    Aside go those whose energy under the present model is beyond what it finds in normals it has
+    not seen, and beyond the bulk of the new ones: if all have drifted, drift is what is to be
+    learnt; if some stand out, they are taken for anomalies that slipped in. Median and deviation
+    from it, so that up to half of the new may be poison.
+    The shift is the mean of -log of the energies' tail probabilities, which is 1 for normals like
+    those that the model learnt from, minus 1.
+    """
+    names = model.parts.energies.names
+    found = [torch.zeros(0, 2)]
+
+    def judge(maps: list[Tensor]) -> None:
+        scores = model.judge(pool(maps), maps)
+        tail = torch.stack([scores.parts[name] for name in names]).mean(0)
+        found.append(torch.stack([scores.energy, tail], 1).cpu())
+
+    seen = see(model.config, model.trunk, new, max_maps, judge)
+    mine = torch.cat(found)
+    everyone = distributed.gather_rows(mine)
+    if not len(everyone):
+        return Looked(torch.zeros(0, dtype=torch.bool), 0.0, seen)
+    energies = everyone[:, 0]
+    median = energies.median()
+    spread = 1.4826 * (energies - median).abs().median()
+    limit = torch.maximum(model.energy_limit.cpu(), median + 3.5 * spread)
+    shift = float(everyone[energies <= limit, 1].mean() - 1)
+    return Looked(mine[:, 0] > limit, shift, seen)
+
+
+@torch.no_grad()
+def see(
+    config: DpdlConfig,
+    trunk: Trunk,
+    images: ImageSource,
+    max_maps: int,
+    meanwhile: Callable[[list[Tensor]], None] = lambda maps: None,
+) -> Seen:
+    """Features of this rank's images, read once; `meanwhile` is given every batch's maps."""
+    stages, step = map_stages(config), max(1, -(-images.num_images // max(1, max_maps)))
+    pooled: list[Tensor] = []
+    mapped: list[int] = []
+    kept: list[Features] = []
+    at = 0
+    for batch in images.batches(config.batch_size):
+        maps = trunk(batch.to(trunk.mean_255.device))
+        meanwhile(maps)
+        found = keep(maps, stages)
+        rows = torch.arange(-at % step, len(batch), step)[: max_maps - len(mapped)]
+        pooled.append(found.pooled)
+        kept.append(found.take(rows))
+        mapped += (at + rows).tolist()
+        at += len(batch)
+    dims = 2 * sum(trunk.channels) + 4 * trunk.channels[-1]
+    nothing = Features(torch.zeros(0, dims), [])
+    return Seen(
+        torch.cat([nothing.pooled, *pooled]),
+        torch.tensor(mapped, dtype=torch.long),
+        join(kept) if kept else nothing,
+    )
+
+
+def with_new(old: Normals, new: Seen, learn: Tensor) -> Normals:
+    """Old normals and those of this rank's new ones that are to be learnt, (n,) bool. Collective.
+
+    The new ones' numbers follow all the old ones'.
+    """
+    numbers = len(old.pooled) + _before(learn.sum()) + learn.cumsum(0) - 1
+    wanted = learn[new.mapped]
+    mine = numbers[new.mapped[wanted]]
+    features = old.features
+    if len(mine):
+        some = new.features.take(wanted.nonzero().squeeze(1))
+        features = join([features, some]) if len(features) else some
+    places = len(old.kept) + _before(torch.tensor(len(mine))) + torch.arange(len(mine))
+    return replace(
+        old,
+        pooled=torch.cat([old.pooled, distributed.gather_rows(new.pooled[learn])]),
+        kept=torch.cat([old.kept, distributed.gather_rows(mine)]),
+        mine=torch.cat([old.mine, places]),
+        features=features,
+    )
+
+
+def _before(count: Tensor) -> int:
+    """The sum of a count over the ranks before this one."""
+    return int(distributed.gather_rows(count.view(1))[: distributed.rank()].sum())
