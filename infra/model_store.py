@@ -197,6 +197,15 @@ class ModelStore:
             files[file] = data
         return files
 
+    def list_models(self) -> list[str]:
+        """Models of which anything is stored, in the order of their names."""
+        with s3_errors(self._s3):
+            found = [
+                str(item.object_name).rstrip("/")
+                for item in self._client.list_objects(self._bucket)
+            ]
+        return sorted(name for name in found if _NAME.fullmatch(name))
+
     def list_versions(self, name: str) -> list[str]:
         """Complete versions, in the order of their ids."""
         return sorted(v for v, objects in self._objects(name).items() if MANIFEST in objects)

@@ -11,7 +11,6 @@ hostile input: they are JSON here and text nodes in the pages, never markup. Wha
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from importlib.resources import files
 from typing import Annotated, Any
 from urllib.parse import parse_qs
 
@@ -26,8 +25,8 @@ from infra.messages import frame_id
 from infra.metrics import ReplicaMetrics
 from infra.redis_client import ResultStore, StoredResult
 from infra.settings import load_settings
-from serving.archive import FRAME, HEAT, EvidenceBucket, image_type
-from serving.console import lookup, schema, views
+from serving.archive import FRAME, HEAT, EvidenceBucket
+from serving.console import lookup, pages, schema, views
 from serving.console.access import COOKIE, Access, refused_change
 from serving.console.desk import Desk
 from serving.console.parameters import (
@@ -41,6 +40,7 @@ from serving.console.parameters import (
     Count,
     EntryId,
     FromMs,
+    ModelFilter,
     Offset,
     Partition,
     StreamId,
@@ -66,11 +66,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-SCRIPTS = ("alerts", "app", "camera", "chart", "dom", "versions", "viewer", "wall")
-STATIC = {"console.css": "text/css; charset=utf-8"} | {
-    f"{name}.js": "text/javascript; charset=utf-8" for name in SCRIPTS
-}
-
 api = FastAPI(
     title="DPDL",
     version="1",
@@ -92,7 +87,7 @@ async def _guard(request: Request, go_on: Callable[[Request], Awaitable[Response
     response: Response
     if not open_to_all and not access.allows(client, request.headers, request.cookies):
         if request.url.path == "/":
-            response = HTMLResponse(_file("login.html"), status_code=401)
+            response = HTMLResponse(pages.file("login.html"), status_code=401)
         else:
             response = _problem(401, "a token is needed: Authorization: Bearer")
     elif not open_to_all and (refused := _refused(request)):
@@ -139,21 +134,6 @@ async def _asked(answer: Any) -> Any:
         return {"trouble": f"no answer ({type(error).__name__})"}
 
 
-def _file(name: str) -> bytes:
-    return (files("serving.console") / name).read_bytes()
-
-
-def _picture(data: bytes) -> Response:
-    kind = image_type(data)
-    # What is no known picture is never shown in the page's origin.
-    shown = "inline" if kind.startswith("image/") else "attachment"
-    headers = {
-        "Cache-Control": "private, max-age=86400, immutable",
-        "Content-Disposition": shown,
-    }
-    return Response(data, media_type=kind, headers=headers)
-
-
 def _found(stored: StoredResult | None, id: str) -> StoredResult:
     if stored is None:
         raise HTTPException(404, f"no such frame: {id}")
@@ -167,7 +147,7 @@ class Console:
     Args:
         consumer: for its state; one of the replicas answers.
         scorer: for the version in use.
-        model_name: whose versions are shown and promoted.
+        model_name: scores the cameras that are bound to no other model.
     """
 
     def __init__(
@@ -187,14 +167,14 @@ class Console:
 
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
     def page(self) -> HTMLResponse:
-        return HTMLResponse(_file("index.html"))
+        return HTMLResponse(pages.file("index.html"))
 
     @api.get("/{name}.{kind}", include_in_schema=False)
     def static(self, name: str, kind: str) -> Response:
         asked = f"{name}.{kind}"
-        if asked not in STATIC:
+        if asked not in pages.STATIC:
             raise HTTPException(404)
-        return Response(_file(asked), media_type=STATIC[asked])
+        return Response(pages.file(asked), media_type=pages.STATIC[asked])
 
     @api.post("/login", include_in_schema=False)
     async def login(self, request: Request) -> Response:
@@ -208,7 +188,7 @@ class Console:
         session = access.session()
         if session is None or not access.is_token(given):
             await asyncio.sleep(1)  # guessing costs time
-            return HTMLResponse(_file("login.html"), status_code=401)
+            return HTMLResponse(pages.file("login.html"), status_code=401)
         answer = RedirectResponse(request.scope.get("root_path", "") + "/", status_code=303)
         answer.set_cookie(
             COOKIE, session, httponly=True, samesite="strict", secure=request.url.scheme == "https"
@@ -333,7 +313,7 @@ class Console:
         data = self._evidence.get(f"{topic}/{partition}/{offset}/{name}")
         if data is None:
             raise HTTPException(404, "no such evidence: expired, or not yet in S3")
-        return _picture(data)
+        return pages.picture(data)
 
     @api.get(
         "/api/v1/frames/{topic}/{partition}/{offset}", response_class=Response, responses=PICTURE
@@ -342,24 +322,36 @@ class Console:
         """Any frame as it came, while Kafka's retention lasts: by its frame id."""
         if topic != self._settings.kafka.topic:
             raise HTTPException(404, "no such topic of frames")
-        return _picture(self._desk.image(frame_id(topic, int(partition), int(offset))))
+        return pages.picture(self._desk.image(frame_id(topic, int(partition), int(offset))))
 
     # --- versions ------------------------------------------------------------------------
 
+    @api.get("/api/v1/models", responses=PROBLEMS)
+    def models(self) -> schema.ModelList:
+        """Models in the store and those that cameras are bound to."""
+        return self._desk.models(self._results.bindings())
+
     @api.get("/api/v1/versions", responses=PROBLEMS)
     def versions(
-        self, count: Count = 50, skip: Annotated[int, Query(ge=0, le=10**6)] = 0
+        self,
+        model: ModelFilter = None,
+        count: Count = 50,
+        skip: Annotated[int, Query(ge=0, le=10**6)] = 0,
     ) -> schema.VersionPage:
         """Versions, newest first, with what the gate decided; and who promoted what when."""
-        return self._desk.versions(count, skip)
+        return self._desk.versions(model, count, skip)
 
     @api.post("/api/v1/versions/{version}/promote", responses=CHANGES)
-    def promote(self, version: VersionId, order: schema.PromoteOrder) -> schema.Promotion:
+    def promote(
+        self, version: VersionId, order: schema.PromoteOrder, model: ModelFilter = None
+    ) -> schema.Promotion:
         """Make a version current, whatever the gate said; it is verified first.
 
         To roll back, promote `rollback_to`. 409 where another version is current than `expected`.
         """
-        moved = self._desk.promote(version, expected=order.expected, by=order.by, why=order.why)
+        moved = self._desk.promote(
+            model, version, expected=order.expected, by=order.by, why=order.why
+        )
         return schema.Promotion(
             version=moved.version, at=moved.promoted_at, by=moved.by, why=moved.why
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from dpdl_core.artifact import ArtifactError, unpack
@@ -29,7 +31,7 @@ class Desk:
     def __init__(self, settings: Settings, model_name: str) -> None:
         self._settings, self._model = settings, model_name
         self._store = ModelStore(settings)
-        self._decisions = Recorded(settings, model_name)
+        self._decisions: dict[str, Recorded] = {}
         self._answers = Answers(settings)
         self._evidence = EvidenceBucket(settings)
         self._reread = Reread(settings)
@@ -87,14 +89,36 @@ class Desk:
 
     # --- versions ------------------------------------------------------------------------
 
-    def versions(self, count: int, skip: int) -> schema.VersionPage:
-        pointer = self._store.current(self._model)
+    def models(self, bindings: Mapping[str, str]) -> schema.ModelList:
+        """Models in the store and those that cameras are bound to; bindings: camera -> model."""
+        bound = Counter(bindings.values())
+        names = {self._model, *bound, *self._store.list_models()}
+        pointers = {name: self._pointer(name) for name in names}
+        return schema.ModelList(
+            models=[
+                schema.Model(
+                    model=name,
+                    current=pointer.version if pointer else None,
+                    default=name == self._model,
+                    bound_cameras=bound[name],
+                )
+                for name, pointer in sorted(
+                    pointers.items(), key=lambda found: (found[0] != self._model, found[0])
+                )
+            ]
+        )
+
+    def versions(self, model: str | None, count: int, skip: int) -> schema.VersionPage:
+        """Of the default model with None."""
+        model = model or self._model
+        pointer = self._store.current(model)
         with self._decisions_turn:
-            decided = {each.candidate: each for each in self._decisions.all()}
-        known = {n: self._shown(n) for n in self._store.list_versions(self._model)}
+            recorded = self._decisions.setdefault(model, Recorded(self._settings, model))
+            decided = {each.candidate: each for each in recorded.all()}
+        known = {n: self._shown(model, n) for n in self._store.list_versions(model)}
         newest = sorted(known, key=lambda name: str(known[name]["stored_at"]), reverse=True)
         return schema.VersionPage(
-            model=self._model,
+            model=model,
             current=pointer.version if pointer else None,
             rollback_to=_back(pointer),
             versions=[
@@ -108,9 +132,12 @@ class Desk:
             ],
         )
 
-    def promote(self, version: str, *, expected: str | None, by: str, why: str) -> Pointer:
+    def promote(
+        self, model: str | None, version: str, *, expected: str | None, by: str, why: str
+    ) -> Pointer:
         """Verify a version and point at it. PointerConflict where `expected` is not current."""
-        pointer = self._store.current(self._model)
+        model = model or self._model
+        pointer = self._store.current(model)
         current = pointer.version if pointer else None
         if current != expected:
             raise PointerConflict(
@@ -119,17 +146,24 @@ class Desk:
         if pointer is not None and current == version:
             return pointer
         try:
-            unpack(self._store.fetch(self._model, version))
+            unpack(self._store.fetch(model, version))
         except ArtifactError as error:
-            raise VersionBroken(f"{self._model} {version}: {error}") from None
-        moved = self._store.move_pointer(self._model, version, pointer, by=by, why=why)
-        announce_move(self._settings, self._model, moved)
+            raise VersionBroken(f"{model} {version}: {error}") from None
+        moved = self._store.move_pointer(model, version, pointer, by=by, why=why)
+        announce_move(self._settings, model, moved)
         return moved
 
-    def _shown(self, version: str) -> dict[str, Any]:
+    def _pointer(self, model: str) -> Pointer | None:
+        """One that cannot be read does not hide the other models."""
+        try:
+            return self._store.current(model)
+        except VersionBroken:
+            return None
+
+    def _shown(self, model: str, version: str) -> dict[str, Any]:
         """One manifest that is altered or too new does not hide the other versions."""
         try:
-            return self._manifest(self._model, version)
+            return self._manifest(model, version)
         except VersionBroken:
             return {"kind": "broken", "stored_at": ""}
 

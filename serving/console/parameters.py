@@ -14,6 +14,10 @@ Count = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 CameraFilter = Annotated[str, Query(max_length=128)]
 CameraId = Annotated[str, Path(min_length=1, max_length=128)]
 VersionId = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+ModelFilter = Annotated[
+    str | None,
+    Query(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="By default the default one."),
+]
 Topic = Annotated[str, Path(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
 Partition = Annotated[str, Path(pattern=r"^\d{1,9}$")]
 Offset = Annotated[str, Path(pattern=r"^\d{1,20}$")]

@@ -111,6 +111,20 @@ class CameraPage(BaseModel):
     known: int
 
 
+class Model(BaseModel):
+    model: str
+    current: str | None
+    """Its version; None where none was promoted yet."""
+    default: bool
+    """Whether it scores the cameras that are bound to no other."""
+    bound_cameras: int
+
+
+class ModelList(BaseModel):
+    models: list[Model]
+    """Those in the store and those that cameras are bound to, the default first."""
+
+
 class Version(BaseModel):
     version: str
     kind: str

@@ -1,28 +1,32 @@
-// Versions: what scores now, what the gate said in numbers, promote and roll back.
+// Versions of each model: what scores now, what the gate said in numbers, promote and roll back.
 
 import { figure, get, h, moment, percent, question, send, tell, trying, who } from "./dom.js";
 
 const PAGE = 50;
 const EVERY = 5; // looks
 
-export function openVersions(root) {
+export function openVersions(root, model) {
   const now = h("p", { class: "summary" }, "Looking for versions\u2026");
   const back = h("button", { type: "button", onclick: () => keys.B[0]() }, h("kbd", {}, "B"), " Roll back\u2026");
   const body = h("tbody");
   const more = h("button", { type: "button", hidden: true, onclick: () => { shown += PAGE; load(); } }, "Older versions");
   const moves = h("ol", { class: "moves" });
+  const models = h("select", { "aria-label": "Model", hidden: true, onchange: () => { location.hash = `#/versions/${encodeURIComponent(models.value)}`; } });
   const heads = ["Version", "Made", "AUROC", "Threshold", "New normals", "Gate", ""];
-  root.append(h("div", { class: "row head" }, h("h1", {}, "Versions"), now, back),
+  root.append(h("div", { class: "row head" }, h("h1", {}, "Versions"), models, now, back),
     h("section", { class: "card" }, h("table", {}, h("thead", {}, h("tr", {}, ...heads.map((each) => h("th", { scope: "col" }, each)))), body), more),
     h("section", { class: "card" }, h("h2", {}, "What was made current"), moves));
 
   let page = null, shown = PAGE, rounds = 0, last = "";
 
   async function load() {
-    page = await get("api/v1/versions", { count: shown });
-    const text = JSON.stringify(page);
+    const [found, all] = await Promise.all([get("api/v1/versions", { model, count: shown }), get("api/v1/models")]);
+    page = found;
+    const text = JSON.stringify([page, all]);
     if (text === last) return;
     last = text;
+    models.replaceChildren(...all.models.map((each) => h("option", { value: each.model, selected: each.model === page.model }, `${each.model} (${scores(each)})`)));
+    models.hidden = all.models.length < 2 && all.models[0].model === page.model;
     now.replaceChildren(...(page.current ? ["Now scoring, by the pointer: ", h("strong", {}, page.current)] : ["No version is current."]));
     back.disabled = !page.rollback_to;
     body.replaceChildren(...page.versions.flatMap(row));
@@ -57,11 +61,17 @@ export function openVersions(root) {
       h("p", {}, expected ? `Now ${expected} scores. ` : "", "Every frame is scored by the new one within seconds; results keep the version that scored them."),
       h("label", {}, "Why ", h("input", { name: "why", maxlength: 200, required: true, value: why }))], verb);
     if (!given) return;
-    const moved = await send("POST", `api/v1/versions/${encodeURIComponent(version)}/promote`, { expected, by, why: given.why });
-    tell(`${moved.version} is current.`);
+    const of = encodeURIComponent(page.model);
+    const moved = await send("POST", `api/v1/versions/${encodeURIComponent(version)}/promote?model=${of}`, { expected, by, why: given.why });
+    tell(`${page.model}: ${moved.version} is current.`);
     await load();
   });
 
   const keys = { B: [() => page?.rollback_to && ask(page.rollback_to, "rolled back in the console", "Roll back to"), "roll back"] };
   return { look: async () => { if (rounds++ % EVERY === 0) await load(); }, keys };
+}
+
+function scores({ default: main, bound_cameras: bound }) {
+  if (main) return "every camera not bound to another";
+  return bound === 1 ? "1 camera" : `${bound || "no"} cameras`;
 }
