@@ -4,43 +4,48 @@ Knows NumPy only. The measure is the population stability index over B bins,
 
     PSI = sum_b (p_b - q_b) ln(p_b / q_b),
 
-p of the last frames, q of the normals: under 0.1 nothing, above 0.25 it has moved (the convention
-of credit scoring). Of two things: of the frames' energy, in bins between quantiles of the normals;
-and of prototype usage, the share of patches whose nearest prototype lies in each of GROUPS groups.
-Nothing is recomputed for it: scoring finds the nearest prototypes anyway. For most patches those
-are the nearest of the 256 most used (parts.py), which is fine enough for so coarse groups.
+p of the last frames, q of the normals. Of two things: of the frames' energy, in bins between
+quantiles of the normals; and of prototype usage, the share of patches whose nearest prototype lies
+in each of GROUPS groups. Nothing is recomputed for it: scoring finds the nearest prototypes anyway.
+For most patches those are the nearest of the 256 most used (parts.py), which is fine enough for
+groups.
 
-With no drift the energy's PSI is (B-1) (1/N + 1/n) in the mean for N normals and n frames, hence
-the bounds: 20 normals a bin and 200 frames make 0.1 at most.
-Letters: N images, L patches of an image, K prototypes, G groups, B bins.
+What PSI means depends on how many normals and frames there are and, for usage, on how alike the
+patches of one image are. So each version keeps its own bounds: the PSI that QUANTILE of BOOTSTRAPS
+draws do not exceed, in which frames and normals are both drawn anew from its held-out normals, for
+ENOUGH and for WINDOW frames; between the two it goes as 1 / frames. Energy's is at least CONVENTION
+(credit scoring's "it has moved"): a shift of the energy is no concern while thresholds hold.
+Frames that follow each other are more alike than draws: the quantile is no false-alarm rate.
+Letters: N images, n frames, L patches of an image, K prototypes, G groups, B bins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 MAX_BINS = 10
 NORMALS_PER_BIN = 20
-GROUPS = 16
+GROUPS = 64
+QUANTILE, BOOTSTRAPS = 0.999, 2000
+CONVENTION = 0.25
 WINDOW = 500
 """Frames of a camera that are looked at, the last ones."""
 ENOUGH = 200
 """Fewer frames than this say nothing yet."""
 MAX_CAMERAS = 500
-"""Cameras that are followed; 17 kB each."""
+"""Cameras that are followed; 65 kB each."""
 
 Counts = NDArray[np.int64]
 
 
-def psi(frames: Counts, normals: Counts) -> float:
-    """PSI of two counts over the same bins, half an observation added to each bin."""
-    p = (frames + 0.5) / (frames.sum() + len(frames) / 2)
-    q = (normals + 0.5) / (normals.sum() + len(normals) / 2)
-    return float(np.sum((p - q) * np.log(p / q)))
+def psi(frames: Counts, normals: Counts) -> NDArray[np.float64]:
+    """PSI of counts over the same bins, half an observation added to each, (..., B) -> (...)."""
+    p, q = ((counts + 0.5) / (counts + 0.5).sum(-1, keepdims=True) for counts in (frames, normals))
+    return np.asarray(np.sum((p - q) * np.log(p / q), -1))
 
 
 def reference(
@@ -56,14 +61,18 @@ def reference(
     groups = _groups(np.bincount(winners.ravel(), minlength=num_prototypes))
     usage = group_counts(winners, groups)
 
-    def part(rows: NDArray[Any]) -> dict[str, list[Any]]:
+    def part(rows: NDArray[Any]) -> dict[str, Any]:
         bins = min(MAX_BINS, len(rows) // NORMALS_PER_BIN)
         edges = np.unique(np.quantile(energy[rows], np.linspace(0, 1, bins + 1)[1:-1]))
-        counts = np.bincount(np.searchsorted(edges, energy[rows]), minlength=len(edges) + 1)
+        binned = np.eye(len(edges) + 1, dtype=np.int64)[np.searchsorted(edges, energy[rows])]
         return {
             "energy_edges": edges.tolist(),
-            "energy": counts.tolist(),
+            "energy": binned.sum(0).tolist(),
             "usage": usage[rows].sum(0).tolist(),
+            "bounds": {
+                "energy": [max(CONVENTION, bound) for bound in _bounds(binned)],
+                "prototypes": _bounds(usage[rows]),
+            },
         }
 
     names = np.array(cameras)
@@ -94,6 +103,28 @@ def _groups(used: Counts) -> Counts:
     return groups
 
 
+def _bounds(counts: Counts) -> list[float]:
+    """PSI that frames like the normals rarely exceed, for ENOUGH and for WINDOW of them.
+
+    counts (N, B) of each normal.
+    """
+    rng = np.random.default_rng(0)
+    alike = np.full(len(counts), 1 / len(counts))
+    found = []
+    for frames in (ENOUGH, WINDOW):
+        drawn, normals = (
+            rng.multinomial(size, alike, BOOTSTRAPS) @ counts for size in (frames, len(counts))
+        )
+        found.append(float(np.quantile(psi(drawn, normals), QUANTILE)))
+    return found
+
+
+class Psi(NamedTuple):
+    value: float
+    bound: float
+    """Above it, the frames have moved."""
+
+
 class Drift:
     """The last frames of each camera under one version, and their PSI.
 
@@ -101,11 +132,12 @@ class Drift:
     frames of silence and never shows a wrong figure. `add` from one thread, `psi` from any.
 
     Args:
-        kept: what reference() made; {} or None follows nothing.
+        kept: what reference() made; {} or None follows nothing, nor does what was made before
+            there were bounds.
     """
 
     def __init__(self, kept: Mapping[str, Any] | None) -> None:
-        self._kept = kept or {}
+        self._kept = kept if kept and "bounds" in kept["default"] else {}
         self._groups = np.array(self._kept.get("groups", []), np.int64)
         self._windows: dict[str, _Window] = {}
 
@@ -123,8 +155,8 @@ class Drift:
                 window = self._windows[camera] = _Window(mine)
             window.add(float(energy[row]), usage[row])
 
-    def psi(self) -> dict[str, dict[str, float]]:
-        """Camera -> {"energy": psi, "prototypes": psi}, of cameras with ENOUGH frames."""
+    def psi(self) -> dict[str, dict[str, Psi]]:
+        """Camera -> {"energy": Psi, "prototypes": Psi}, of cameras with ENOUGH frames."""
         return {
             camera: window.psi()
             for camera, window in list(self._windows.items())
@@ -137,6 +169,7 @@ class _Window:
         self._edges = np.array(normals["energy_edges"], np.float64)
         self._normal_energy = np.array(normals["energy"], np.int64)
         self._normal_usage = np.array(normals["usage"], np.int64)
+        self._bounds = {of: (float(e), float(w)) for of, (e, w) in normals["bounds"].items()}
         self._bins = np.zeros(WINDOW, np.uint8)
         self._usage = np.zeros((WINDOW, len(self._normal_usage)), np.uint16)
         self.frames = 0
@@ -147,11 +180,19 @@ class _Window:
         self._usage[at] = usage
         self.frames += 1
 
-    def psi(self) -> dict[str, float]:
+    def psi(self) -> dict[str, Psi]:
         held = min(self.frames, WINDOW)
         energy = np.bincount(self._bins[:held], minlength=len(self._normal_energy))
         usage = self._usage[:held].sum(0, dtype=np.int64)
         return {
-            "energy": psi(energy, self._normal_energy),
-            "prototypes": psi(usage, self._normal_usage),
+            of: Psi(float(psi(frames, normals)), self._bound(of, held))
+            for of, frames, normals in (
+                ("energy", energy, self._normal_energy),
+                ("prototypes", usage, self._normal_usage),
+            )
         }
+
+    def _bound(self, of: str, frames: int) -> float:
+        at_enough, at_window = self._bounds[of]
+        share = (1 / frames - 1 / WINDOW) / (1 / ENOUGH - 1 / WINDOW)
+        return at_window + share * (at_enough - at_window)

@@ -148,7 +148,12 @@ class ScorerMetrics:
         self._drift = Gauge(
             "dpdl_drift_psi",
             "Population stability index of a camera's last frames against the version's held-out "
-            "normals, of energy or prototypes. Above 0.25: it has moved.",
+            "normals, of energy or prototypes. Above its bound: it has moved.",
+            ("camera", "of"),
+        )
+        self._bound = Gauge(
+            "dpdl_drift_bound",
+            "What dpdl_drift_psi of frames like the version's held-out normals rarely exceeds.",
             ("camera", "of"),
         )
 
@@ -157,12 +162,13 @@ class ScorerMetrics:
         if refused:
             self._refused.set(1, {"model": model, "version": refused})
 
-    def drift(self, by_camera: Mapping[str, Mapping[str, float]]) -> None:
-        """Camera -> {"energy": psi, "prototypes": psi}. Cameras beyond CAMERAS are left out."""
+    def drift(self, by_camera: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
+        """Camera -> "energy", "prototypes" -> PSI and bound. Those beyond CAMERAS are left out."""
         for camera, found in by_camera.items():
             if (name := self._cameras.of(camera)) != OTHER:
-                for of, psi in found.items():
+                for of, (psi, bound) in found.items():
                     self._drift.set(psi, {"camera": name, "of": of})
+                    self._bound.set(bound, {"camera": name, "of": of})
 
 
 @dataclass(frozen=True, slots=True)

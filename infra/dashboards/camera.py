@@ -19,7 +19,14 @@ from infra.dashboards.panels import (
     table,
     timeseries,
 )
-from infra.dashboards.queries import ALERT_COLUMNS, ALERT_LINKS, LAST_FRAME, alarm_rate, quantile
+from infra.dashboards.queries import (
+    ALERT_COLUMNS,
+    ALERT_LINKS,
+    LAST_FRAME,
+    alarm_rate,
+    drift,
+    quantile,
+)
 
 THRESHOLD = override(
     "threshold",
@@ -99,13 +106,13 @@ def camera(console_url: str) -> Json:
                 ),
                 timeseries(
                     "Drift",
-                    prom(f"max by (of) (ray_dpdl_drift_psi{mine})", "{{of}}"),
+                    prom(drift("of", mine), "{{of}}"),
                     help="Population stability index of the last 500 frames against the version's "
-                    "held-out normals: under 0.1 nothing, above 0.25 it has moved. Empty for the "
-                    "first 200 frames of a process or version, and where a version has under 40 "
-                    "held-out normals.",
+                    "held-out normals, as a share of the version's own bound: above 1 it has "
+                    "moved. Empty for the first 200 frames of a process or version, and where a "
+                    "version has under 40 held-out normals.",
                     size=(8, 8),
-                    defaults={"thresholds": steps((None, GREEN), (0.1, YELLOW), (0.25, RED))},
+                    defaults={"thresholds": steps((None, GREEN), (0.7, YELLOW), (1, RED))},
                 ),
             ],
             [

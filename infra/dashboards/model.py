@@ -16,7 +16,7 @@ from infra.dashboards.panels import (
     table,
     timeseries,
 )
-from infra.dashboards.queries import quantile
+from infra.dashboards.queries import drift, quantile
 
 
 def model() -> Json:
@@ -163,8 +163,9 @@ def model() -> Json:
             [
                 table(
                     "Drift by camera",
-                    prom("topk(50, max by (camera, of) (ray_dpdl_drift_psi))", instant=True),
-                    help="The highest 50 population stability indices now.",
+                    prom(f"topk(50, {drift('camera, of')})", instant=True),
+                    help="The highest 50 population stability indices now, as shares of their "
+                    "bounds: above 1 a camera has moved.",
                     size=(24, 8),
                     sort="Value",
                     transformations=[

@@ -28,6 +28,11 @@ ALERT_LINKS = [
 ]
 
 
+def drift(by: str, camera: str = "") -> str:
+    """PSI as a share of its bound: above 1, a camera's frames have moved."""
+    return f"max by ({by}) (ray_dpdl_drift_psi{camera} / ray_dpdl_drift_bound{camera})"
+
+
 def alarm_rate(window: str, camera: str = '!=""') -> str:
     frames = f"sum by (camera) (increase(ray_dpdl_frames_total{{camera{camera}}}[{window}]))"
     alerts = (

@@ -27,6 +27,7 @@ from infra.dashboards.queries import (
     ENCODED,
     LAST_FRAME,
     alarm_rate,
+    drift,
     quantile,
 )
 
@@ -37,7 +38,7 @@ def wall(console_url: str) -> Json:
           label_replace(
             3 * (time() - max by (camera) ({LAST_FRAME}) > bool 300), "why", "silent", "", "")
           or label_replace(2 * ({alarm_rate("15m")} > bool 0.05), "why", "alarms", "", "")
-          or label_replace(max by (camera) (ray_dpdl_drift_psi) > bool 0.25, "why", "drift", "", "")
+          or label_replace({drift("camera")} > bool 1, "why", "drift", "", "")
         ))"""
     mapping = {
         str(value): {"text": text, "color": color, "index": value}
@@ -108,7 +109,7 @@ def wall(console_url: str) -> Json:
                     "State",
                     prom(state, "{{camera}}"),
                     help="Silent: nothing for 5 minutes. Alarms: over 5 % of the frames of 15 "
-                    "minutes alert. Drift: PSI above 0.25. The worst 200; a click opens one.",
+                    "minutes alert. Drift: PSI above its bound. The worst 200; a click opens one.",
                     size=(24, 9),
                     steps=steps((None, GREEN)),
                     defaults={

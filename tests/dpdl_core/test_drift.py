@@ -46,8 +46,8 @@ def test_the_same_distribution_is_no_drift(seed):
     for _ in range(10):
         watched.add(["a"] * 50, *normals(rng, 50))
     found = watched.psi()["a"]
-    assert found["energy"] < 0.1
-    assert found["prototypes"] < 0.1
+    assert found["energy"].value < 0.1
+    assert all(each.value < each.bound for each in found.values())
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,46 @@ def test_what_has_moved_is_seen_and_what_has_not_is_not(moved, of):
     watched.add(["a"] * 500, *normals(rng, 500, **moved))
     found = watched.psi()["a"]
     other = {"energy": "prototypes", "prototypes": "energy"}[of]
-    assert found[of] > 0.25
-    assert found[other] < 0.1
+    assert found[of].value > found[of].bound
+    assert found[other].value < found[other].bound
+
+
+@pytest.mark.parametrize("alike", [1, 20])
+def test_the_bounds_are_what_their_own_normals_rarely_exceed(alike):
+    """Oracle: simulation. Patches of one image that are alike (each prototype `alike` times) make
+    usage vary more from image to image, and its bound must follow."""
+
+    def draw(count):
+        energy, winners = normals(rng, count)
+        return energy, winners[:, : 49 // alike + 1].repeat(alike, axis=1)[:, :49]
+
+    rng = np.random.default_rng(1)
+    exceeded = {"energy": 0, "prototypes": 0}
+    for _ in range(20):
+        watched = Drift(reference(*draw(300), [""] * 300, PROTOTYPES))
+        for i in range(5):
+            watched.add([f"{i}"] * 250, *draw(250))
+        for found in watched.psi().values():
+            for of, each in found.items():
+                exceeded[of] += each.value > each.bound
+    assert max(exceeded.values()) <= 2  # of 100
+    bounds = reference(*draw(300), [""] * 300, PROTOTYPES)["default"]["bounds"]["prototypes"]
+    assert bounds[0] > 1.5 * bounds[1]
+    assert (bounds[0] > 0.1) == (alike > 1)
+
+
+def test_between_its_two_ends_the_bound_goes_as_one_over_the_frames():
+    rng = np.random.default_rng(0)
+    made = kept(rng)
+    at_enough, at_window = made["default"]["bounds"]["prototypes"]
+    watched = Drift(made)
+    watched.add(["a"] * ENOUGH, *normals(rng, ENOUGH))
+    assert watched.psi()["a"]["prototypes"].bound == pytest.approx(at_enough)
+    watched.add(["a"] * 100, *normals(rng, 100))
+    between = at_window + (at_enough - at_window) * (1 / 300 - 1 / WINDOW) / (1 / 200 - 1 / WINDOW)
+    assert watched.psi()["a"]["prototypes"].bound == pytest.approx(between)
+    watched.add(["a"] * WINDOW, *normals(rng, WINDOW))
+    assert watched.psi()["a"]["prototypes"].bound == pytest.approx(at_window)
 
 
 def test_only_the_last_frames_count_and_few_say_nothing():
@@ -69,9 +107,9 @@ def test_only_the_last_frames_count_and_few_say_nothing():
     watched.add(["a"] * (ENOUGH - 1), *normals(rng, ENOUGH - 1, shift=5))
     assert watched.psi() == {}
     watched.add(["a"], *normals(rng, 1, shift=5))
-    assert watched.psi()["a"]["energy"] > 1
+    assert watched.psi()["a"]["energy"].value > 1
     watched.add(["a"] * WINDOW, *normals(rng, WINDOW))
-    assert watched.psi()["a"]["energy"] < 0.1
+    assert watched.psi()["a"]["energy"].value < 0.1
 
 
 def test_a_camera_with_enough_normals_is_held_against_its_own():
@@ -82,14 +120,16 @@ def test_a_camera_with_enough_normals_is_held_against_its_own():
     watched = Drift(made)
     for camera in ("odd", "unknown"):
         watched.add([camera] * 400, *normals(rng, 400, shift=4, first=20))
-    assert max(watched.psi()["odd"].values()) < 0.1
-    assert min(watched.psi()["unknown"].values()) > 0.25
+    assert all(each.value < each.bound for each in watched.psi()["odd"].values())
+    assert all(each.value > each.bound for each in watched.psi()["unknown"].values())
 
 
 def test_too_few_normals_keep_nothing_and_nothing_is_followed():
     rng = np.random.default_rng(0)
     assert reference(*normals(rng, 39), [""] * 39, PROTOTYPES) == {}
-    for nothing in (None, {}):
+    old = kept(rng)
+    del old["default"]["bounds"]  # of a version that was made before there were any
+    for nothing in (None, {}, old):
         watched = Drift(nothing)
         watched.add(["a"] * 300, *normals(rng, 300))
         assert watched.psi() == {}

@@ -62,7 +62,7 @@ def feed(cameras: int, versions: int = 3) -> None:
     for i, camera in enumerate(names):
         stream.scored(camera, "default", f"v{i % versions}", score=3.0, energy=2.0)
         watch.counts(camera, 100, 10, 5)
-    scorer.drift({camera: {"energy": 0.1, "prototypes": 0.2} for camera in names})
+    scorer.drift({camera: {"energy": (0.1, 0.25), "prototypes": (0.2, 0.05)} for camera in names})
     watch.cameras(CameraFacts(camera, 1000.0 + i, 7.0) for i, camera in enumerate(names))
 
 
@@ -79,7 +79,7 @@ def test_importing_and_recording_start_no_ray() -> None:
 
 def test_names_carry_their_units_and_every_metric_is_explained() -> None:
     found = declared()
-    assert len({metric.info["name"] for metric in found}) == len(found) == 19
+    assert len({metric.info["name"] for metric in found}) == len(found) == 20
     for metric in found:
         name = metric.info["name"]
         assert name.startswith("dpdl_")
@@ -101,6 +101,7 @@ def test_series_are_bounded_with_a_thousand_cameras_and_more(record, cameras) ->
     others = record.total("dpdl_frames_total", camera="other", outcome="alert")
     assert others == 5 * (cameras - metrics.CAMERAS)
     assert len(record.series("dpdl_drift_psi")) == 2 * metrics.CAMERAS
+    assert len(record.series("dpdl_drift_bound")) == 2 * metrics.CAMERAS
 
 
 def test_the_longest_silent_of_all_other_cameras_is_seen(record) -> None:
