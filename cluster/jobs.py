@@ -25,7 +25,8 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from infra.errors import AuthFailed, DataError, DpdlError, ServiceUnavailable, SettingsError
+from infra.errors import DataError, DpdlError, ServiceUnavailable, SettingsError
+from infra.ray_runtime import refused
 from infra.settings import is_secret, is_setting
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -128,11 +129,7 @@ class Jobs:
         try:
             yield
         except AuthenticationError as error:
-            raise AuthFailed(
-                f"{self.address} refuses us without its token ({error.message.rstrip('.')}): copy "
-                "~/.ray/auth_token from where the cluster was made, or name it by "
-                "RAY_AUTH_TOKEN_PATH"
-            ) from error
+            raise refused(self.address) from error
         except OSError as error:
             raise ServiceUnavailable(
                 f"no Ray cluster answers at {self.address}: name the head's dashboard by --address "

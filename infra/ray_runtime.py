@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,36 @@ def connect(*, dashboard: bool = False) -> None:
         except ValueError:
             # Ray refuses sizes when it joins a cluster that runs already: that one has its own.
             ray.init(**quiet)
-    except AuthenticationError as error:
-        raise AuthFailed(
-            f"the Ray cluster refuses us without its token ({error.message.rstrip('.')}): copy "
-            "~/.ray/auth_token from where the cluster was made, or name it by RAY_AUTH_TOKEN_PATH"
-        ) from error
+    except (AuthenticationError, ConnectionError) as error:
+        # With a token of another cluster, Ray says in the cause of a lost connection only.
+        told = "".join(traceback.format_exception(error))
+        if isinstance(error, AuthenticationError) or "Unauthenticated" in told:
+            raise refused("the Ray cluster") from error
+        raise
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler dumps a stack and dies at once: nothing would be ended in order.
         signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def refused(cluster: str) -> AuthFailed:
+    """Why a cluster does not let us in, and what to do: we have no token, or another one's."""
+    ours = _token_source()
+    mend = (
+        "copy ~/.ray/auth_token from where the cluster was made, or name its file by "
+        "RAY_AUTH_TOKEN_PATH"
+    )
+    if ours is None:
+        return AuthFailed(f"{cluster} asks for its token, and there is none here: {mend}")
+    return AuthFailed(f"{cluster} refuses the token of {ours}, which is not its own: {mend}")
+
+
+def _token_source() -> str | None:
+    """Where Ray takes our token from, in its order; None where it finds none."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    return str(path) if path.is_file() and path.read_text().strip() else None
 
 
 def write_scrape_targets(path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from dpdl_core import config, fit, images, protocol
 from dpdl_core.drift import WINDOW, Drift, reference
 
-FIT, HELD_OUT = 240, 200
+FIT, HELD_OUT, OTHERS = 240, 200, 400
 GAINS = {"15 % darker": 0.85, "25 % darker": 0.75, "15 % brighter": 1.15}
 BLURS = {"blurred 0.7 px": 0.7, "blurred 1.5 px": 1.5}
 DEFECTS = "one in five a defect"
@@ -54,7 +54,7 @@ def main() -> None:
     split = protocol.split(data, setting="general", shots=10, seed=0)
     unseen = [sample for sample in split.test if not sample.label]
     normals = [*split.train_normals, *unseen]
-    order = np.random.default_rng(0).permutation(len(normals))[: FIT + HELD_OUT + WINDOW]
+    order = np.random.default_rng(0).permutation(len(normals))[: FIT + HELD_OUT + WINDOW + OTHERS]
     pixels = protocol.decode_samples([normals[i] for i in order], recipe.image_size)[0]
     seen = protocol.decode_samples(split.train_anomalies, recipe.image_size)[0]
     defects = [sample for sample in split.test if sample.label][: WINDOW // 5]
@@ -64,10 +64,12 @@ def main() -> None:
     first = next(iter(model.parts.energies.patches))
     count = model.parts.energies.sizes[f"patch {first}"]
     kept = reference(*held_out, [""] * HELD_OUT, count)
-    frames = pixels[FIT + HELD_OUT :]
+    frames, others = np.split(pixels[FIT + HELD_OUT :], [WINDOW])
     found = {}
-    for how in ("as they are", *GAINS, "40 % less contrast", *BLURS, DEFECTS):
+    for how in ("as they are", "other normals", *GAINS, "40 % less contrast", *BLURS, DEFECTS):
         sent = moved(frames, how)
+        if how == "other normals":
+            sent = others
         if how == DEFECTS:
             sent = np.concatenate([frames[: WINDOW - len(wrong)], wrong])
         watched = Drift(kept)

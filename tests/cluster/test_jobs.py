@@ -1,7 +1,10 @@
 """`dpdl job`: what is refused before anything is sent. No cluster, no network."""
 
+import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -9,9 +12,10 @@ from cluster.jobs import JobRequest, Jobs
 from infra.errors import ServiceUnavailable, SettingsError
 
 
-def dpdl(*args):
+def dpdl(*args, env=None):
     return subprocess.run(
         [sys.executable, "-m", "cluster.cli", "job", *args],
+        env=env,
         capture_output=True,
         text=True,
         timeout=120,
@@ -38,6 +42,47 @@ def test_what_is_no_setting_is_refused(name):
 def test_no_cluster_is_one_line(monkeypatch):
     with pytest.raises(ServiceUnavailable, match="--address"):
         Jobs("http://127.0.0.1:9")
+
+
+def dashboard_that_refuses():
+    """Answers as Ray's dashboard does (http_token_authentication.py): 401 without a token, 403 with
+    another cluster's."""
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_GET(self):
+            code = 403 if "authorization" in self.headers else 401
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(b"Unauthorized" if code == 401 else b"Forbidden")
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.mark.parametrize(
+    ("token", "wanted"),
+    [(None, "asks for its token, and there is none here"), ("ab" * 32, "refuses the token of /")],
+)
+def test_no_token_and_a_wrong_one_are_two_messages_of_one_line(tmp_path, token, wanted):
+    """In a process of its own: Ray reads its token once."""
+    (tmp_path / ".ray").mkdir()
+    if token:
+        (tmp_path / ".ray" / "auth_token").write_text(token)
+    server = dashboard_that_refuses()
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"} if token else {"HOME": str(tmp_path)}
+    address = f"http://127.0.0.1:{server.server_port}"
+    done = dpdl("train", "--address", address, "--dataset", "x", env=env)
+    server.shutdown()
+    assert done.returncode == 1
+    told = " ".join(done.stderr.split())
+    assert f"{address} {wanted}" in told
+    assert "RAY_AUTH_TOKEN_PATH" in told
+    assert "Traceback" not in told
 
 
 def test_a_misspelt_option_of_the_command_is_refused_before_it_is_sent():

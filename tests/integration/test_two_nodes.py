@@ -89,8 +89,9 @@ def test_a_node_lost_in_mid_run_and_a_client_without_the_token(settings, tmp_pat
     found = json.loads(lines[0].removeprefix("FOUND"))
     assert found["with"][0] == 0, found
     assert found["without"][0] == 1
-    assert "AuthFailed: the Ray cluster refuses us without its token" in found["without"][1][0]
+    assert "AuthFailed: the Ray cluster asks for its token, and" in found["without"][1][0]
     assert found["wrong"][0] == 1, found
+    assert "AuthFailed: the Ray cluster refuses the token of /" in found["wrong"][1][0]
     assert found["raylets"] == 2  # a worker on each
     assert found["decision"] == "promoted"
     assert found["auroc"] > 0.9
