@@ -62,9 +62,8 @@ def connect(*, dashboard: bool = False) -> None:
             # Ray refuses sizes when it joins a cluster that runs already: that one has its own.
             ray.init(**quiet)
     except (AuthenticationError, ConnectionError) as error:
-        # With a token of another cluster, Ray says in the cause of a lost connection only.
-        told = "".join(traceback.format_exception(error))
-        if isinstance(error, AuthenticationError) or "Unauthenticated" in told:
+        # Of another cluster's token Ray says so only in the text of a lost connection's cause.
+        if AuthenticationError.__name__ in "".join(traceback.format_exception(error)):
             raise refused("the Ray cluster") from error
         raise
     if threading.current_thread() is threading.main_thread():
