@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dpdl_core import distributed
 from dpdl_core.config import DpdlConfig
-from dpdl_core.estimate import fit_energies
+from dpdl_core.estimate import fit_energies, fit_pooled, leave_out
 from dpdl_core.learn import Parts, fit_heads, head_sample
 from dpdl_core.observe import Features, Normals, Spoil
-from dpdl_core.parts import Energies, PooledEnergy
+from dpdl_core.parts import Energies, PatchEnergy, PooledEnergy
 
 LEVELS = ((0.02, 0.15, 1.0), (0.005, 0.04, 0.6), (0.002, 0.01, 0.6))
 """Cut-paste from plain to faint: least and largest share of the image's area, and opacity."""
@@ -65,16 +65,12 @@ class _Spoiler:
         return spoiled
 
 
-ENOUGH = 200
-"""Left-out normals whose values a renewal's tails are content with. A training judges all."""
-
-
 @dataclass(frozen=True)
 class CrossFit:
     """Values of images under fits that have not seen them; the same on every rank."""
 
     normals: Tensor
-    """(K, V); of a renewal ENOUGH or a fold more, if there are so many."""
+    """(K, V)."""
     spoiled: list[Tensor]
     """Per level, (K', V)."""
     seen: Tensor
@@ -93,12 +89,10 @@ def cross_fit(
 ) -> CrossFit:
     """Every kept normal, spoiled normal and seen anomaly under fits without it.
 
-    With `keep` and nothing seen anew, weights and the seen parts' tails stay as they are: a few
-    folds, one step of Lloyd each, are enough for the energies' tails.
+    With `keep` and nothing seen anew, only the energies' tails are asked for, and prototypes that
+    have hardly moved: each fold's are the full ones with its own patches taken out.
     """
     folds = min(config.folds, len(normals.kept))
-    brief = keep is not None and not len(seen)
-    judged = min(folds, math.ceil(folds * ENOUGH / len(normals.kept))) if brief else folds
     fold_of = deal_folds(normals.pooled[normals.kept], folds, generator)
     mine = fold_of[normals.mine]
     num_parts = len(Parts(config, channels, full).names)
@@ -106,19 +100,24 @@ def cross_fit(
     spoiled = [torch.zeros(len(level), num_parts) for level in normals.spoiled]
     seen_fold = torch.arange(len(seen)) % folds
     seen_values = torch.zeros(len(seen) if len(seen) > 1 else 0, num_parts)
-    for fold in range(judged):
+    patches = None
+    if keep is not None and not len(seen):
+        patches = _without_each(full, normals.features, mine, folds, generator)
+    for fold in range(folds):
         inside = torch.ones(len(normals.pooled), dtype=torch.bool)
         inside[normals.kept[fold_of == fold]] = False
         local = normals.features.take((mine != fold).nonzero().squeeze(1))
-        energies = fit_energies(
-            config,
-            channels,
-            normals.pooled[inside],
-            local,
-            generator=generator,
-            start=full,
-            iterations=1 if brief else 2,
-        )
+        pooled = normals.pooled[inside]
+        if patches is not None:
+            spaces = config.pooled_spaces
+            energies = Energies(
+                {s: fit_pooled(config, channels, s, pooled, generator) for s in spaces},
+                patches[fold],
+            )
+        else:
+            energies = fit_energies(
+                config, channels, pooled, local, generator=generator, start=full, iterations=2
+            )
         known = (seen_fold != fold).nonzero().squeeze(1) if len(seen_values) else seen_fold
         parts = fit_parts(config, channels, energies, local, seen.take(known), generator, keep)
         held = (mine == fold).nonzero().squeeze(1)
@@ -129,12 +128,24 @@ def cross_fit(
         held = (seen_fold == fold).nonzero().squeeze(1)
         if len(seen_values):
             seen_values[held] = part_values(parts, seen.take(held))
-    order = distributed.gather_rows(normals.mine).argsort()
+    places = distributed.gather_rows(normals.mine)
     return CrossFit(
-        distributed.gather_rows(values)[order][fold_of < judged],
+        distributed.gather_rows(values)[places.argsort()],
         [distributed.gather_rows(level) for level in spoiled],
         seen_values,
     )
+
+
+def _without_each(
+    full: Energies, features: Features, fold_of: Tensor, folds: int, generator: torch.Generator
+) -> list[dict[str, PatchEnergy]]:
+    """Per fold, the patch energies by space."""
+    found: list[dict[str, PatchEnergy]] = [{} for _ in range(folds)]
+    for space, part in full.patches.items():
+        assert isinstance(part, PatchEnergy)
+        for fold, left in enumerate(leave_out(part, features, fold_of, folds, generator)):
+            found[fold][space] = left
+    return found
 
 
 TWINS = 0.1

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpdl_core import distributed
 from dpdl_core.bridge import Bridge
-from dpdl_core.codebook import Codebook, kmeans, refresh
+from dpdl_core.codebook import Codebook, assign, kmeans, refresh
 from dpdl_core.config import DpdlConfig, stage_numbers
 from dpdl_core.observe import Features
 from dpdl_core.parts import Energies, PatchEnergy, PatchSpace, PooledEnergy, whitening
@@ -82,6 +82,36 @@ def fit_energies(
         {s: fit_pooled(config, channels, s, pooled, generator) for s in config.pooled_spaces},
         patches,
     )
+
+
+@torch.no_grad()
+def leave_out(
+    energy: PatchEnergy, features: Features, fold_of: Tensor, folds: int, generator: torch.Generator
+) -> list[PatchEnergy]:
+    """The energy as each fold's absence would leave it, for one look at the patches in all.
+
+    One step of Lloyd from its prototypes on the patches of the other folds: those of a fold are
+    taken out of the sums. A prototype of that fold's patches only is no prototype. Variances stay.
+    fold_of (n,): of this rank's images.
+    """
+    means, dims = energy.bridge.means.detach(), energy.bridge.means.shape[1]
+    rows = sample_patches(energy.space, features, generator)
+    mine = fold_of.repeat_interleave(len(rows) // max(1, len(fold_of)))
+    place = mine * len(means) + assign(rows, means)[0]
+    size = folds * len(means)
+    sums = torch.zeros(size, dims, dtype=torch.float64).index_add_(0, place, rows.double())
+    sums = distributed.all_sum(sums).view(folds, len(means), dims)
+    counts = distributed.all_sum(place.bincount(minlength=size)).view(folds, len(means))
+    found = []
+    for fold in range(folds):
+        members = counts.sum(0) - counts[fold]
+        order = members.argsort(descending=True, stable=True)[: int((members > 0).sum())]
+        codes = ((sums.sum(0) - sums[fold])[order] / members[order, None]).to(means)
+        part = PatchEnergy(energy.space, len(codes), energy.bridge.eps, energy.worst)
+        weights = torch.full((len(codes),), -math.log(len(codes)))
+        part.bridge = Bridge(codes, energy.bridge.variances[:1], weights, energy.bridge.eps)
+        found.append(part)
+    return found
 
 
 def fit_pooled(

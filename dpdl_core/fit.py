@@ -44,6 +44,8 @@ SHIFT_LIMIT = 0.25
 threshold for one false alarm in a hundred gives about one in seventy."""
 LLOYD, LLOYD_MOVED = 2, 10
 """Steps from the present prototypes, without and with such a shift."""
+SHIFT_SAMPLE = 128
+"""Normals of each rank, or some more, that the shift of scores is told by."""
 RETUNE_SHARE = 0.1
 """Of its training's epochs that a tuned trunk is tuned again after such a shift."""
 
@@ -346,10 +348,12 @@ class _Joined:
 
 @torch.no_grad()
 def _score_shift(before: Dpdl, after: Dpdl, normals: Normals) -> float:
-    """Mean change of the kept normals' scores, in deviations of theirs under `before`."""
+    """Mean change of some kept normals' scores, in deviations of theirs under `before`."""
+    every = max(1, len(normals.features) // SHIFT_SAMPLE)
+    some = normals.features.take(torch.arange(0, len(normals.features), every))
     pairs = [
         torch.stack([before.judge(pooled, maps).score, after.judge(pooled, maps).score], 1)
-        for pooled, maps in normals.features.batches(128)
+        for pooled, maps in some.batches(128)
     ]
     old, new = distributed.gather_rows(torch.cat(pairs)).T
     return float((new - old).mean() / old.std().clamp_min(1e-12))

@@ -176,6 +176,8 @@ def build(
     suspects += [unseen.rows[i] for i in doubtful if not is_answer(unseen.rows[i].key)]
     data["set_aside"] = sorted({*inputs.set_aside, *(row.digest for row in suspects)})
     held_out = HeldOut(settings, data)
+    # The gate will ask for both.
+    held_out.score_each({inputs.parent: current.model, inputs.candidate: model})
     held = held_out.score(inputs.candidate, model)
     thresholds, notes = calibrate(
         np.concatenate([held.old_normals, held.new_normals]),

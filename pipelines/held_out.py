@@ -18,7 +18,7 @@ from infra.answers import is_answer
 from infra.settings import Settings
 from pipelines.dataset_index import load_index
 from pipelines.gate import Held
-from pipelines.scoring import Observed, drift_reference, observe
+from pipelines.scoring import Observed, drift_reference, observe_each
 from pipelines.sources import (
     Keep,
     RowGroup,
@@ -128,18 +128,27 @@ class HeldOut:
 
     def score(self, version: str, model: Any) -> Held:
         if version not in self._scored:
-            import numpy as np
-
-            sources = self.at(model.config.image_size)
-            seen = {
-                name: [observe(model, source) for source in sources[name]]
-                for name in ("defects", "old", "new")
-            }
-            self._scored[version] = Held(
-                *(np.concatenate([each.score for each in found]) for found in seen.values())
-            )
-            self._normals[version] = seen["old"] + seen["new"]
+            self.score_each({version: model})
         return self._scored[version]
+
+    def score_each(self, models: Mapping[str, Any]) -> None:
+        """Score versions together: those of one trunk look through it once. All of one size."""
+        import numpy as np
+
+        (size,) = {model.config.image_size for model in models.values()}
+        seen = {
+            name: [observe_each(list(models.values()), source) for source in sources]
+            for name, sources in self.at(size).items()
+        }
+        for i, version in enumerate(models):
+            mine = {name: [found[i] for found in parts] for name, parts in seen.items()}
+            self._scored[version] = Held(
+                *(
+                    np.concatenate([each.score for each in mine[name]])
+                    for name in ("defects", "old", "new")
+                )
+            )
+            self._normals[version] = mine["old"] + mine["new"]
 
     def drift_reference(self, version: str, model: Any) -> dict[str, Any]:
         """What a stream scored by this version is held against; score() comes first."""

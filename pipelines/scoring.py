@@ -20,6 +20,7 @@ import torch
 from dpdl_core import drift
 from dpdl_core.metrics import conformal_threshold
 from dpdl_core.model import Dpdl
+from dpdl_core.parts import pool
 from pipelines.sources import RowRef
 
 SCORE_BATCH = 32
@@ -52,13 +53,35 @@ class Observed:
 
 def observe(model: Dpdl, source: ImagesWithRows, device: torch.device | str = "cpu") -> Observed:
     """Scores every image of a source."""
-    rows = []
+    return observe_each([model], source, device)[0]
+
+
+@torch.inference_mode()
+def observe_each(
+    models: Sequence[Dpdl], source: ImagesWithRows, device: torch.device | str = "cpu"
+) -> list[Observed]:
+    """What each model says of every image; models with the same trunk look through it once."""
+    first = [
+        next(j for j in range(i + 1) if _same(models[j].trunk, model.trunk))
+        for i, model in enumerate(models)
+    ]
+    rows: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in models]
     for images in source.batches(SCORE_BATCH):
-        found = model.score(images.to(device))
-        rows.append((found.score.double(), found.energy.double(), found.winners.int()))
-    if not rows:
-        return Observed(np.empty(0), np.empty(0), np.empty((0, 0), np.int32))
-    return Observed(*(torch.cat(column).cpu().numpy() for column in zip(*rows, strict=True)))
+        maps = {i: models[i].trunk(images.to(device)) for i in set(first)}
+        for model, i, seen in zip(models, first, rows, strict=True):
+            found = model.judge(pool(maps[i]), maps[i])
+            seen.append((found.score.double(), found.energy.double(), found.winners.int()))
+    return [
+        Observed(*(torch.cat(column).cpu().numpy() for column in zip(*seen, strict=True)))
+        if seen
+        else Observed(np.empty(0), np.empty(0), np.empty((0, 0), np.int32))
+        for seen in rows
+    ]
+
+
+def _same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def score_images(model: Dpdl, source: ImagesWithRows, device: torch.device | str = "cpu") -> Scores:
