@@ -1,9 +1,13 @@
 """Thresholds over held-out scores: the stated rate is kept, and too few normals are said to be."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
-from pipelines.scoring import alarms, calibrate
+from dpdl_core.images import ArraySource
+from pipelines.scoring import alarms, calibrate, observe_each
 
 
 def test_fresh_normals_alarm_at_most_at_the_stated_rate():
@@ -56,6 +60,40 @@ def test_too_few_normals_lower_the_claim_not_the_threshold():
 def test_no_normals_at_all_are_refused():
     with pytest.raises(ValueError, match="no held-out normals"):
         calibrate(np.empty(0), [], 0.01)
+
+
+class Judge(torch.nn.Module):
+    """A model whose score is its trunk's mean times `factor`; counts the trunk's passes."""
+
+    def __init__(self, gain, factor):
+        super().__init__()
+        self.trunk, self.factor, self.passes = torch.nn.Linear(1, 1, bias=False), factor, 0
+        self.trunk.weight.data.fill_(gain)
+        self.trunk.forward = self.look
+
+    def look(self, images):
+        self.passes += 1
+        return [images.permute(0, 3, 1, 2).float() * self.trunk.weight.item()]
+
+    def judge(self, pooled, maps):
+        score = maps[0].mean((1, 2, 3)) * self.factor
+        winners = torch.zeros(len(score), 1, dtype=torch.long)
+        return SimpleNamespace(score=score, energy=score + 1, winners=winners)
+
+
+def test_models_of_one_trunk_share_its_passes_and_each_says_its_own():
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 2, 2, 3)
+    source = ArraySource(images.contiguous())
+    one, other, same = models = [Judge(2.0, 1.0), Judge(3.0, 1.0), Judge(2.0, 5.0)]
+    found = observe_each(models, source)
+    assert (one.passes, other.passes, same.passes) == (2, 2, 0)
+    for model, seen in zip(models, found, strict=True):
+        np.testing.assert_allclose(
+            seen.score, np.arange(40) * model.trunk.weight.item() * model.factor
+        )
+        np.testing.assert_allclose(seen.energy, seen.score + 1)
+    nothing = observe_each(models, ArraySource(images[:0].contiguous()))
+    assert [len(seen.score) for seen in nothing] == [0, 0, 0]
 
 
 def test_alarms_use_each_cameras_threshold():
