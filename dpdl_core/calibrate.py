@@ -89,8 +89,8 @@ def cross_fit(
 ) -> CrossFit:
     """Every kept normal, spoiled normal and seen anomaly under fits without it.
 
-    With `keep` and nothing seen anew, only the energies' tails are asked for, and prototypes that
-    have hardly moved: each fold's are the full ones with its own patches taken out.
+    With `keep`, as in a renewal, each fold's prototypes are the full ones with its own patches
+    taken out, which costs one look at the patches in all.
     """
     folds = min(config.folds, len(normals.kept))
     fold_of = deal_folds(normals.pooled[normals.kept], folds, generator)
@@ -101,7 +101,7 @@ def cross_fit(
     seen_fold = torch.arange(len(seen)) % folds
     seen_values = torch.zeros(len(seen) if len(seen) > 1 else 0, num_parts)
     patches = None
-    if keep is not None and not len(seen):
+    if keep is not None:
         patches = _without_each(full, normals.features, mine, folds, generator)
     for fold in range(folds):
         inside = torch.ones(len(normals.pooled), dtype=torch.bool)
