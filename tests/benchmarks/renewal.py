@@ -1,7 +1,7 @@
 """What a renewal does to a model on real images: unchanged data, poison, drift. docs/renewal.md.
 
     python tests/benchmarks/renewal.py unchanged DATA
-    python tests/benchmarks/renewal.py poison elpv --normals 400
+    python tests/benchmarks/renewal.py poison elpv --normals 480
     python tests/benchmarks/renewal.py drift elpv --normals 300
 
 DATA: elpv or a folder of images. One JSON line for each model. `--normals N` takes N of the
@@ -219,7 +219,7 @@ def main() -> None:
     if given.what == "unchanged":
         unchanged(Data(given, new=0.25, held_out=0.0), given.seed)
     elif given.what == "poison":
-        poison(Data(given, new=0.3, held_out=0.0), given.seed)
+        poison(Data(given, new=0.25, held_out=0.0), given.seed)
     else:
         drift(Data(given, new=0.3, held_out=0.2), given.seed, given.rate, given.shifts.split(","))
 
