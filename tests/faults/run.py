@@ -32,7 +32,7 @@ from world import Fault, Frames, World, faults, leader_killed, strike
 
 MARK = "<!-- make faults writes what follows -->"
 FPS = 80.0
-MEMORY_BOUND_MB = 3072
+MEMORY_BOUND_MB = 2560
 """Of one consumer, whatever is sent: docs/faults.md says what it is made of."""
 
 

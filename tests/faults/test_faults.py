@@ -35,6 +35,7 @@ def test_every_bad_record_has_its_reason_and_every_good_one_its_score(world):
     assert found.good_wrong == 0
     assert not found.miscounted
     assert len(found.outcomes) > 10
+    assert found.idle_mb < 400  # a consumer with PyTorch has 900
     assert found.peak_mb < MEMORY_BOUND_MB
 
 
