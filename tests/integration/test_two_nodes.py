@@ -80,7 +80,7 @@ def test_a_node_lost_in_mid_run_and_a_client_without_the_token(settings, tmp_pat
         ],
         capture_output=True,
         text=True,
-        timeout=160,
+        timeout=300,
         cwd=Path(__file__).parents[2],
         env=environment | {"HOME": str(tmp_path / "home"), "RAY_AUTH_MODE": "token"},
     )
