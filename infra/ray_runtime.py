@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import traceback
 from pathlib import Path
@@ -18,10 +19,14 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError
 
-from infra.errors import AuthFailed
+from infra.errors import AuthFailed, ServiceUnavailable
 
 OBJECT_STORE_BYTES = 1 << 30
 """Of a cluster started here. Decoded batches pass through it, whole data sets never do."""
+ANSWER_S = 5.0
+_TEMP = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+_ADDRESS_FILE = Path(_TEMP) / "ray" / "ray_current_cluster"
+"""Where `ray start` leaves it, for Ray to join."""
 
 ENVIRONMENT = {
     # Ray prints a paragraph on token authentication at every start, and usage hints.
@@ -34,17 +39,20 @@ ENVIRONMENT = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
 }
-"""What Ray's processes should be started with; cluster/Dockerfile has the same."""
+"""What Ray's processes should be started with; cluster/Dockerfile and the cluster files have the
+same."""
 
 
 def connect(*, dashboard: bool = False) -> None:
     """Make ray.* usable in this process; harmless when it already is.
 
     A cluster started here has its dashboard, if wanted, on loopback only. AuthFailed where a
-    cluster refuses our token, or we have none.
+    cluster refuses our token, or we have none; ServiceUnavailable where the cluster that Ray knows
+    of does not answer.
     """
     if ray.is_initialized():
         return
+    _check_answers()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -69,6 +77,26 @@ def connect(*, dashboard: bool = False) -> None:
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler dumps a stack and dies at once: nothing would be ended in order.
         signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def _check_answers() -> None:
+    """Ray would try a dead cluster for minutes, deaf to Ctrl-C."""
+    named, left = os.environ.get("RAY_ADDRESS", ""), _ADDRESS_FILE
+    address = named or (left.read_text().strip() if left.is_file() else "")
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "://" in host:
+        return  # none, "local", "auto", or not for us to try
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+    except OSError as error:
+        mend = (
+            "set RAY_ADDRESS to one that runs, or unset it"
+            if named
+            else f"it stands in {left}. Start it again, or let `ray stop` forget it"
+        )
+        raise ServiceUnavailable(
+            f"the Ray cluster at {address} does not answer ({error}): {mend}"
+        ) from None
 
 
 def refused(cluster: str) -> AuthFailed:

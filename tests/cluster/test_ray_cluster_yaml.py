@@ -6,6 +6,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from infra.ray_runtime import ENVIRONMENT
+
 ROOT = Path(__file__).parents[2]
 OWN, CLOUD = ROOT / "ray_cluster.yaml", ROOT / "cluster" / "ray_cluster_aws.yaml"
 BOTH = pytest.mark.parametrize("path", [OWN, CLOUD], ids=["own", "aws"])
@@ -39,10 +41,11 @@ def test_every_top_level_key_is_explained(path):
 
 
 @BOTH
-def test_it_holds_no_secret_and_asks_for_the_token(path):
+def test_it_holds_no_secret_and_starts_ray_as_this_machine_would(path):
     config = load(path)
     starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
-    assert all("RAY_AUTH_MODE=token" in line for line in starts if "ray start" in line)
+    for variable in ("RAY_AUTH_MODE=token", *(f"{k}={v}" for k, v in ENVIRONMENT.items())):
+        assert all(f" {variable} " in line for line in starts if "ray start" in line), variable
     assert "--dashboard-host=127.0.0.1" in " ".join(starts)
     assert "~/.ray/auth_token" in config["file_mounts"]
 
