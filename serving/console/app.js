@@ -57,7 +57,10 @@ async function facts() {
   const waiting = Object.values(consumer.lag ?? {}).reduce((sum, each) => sum + each, 0);
   $("facts").replaceChildren(...pairs({ version: scorer.version ?? "?", waiting }));
   const refused = Object.keys(scorer.refused ?? {});
-  return consumer.trouble || scorer.trouble || (refused.length ? `version ${refused.at(-1)} was refused` : "");
+  // The scorer's is by model, or one text while it restarts.
+  const models = typeof scorer.trouble === "string" ? scorer.trouble
+    : Object.entries(scorer.trouble ?? {}).map(([model, why]) => `model ${model}: ${why}`).join("; ");
+  return consumer.trouble || models || (refused.length ? `version ${refused.at(-1)} was refused` : "");
 }
 
 let looking = null;

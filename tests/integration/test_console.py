@@ -265,6 +265,8 @@ def test_an_alert_is_on_the_screen_within_two_seconds_of_its_frame(plant, page):
         took.append(time.monotonic() - began)
     print("seconds from Kafka to the screen:", [round(each, 2) for each in took])
     assert statistics.median(took) < 2
+    state = "return document.getElementById('state').textContent"
+    until(lambda: browser.execute_script(state).startswith("live, "), "no trouble in the header")
 
 
 def test_the_heat_map_lies_over_the_frame_as_strongly_as_wanted(plant, page):
