@@ -2,7 +2,7 @@
 
 Delivery: every frame is acknowledged by all in-sync replicas before stream() returns; at most
 IN_FLIGHT frames wait for that, so memory is bounded whatever the broker does, and a slow broker
-slows the sender.
+slows the sender. A frame that is too large is told of and left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import DataError
-from infra.kafka_client import kafka_errors, make_producer
+from infra.kafka_client import MAX_RECORD_BYTES, SIZE_ERRORS, kafka_errors, make_producer
 from infra.messages import MAX_FRAME_BYTES, check_camera, frame_headers, frame_id
 from infra.settings import Settings
 
@@ -42,6 +42,21 @@ class SentFrame:
     source: str
 
 
+def too_large(frame: OutgoingFrame) -> str | None:
+    """Why no topic of ours takes it, in a line; None where it has the size of a frame."""
+    if len(frame.image) <= MAX_FRAME_BYTES:
+        return None
+    return (
+        f"{frame.source}: {len(frame.image)} bytes, a frame has at most {MAX_FRAME_BYTES}: "
+        "lower the camera's resolution or JPEG quality"
+    )
+
+
+def refuse(frame: OutgoingFrame, why: str) -> None:
+    """on_refused where every frame is wanted: ends the stream. Raises DataError."""
+    raise DataError(f"{frame.camera}: {why}")
+
+
 def stream(
     settings: Settings,
     frames: Iterable[OutgoingFrame],
@@ -49,11 +64,12 @@ def stream(
     frames_per_second: float | None,
     stop: threading.Event,
     on_sent: Callable[[SentFrame], None],
+    on_refused: Callable[[OutgoingFrame, str], None] = refuse,
 ) -> None:
     """Send frames until they end or `stop` is set, at a steady rate or, with None, as they come.
 
-    on_sent is called in order, once a frame is acknowledged. Errors: those of make_producer, and
-    DataError for a frame that the broker refuses.
+    on_sent is called in order, once a frame is acknowledged; on_refused(frame, why) for one that
+    is too large, for us or for the topic, and the stream goes on. Errors: those of make_producer.
     """
     producer = make_producer(settings)
     waiting: deque[tuple[OutgoingFrame, Any]] = deque()
@@ -61,7 +77,11 @@ def stream(
     def settle(down_to: int) -> None:
         while waiting and (len(waiting) > down_to or waiting[0][1].is_done):
             frame, future = waiting.popleft()
-            sent = future.get(timeout=ACK_TIMEOUT_S)
+            try:
+                sent = future.get(timeout=ACK_TIMEOUT_S)
+            except SIZE_ERRORS:
+                on_refused(frame, _refused_by(settings.kafka.topic, frame))
+                continue
             on_sent(
                 SentFrame(
                     frame_id(sent.topic, sent.partition, sent.offset), frame.camera, frame.source
@@ -77,6 +97,10 @@ def stream(
                 # After a pause the pace goes on from now: late frames do not come in a rush.
                 if frames_per_second is not None:
                     due = max(due, time.monotonic()) + 1 / frames_per_second
+                why = too_large(frame)
+                if why is not None:
+                    on_refused(frame, why)
+                    continue
                 future = producer.send(
                     settings.kafka.topic,
                     key=frame.camera.encode(),
@@ -87,26 +111,27 @@ def stream(
                 )
                 waiting.append((frame, future))
                 settle(IN_FLIGHT)
-            producer.flush(timeout=ACK_TIMEOUT_S)
             settle(0)
     finally:
         producer.close(timeout=5)
 
 
 def folder_frames(folder: Path, camera: str) -> Iterator[OutgoingFrame]:
-    """The images below a folder, sorted by name, as one camera's frames.
-
-    Raises DataError where there are none, or one is larger than a frame may be.
-    """
+    """The images below a folder, sorted by name, as one camera's frames. DataError: none there."""
     check_camera(camera)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise DataError(f"{folder}: no images found; wanted files ending in {_suffixes()}")
     for path in paths:
-        size = path.stat().st_size
-        if size > MAX_FRAME_BYTES:
-            raise DataError(f"{path}: {size} bytes, a frame has at most {MAX_FRAME_BYTES}")
         yield OutgoingFrame(camera, path.read_bytes(), str(path.relative_to(folder)))
+
+
+def _refused_by(topic: str, frame: OutgoingFrame) -> str:
+    return (
+        f"{frame.source}: {len(frame.image)} bytes are more than the topic {topic} takes: raise "
+        f"its max.message.bytes (`dpdl up` would make it {MAX_RECORD_BYTES}), or lower the "
+        "camera's resolution or JPEG quality"
+    )
 
 
 def content_type(image: bytes) -> str:

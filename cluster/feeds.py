@@ -3,8 +3,8 @@
 Delivery: a file or folder waits for the broker and loses nothing. A live camera cannot wait: at
 most BUFFER_FRAMES frames or BUFFER_BYTES bytes of it are kept; beyond that its oldest unsent frame
 is dropped and counted. A lost camera is tried again with a growing, jittered pause, for ever; so
-is a broker that is away, for live cameras. Each camera has a thread and a producer of its own, so
-none waits for another's trouble.
+is a broker that is away, for live cameras. A frame that is too large is left out and counted. Each
+camera has a thread and a producer of its own, so none waits for another's trouble.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cluster.camera import OutgoingFrame, SentFrame, folder_frames, stream
+from cluster.camera import OutgoingFrame, SentFrame, folder_frames, stream, too_large
 from cluster.sources import (
     Address,
     CameraLost,
@@ -32,13 +32,15 @@ from cluster.sources import (
     video_rate,
 )
 from infra.errors import DataError, DpdlError, ServiceUnavailable
-from infra.messages import MAX_FRAME_BYTES, check_camera
+from infra.messages import check_camera
 from infra.settings import Settings
 
 BUFFER_FRAMES = 256
 BUFFER_BYTES = 64 * 2**20
 FIRST_PAUSE_S = 0.5
 LAST_PAUSE_S = 15.0
+REFUSED_SAID_S = 60.0
+"""At most one line in so long for a camera's frames that are too large: it may be each of them."""
 STEADY_S = 10.0
 """A camera that gave frames for so long starts with the first pause again."""
 FOLDER_FPS = 5.0
@@ -67,7 +69,7 @@ class CameraCount:
     dropped: int = 0
     """Of a live camera, while the broker was slow or away."""
     refused: int = 0
-    """Larger than a frame may be."""
+    """Larger than a frame may be, or than the topic takes."""
     losses: int = 0
     """How often the camera was lost."""
     state: State = "starting"
@@ -113,6 +115,20 @@ class Buffer:
             yield frame
 
 
+class Refusals:
+    """Counts a camera's frames that are too large, and names one now and then."""
+
+    def __init__(self, count: CameraCount, say: Say) -> None:
+        self._count, self._say = count, say
+        self._quiet_until = 0.0
+
+    def __call__(self, frame: OutgoingFrame, why: str) -> None:
+        self._count.refused += 1
+        if time.monotonic() >= self._quiet_until:
+            self._quiet_until = time.monotonic() + REFUSED_SAID_S
+            self._say(f"{frame.camera}: {why}. Left out, {self._count.refused} so far")
+
+
 def pause_s(attempt: int, *, jitter: float) -> float:
     """Before try number `attempt` (from 0); jitter in [0, 1] spreads cameras lost together."""
     return float(min(LAST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(attempt, 20)) * (0.5 + 0.5 * jitter))
@@ -156,11 +172,14 @@ def _join(threads: Sequence[threading.Thread]) -> None:
 def _run(
     settings: Settings, spec: CameraSpec, count: CameraCount, stop: threading.Event, say: Say
 ) -> None:
+    refused = Refusals(count, say)
     try:
         if isinstance(spec.source, Address):
-            _run_live(settings, spec, spec.source, count, stop, say)
+            _run_live(settings, spec, spec.source, count, stop, say, refused)
         else:
-            _run_file(settings, spec, spec.source, count, stop)
+            _run_file(settings, spec, spec.source, count, stop, refused)
+            if count.refused:
+                raise DataError(f"{count.refused} of its frames were too large")
         count.state = "ended"
     except DpdlError as error:
         count.state, count.why = "failed", str(error)
@@ -168,7 +187,12 @@ def _run(
 
 
 def _run_file(
-    settings: Settings, spec: CameraSpec, path: Path, count: CameraCount, stop: threading.Event
+    settings: Settings,
+    spec: CameraSpec,
+    path: Path,
+    count: CameraCount,
+    stop: threading.Event,
+    refused: Refusals,
 ) -> None:
     if path.is_dir():
         frames, rate = folder_frames(path, spec.camera), FOLDER_FPS
@@ -181,6 +205,7 @@ def _run_file(
         frames_per_second=spec.fps or rate,
         stop=stop,
         on_sent=lambda sent: _sent(count, sent),
+        on_refused=refused,
     )
 
 
@@ -196,11 +221,12 @@ def _run_live(
     count: CameraCount,
     stop: threading.Event,
     say: Say,
+    refused: Refusals,
 ) -> None:
     buffer = Buffer(count, frames=BUFFER_FRAMES, size=BUFFER_BYTES)
     reader = threading.Thread(
         target=_read_live,
-        args=(spec, address, buffer, count, stop, say),
+        args=(spec, address, buffer, count, stop, say, refused),
         name=f"read {spec.camera}",
         daemon=True,  # FFmpeg may sit in a read for READ_S; the end of the command does not wait
     )
@@ -215,6 +241,7 @@ def _run_live(
                 frames_per_second=None,
                 stop=threading.Event(),  # the buffer ends it: what was read is still sent
                 on_sent=lambda sent: _sent(count, sent),
+                on_refused=refused,
             )
             return
         except ServiceUnavailable as error:
@@ -231,6 +258,7 @@ def _read_live(
     count: CameraCount,
     stop: threading.Event,
     say: Say,
+    refused: Refusals,
 ) -> None:
     attempt = 0
     # A read may take READ_S to see `stop`; what is in the buffer is not to wait for it.
@@ -238,7 +266,7 @@ def _read_live(
     while not stop.is_set():
         started = time.monotonic()
         try:
-            _read_until_lost(spec, address, buffer, count, stop, say)
+            _read_until_lost(spec, address, buffer, count, stop, say, refused)
             break
         except CameraLost as lost:
             if stop.is_set():
@@ -264,6 +292,7 @@ def _read_until_lost(
     count: CameraCount,
     stop: threading.Event,
     say: Say,
+    refused: Refusals,
 ) -> None:
     due = 0.0
     for picture in live_pictures(address, stop):
@@ -275,11 +304,12 @@ def _read_until_lost(
             if now < due:
                 continue
             due = max(due, now - 1 / spec.fps) + 1 / spec.fps
-        image = picture.jpeg()
-        if len(image) > MAX_FRAME_BYTES:
-            count.refused += 1
-            continue
-        buffer.put(OutgoingFrame(spec.camera, image, address.shown, picture.captured_at_ns))
+        frame = OutgoingFrame(spec.camera, picture.jpeg(), address.shown, picture.captured_at_ns)
+        why = too_large(frame)
+        if why is None:
+            buffer.put(frame)
+        else:
+            refused(frame, why)  # here: one alone may be larger than the buffer
 
 
 def _sent(count: CameraCount, sent: SentFrame) -> None:

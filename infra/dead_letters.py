@@ -5,8 +5,7 @@ Key, value and headers are kept, and three headers added: `dead-reason`; `dead-f
 refuses as too large is written without its value, so that no record can stop the stream:
 `dead-size` tells it from an empty one, and retention keeps the bytes at `dead-frame` for a while.
 
-At least once: after a crash or a lost answer a letter may come twice; `dead-frame` tells. So the
-producer needs no idempotence, and must not have it: one refused record would fail it for good.
+At least once: after a crash or a lost answer a letter may come twice; `dead-frame` tells.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class DeadLetters:
 
     def __init__(self, settings: Settings) -> None:
         self._kafka = settings.kafka
-        self._producer = make_producer(settings, idempotent=False)
+        self._producer = make_producer(settings)
 
     def put(self, letters: Sequence[tuple[KafkaRecord, str]]) -> None:
         """Keeps records, each with its reason. Returns when all are acknowledged.

@@ -19,6 +19,7 @@ from kafka import errors as ke
 from kafka.net.compat import KafkaNetClient
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
+from kafka.producer.transaction_manager import TransactionManager
 from kafka.record.default_records import DefaultRecordBatch
 
 from infra.errors import (
@@ -47,22 +48,29 @@ SIZE_ERRORS = (
     ke.MessageSizeTooLargeError,
     ke.RecordListTooLargeError,
 )
+_REFUSALS = (
+    *SIZE_ERRORS,
+    ke.InvalidRecordError,
+    ke.InvalidTimestampError,
+    ke.PolicyViolationError,
+    ke.TopicAuthorizationFailedError,
+)
+"""A broker that answers so has written nothing of the batch."""
 
 
-def make_producer(settings: Settings, *, idempotent: bool = True) -> KafkaProducer:
-    """A producer whose acknowledged records survive: all in-sync replicas.
+def make_producer(settings: Settings) -> KafkaProducer:
+    """A producer whose acknowledged records survive (all in-sync replicas), with no duplicates.
 
-    idempotent: no duplicates on retry; but one record that the broker refuses, as too large for
-    instance, fails this producer for good (kafka-python 3.0.12). Without, it fails alone.
-    kafka-python bounds no buffer memory: a sender of live frames must itself bound what is in
-    flight. A record that is not acknowledged in 60 s fails its future.
+    A record that the broker refuses, as too large for instance, fails alone. kafka-python bounds
+    no buffer memory: a sender of live frames must itself bound what is in flight. A record that is
+    not acknowledged in 60 s fails its future.
     Errors: AuthFailed, ServiceUnavailable, SettingsError.
     """
     return _build(
         KafkaProducer,
         settings.kafka,
         acks="all",
-        enable_idempotence=idempotent,
+        enable_idempotence=True,
         max_request_size=_MAX_DEAD_BYTES,
         max_block_ms=int(BOOTSTRAP_TIMEOUT_S * 1000),
         delivery_timeout_ms=60_000,
@@ -223,6 +231,24 @@ def _read_any(batch: Any) -> Any:
 
 _read_strictly = DefaultRecordBatch._read_msg
 DefaultRecordBatch._read_msg = _read_any
+
+
+def _classify(
+    manager: TransactionManager, error: Any, batch: Any, log_start_offset: int = -1
+) -> str:
+    """kafka-python 3.0.12 makes an idempotent producer fatal after one refused batch.
+
+    Only because the batch's sequence numbers are lost with it. They are free again, and an
+    idempotent producer sends no other batch of the partition meanwhile: the next one takes them.
+    """
+    if type(error) in _REFUSALS and manager.producer_id_and_epoch.match(batch):
+        manager.set_sequence_number(batch.topic_partition, batch.base_sequence)
+        return str(manager.ERROR_CLASS_RETRIABLE)  # to the sender: fail this batch and go on
+    return str(_classify_strictly(manager, error, batch, log_start_offset))
+
+
+_classify_strictly = TransactionManager.classify_batch_error
+TransactionManager.classify_batch_error = _classify
 
 
 class _Hidden(str):

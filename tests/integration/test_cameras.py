@@ -18,7 +18,8 @@ from kafka import TopicPartition
 
 from cluster.feeds import CameraSpec, run_cameras
 from cluster.sources import Address
-from infra.kafka_client import end_offsets, ensure_topics, make_consumer
+from infra.kafka_client import end_offsets, ensure_topics, make_admin, make_consumer
+from infra.messages import MAX_FRAME_BYTES
 
 pytestmark = pytest.mark.integration
 
@@ -207,6 +208,60 @@ def test_one_cameras_end_is_not_anothers(settings, tmp_path):
         ("folder", "ended", 5),
     ]
     assert "no video that can be read" in counts[0].why
+
+
+def topic_of_the_plant(settings, max_bytes):
+    admin = make_admin(settings)
+    configs = {"max.message.bytes": str(max_bytes)}
+    topic = {"num_partitions": 1, "replication_factor": 1, "configs": configs}
+    admin.create_topics({settings.kafka.topic: topic})
+    admin.wait_for_topics([settings.kafka.topic])
+    admin.close()
+
+
+def pictures(large_at, count=12):
+    """JPEGs of under 2 kB, and at some places one of over 50 kB."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (256, 256, 3), np.uint8)
+    flat = (np.full((48, 64, 3), 20 * n, np.uint8) for n in range(count))
+    shown = [noise if n in large_at else image for n, image in enumerate(flat)]
+    return [bytes(cv2.imencode(".jpg", image)[1]) for image in shown]
+
+
+def test_a_frame_beyond_the_topics_own_limit_is_left_out_and_the_camera_goes_on(settings):
+    topic_of_the_plant(settings, 20_000)
+    images = pictures({2, 3, 7})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HttpCamera) as server:
+        server.images = images
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = Address(f"http://127.0.0.1:{server.server_address[1]}/video")
+        with running(settings, CameraSpec(camera="http", source=source)) as (counts, said):
+            wait_until(lambda: counts[0].losses >= 2, 30, "end of the second connection")
+        server.shutdown()
+    [count] = counts
+    assert count.state == "ended"
+    assert count.refused >= 6
+    [line] = [each for each in said if "max.message.bytes" in each]
+    assert str(len(images[2])) in line
+    assert "\n" not in line
+    values = [record.value for record in frames_in_kafka(settings)]
+    assert len(values) == count.sent
+    small = [image for image in images if len(image) < 20_000]
+    assert values[: len(small)] == small
+
+
+def test_a_folder_with_a_frame_too_large_sends_the_others_and_fails(settings, tmp_path):
+    topic_of_the_plant(settings, 20_000)
+    images = pictures({4})
+    for number, image in enumerate(images):
+        (tmp_path / f"{number:02}.jpg").write_bytes(image)
+    (tmp_path / "beyond.jpg").write_bytes(b"\xff\xd8\xff" + bytes(MAX_FRAME_BYTES))
+    spec = CameraSpec(camera="folder", source=tmp_path, fps=500)
+    counts, said = [], []
+    run_cameras(settings, [spec], stop=threading.Event(), say=said.append, counts=counts)
+    assert (counts[0].state, counts[0].sent, counts[0].refused) == ("failed", len(images) - 1, 2)
+    assert "04.jpg" in said[0] or "beyond.jpg" in said[0]
+    assert [record.value for record in frames_in_kafka(settings)] == images[:4] + images[5:]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

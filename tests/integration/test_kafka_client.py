@@ -201,6 +201,34 @@ def test_a_record_beyond_kafkas_limit_is_a_data_error(settings: Settings) -> Non
     producer.close()
 
 
+def test_a_record_that_the_topic_refuses_fails_alone(settings: Settings) -> None:
+    """Between others in one batch and by itself; those after it are written once and in order."""
+    topic = settings.kafka.topic
+    admin = make_admin(settings)
+    small = {"num_partitions": 1, "replication_factor": 1, "configs": {"max.message.bytes": "9000"}}
+    admin.create_topics({topic: small})
+    admin.wait_for_topics([topic])
+    admin.close()
+    producer = make_producer(settings)
+    values = [bytes(20_000) if n % 10 == 7 else b"%d" % n for n in range(60)]
+    futures = [producer.send(topic, value, key=b"cam-1") for value in values]
+    for value, future in zip(values, futures, strict=True):
+        if len(value) > 9000:
+            with pytest.raises(DataError, match="too large"), kafka_errors(settings.kafka):
+                future.get(30)
+        else:
+            future.get(30)
+    with pytest.raises(DataError, match="too large"), kafka_errors(settings.kafka):
+        producer.send(topic, bytes(20_000), key=b"cam-1").get(30)
+    producer.send(topic, b"last", key=b"cam-1").get(30)
+    producer.close()
+    wanted = [value for value in values if len(value) < 9000] + [b"last"]
+    assert end_offsets(settings, topic) == {0: len(wanted)}
+    consumer = at(settings, 0, 0)
+    assert [record.value for record in read(consumer, len(wanted))] == wanted
+    consumer.close()
+
+
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize(
     "fields", [{"sasl_password": SecretStr("wrong-secret")}, {"sasl_username": "nobody"}]
