@@ -6,7 +6,7 @@ torch to decode: a process that does nothing else (serving/consume.py) is spared
 Letters: N images, B batch, S side of the square in pixels.
 
 What is done to an image, always and in this order:
-1. its header is read and its size bounded, before any pixel is decoded;
+1. its header is read and its size bounded, and a JPEG's scans, before any pixel is decoded;
 2. it is decoded: JPEG by simplejpeg at the smallest scale that still covers S, PNG by OpenCV,
    BMP, GIF, PPM, TIFF and WebP by Pillow;
 3. 16 bit becomes 8 bit by v / 257 rounded, grey is repeated, alpha is dropped, CMYK goes through
@@ -19,6 +19,7 @@ What is done to an image, always and in this order:
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -35,12 +36,16 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 64_000_000
+MAX_SCANS = 64
+"""Of a JPEG: each passes over all pixels, however few bytes it has. Encoders write at most 18."""
 
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the encoded image
 
 _STRIP_ROWS = 256
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""One that begins a segment, or the end: neither stuffing, fill bytes, restarts nor the start."""
 _PILLOW_FORMATS = ("BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 
@@ -122,6 +127,7 @@ def _decode_jpeg(data: bytes, size: int, crop: Box | None, max_pixels: int) -> P
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _bound(width, height, max_pixels)
+        _check_scans(data)
         if colorspace in ("CMYK", "YCCK"):
             return _cut(_decode_pillow(data, max_pixels, formats=("JPEG",)), crop)
         if crop is not None:  # a box in source pixels has no place in a reduced decode
@@ -134,6 +140,21 @@ def _decode_jpeg(data: bytes, size: int, crop: Box | None, max_pixels: int) -> P
     except (ValueError, MemoryError) as error:  # simplejpeg is strict: libjpeg's warnings too
         cut_short = "Premature end" in str(error) or b"\xff\xda" not in data
         raise ImageRejected("truncated" if cut_short else "corrupt", f"JPEG: {error}") from None
+
+
+def _check_scans(data: bytes) -> None:
+    """A flat picture of many scans is a few bytes a scan, and seconds of work."""
+    if data.count(b"\xff\xda") <= MAX_SCANS:
+        return  # metadata and what follows the end may hold more, the picture cannot
+    num_scans, at = 0, 2
+    while marker := _JPEG_MARKER.search(data, at):  # as libjpeg goes from one to the next
+        kind, at = marker[0][1], marker.end()
+        if kind == 0xD9:
+            return
+        num_scans += kind == 0xDA
+        if num_scans > MAX_SCANS:
+            raise ImageRejected("corrupt", f"JPEG: more than {MAX_SCANS} scans")
+        at += int.from_bytes(data[at : at + 2], "big")
 
 
 def _decode_png(data: bytes, max_pixels: int) -> Pixels:
@@ -184,9 +205,8 @@ def _decode_pillow(
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:  # reads the header only
             _bound(image.width, image.height, max_pixels)
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                raise ImageRejected("animated", f"{image.format}: {frames} images in one file")
+            if _has_second(image):
+                raise ImageRejected("animated", f"{image.format}: several images in one file")
             return _pillow_to_rgb8(image)
     except ImageRejected:
         raise
@@ -201,6 +221,15 @@ def _decode_pillow(
         raise ImageRejected(
             "truncated" if cut_short else "corrupt", f"{type(error).__name__}: {error}"
         ) from None
+
+
+def _has_second(image: Image.Image) -> bool:
+    """Without n_frames, which walks all the images that a file claims to hold."""
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
 
 
 def _pillow_to_rgb8(image: Image.Image) -> Pixels:

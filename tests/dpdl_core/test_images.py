@@ -3,7 +3,10 @@
 import io
 import pickle
 import struct
+import sys
+import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dpdl_core.images import ArraySource, ImageRejected, decode_image
+
+sys.path.insert(0, str(Path(__file__).parent))
+from costly import many_directories, many_scans
 
 
 def picture(width=320, height=256) -> Image.Image:
@@ -122,6 +128,26 @@ def test_crop_is_in_pixels_of_the_source(data):
     assert np.abs(got - want).mean() < 2
     with pytest.raises(ImageRejected, match="box"):
         decode_image(data, 128, crop=(0, 0, 400, 100))
+
+
+def test_many_scans_are_refused_before_they_cost_anything():
+    assert decode_image(many_scans(64, 256), 64).shape == (64, 64, 3)
+    # Only the picture's own count: a film behind its end may hold any bytes.
+    assert decode_image(many_scans(64, 256) + b"\xff\xda\x00\x02" * 64, 64).shape == (64, 64, 3)
+    data, began_s = many_scans(300, 8000), time.process_time()
+    assert len(data) < 200_000
+    with pytest.raises(ImageRejected, match="scans") as rejected:
+        decode_image(data, 64)
+    assert rejected.value.reason == "corrupt"
+    assert time.process_time() - began_s < 1  # decoding takes seven
+
+
+def test_many_directories_are_not_walked():
+    data, began_s = many_directories(20_000), time.process_time()
+    with pytest.raises(ImageRejected) as rejected:
+        decode_image(data, 64)
+    assert rejected.value.reason == "animated"
+    assert time.process_time() - began_s < 1  # the time of a walk grows with the square
 
 
 def png_chunk(kind: bytes, body: bytes) -> bytes:

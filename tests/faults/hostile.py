@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import cv2
 import numpy as np
 from frames import jpeg, picture
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "dpdl_core"))
+from costly import many_directories, many_scans
 
 from infra.kafka_client import MAX_RECORD_BYTES
 from infra.messages import MAX_FRAME_BYTES
@@ -101,6 +106,22 @@ def jpeg_bomb(rng: Rng) -> Hostile:
     size = data.index(b"\xff\xc0") + 5
     data[size : size + 4] = struct.pack(">HH", 30_000, 30_000)
     return Hostile("JPEG of 30,000 x 30,000", bytes(data), frozenset({"too-large"}))
+
+
+def jpeg_of_many_scans(rng: Rng) -> Hostile:
+    """Hundreds of passes over its pixels, each of a hundred bytes."""
+    return Hostile("JPEG of 300 scans", _SCANS, frozenset({"corrupt"}))
+
+
+_SCANS = many_scans(300, 2000)
+
+
+def tiff_of_many_directories(rng: Rng) -> Hostile:
+    """Names its one picture again and again; counting them takes the square of their number."""
+    return Hostile("TIFF of 5,000 directories", _DIRECTORIES, frozenset({"animated"}))
+
+
+_DIRECTORIES = many_directories(5_000)
 
 
 def bomb_within_bounds(rng: Rng) -> Hostile:
@@ -198,6 +219,8 @@ SMALL: tuple[Callable[[Rng], Hostile], ...] = (
     noise,
     empty,
     jpeg_bomb,
+    jpeg_of_many_scans,
+    tiff_of_many_directories,
     cmyk,
     deep,
     animated,
