@@ -122,7 +122,8 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> LoadedVer
 
 def _blank(described: dict[str, Any]) -> Dpdl:
     try:
-        config = configs.from_json(json.dumps(described["config"]))
+        # Versions from before head_networks was a choice have one.
+        config = configs.from_json(json.dumps({"head_networks": 1, **described["config"]}))
         trunk = Trunk(config.trunk).fuse()
         sizes = {str(k): int(v) for k, v in described["prototypes"].items()}
         energies = blank_energies(config, trunk.channels, sizes)

@@ -85,9 +85,11 @@ class DpdlConfig:
     """Stages that the heads M_a and M_n look at, on the grid of the last."""
     head_normals: int = 512
     """Normals that the heads learn from, at most."""
-    head_iterations: int = 150
-    """Steps of the heads' training, 48 images each."""
-    head_learning_rate: float = 2e-3
+    head_networks: int = 4
+    """Networks side by side whose mean M_n is; a random start moves one alone by .01 and more."""
+    head_iterations: int = 75
+    """Steps of the heads' training, all images each."""
+    head_learning_rate: float = 1e-3
     """AdamW's, with a cosine schedule."""
     head_weight_decay: float = 0.1
     """AdamW's; strong, since ten anomalies are few."""
@@ -137,6 +139,7 @@ _AT_LEAST = {
     "renew_every_epochs": 0,
     "renew_min_new": 0,
     "head_iterations": 1,
+    "head_networks": 1,
     "head_normals": 2,
     "pseudo_normals": 1,
 }

@@ -1,6 +1,6 @@
 """The scoring heads M_a, M_n and M_r, and what becomes of their logits.
 
-Know feature maps only. Used by model.py. Paper: DPDL section 4.4; Deviation networks and DRA
+Know feature maps only. Paper: DPDL section 4.4; Deviation networks and DRA
 for multiple-instance scoring.
 Shapes: feature maps (B, F, H, W) of F channels.
 """
@@ -25,12 +25,16 @@ def top_mean(values: Tensor, share: float = 0.1) -> Tensor:
     K = floor(share * locations), as in DRA. The score of eq. 20: an image is as anomalous as
     its most anomalous places.
     """
+    flat = values.flatten(1)
+    return flat.topk(top_count(flat.shape[1], share), dim=1).values.mean(1)
+
+
+def top_count(locations: int, share: float) -> int:
+    """top_mean()'s K."""
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: want one in (0, 1]")
-    flat = values.flatten(1)
     # A float just below an integer, as 0.29 * 100, still means that integer.
-    count = max(1, int(share * flat.shape[1] + 1e-9))
-    return flat.topk(count, dim=1).values.mean(1)
+    return max(1, int(share * locations + 1e-9))
 
 
 class AnomalyHead(nn.Module):
@@ -56,7 +60,11 @@ class NormalHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        logit: Tensor = self.classify(features.mean((2, 3))).squeeze(1)
+        return self.of_means(features.mean((2, 3)))
+
+    def of_means(self, pooled: Tensor) -> Tensor:
+        """(B, F) -> (B,)."""
+        logit: Tensor = self.classify(pooled).squeeze(1)
         return logit
 
 
@@ -85,11 +93,6 @@ class ResidualHead(nn.Module):
         assert self.head.classify.bias is not None
         shift = self.norm.bias - self.norm.running_mean * gain
         return weight * gain, self.head.classify.bias[0] + weight @ shift
-
-
-def combine(anomaly: Tensor, normal: Tensor, residual: Tensor) -> Tensor:
-    """The paper's score S = S_r + S_a - S_n from raw logits (B,), high for anomalies."""
-    return residual + anomaly - normal
 
 
 def to_map(rows: Tensor, batch: int, height: int, width: int) -> Tensor:

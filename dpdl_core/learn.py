@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpdl_core.config import DpdlConfig, stage_numbers
-from dpdl_core.heads import AnomalyHead, NormalHead, ResidualHead, top_mean
+from dpdl_core.heads import AnomalyHead, NormalHead, ResidualHead, top_count, top_mean
 from dpdl_core.losses import anomaly_head_loss, normal_head_loss, residual_head_loss
 from dpdl_core.observe import Features
 from dpdl_core.parts import Energies, PatchEnergy
 
+_HIDDEN = 256
+"""Hidden units of each network whose mean M_n is."""
 _RIDGE = 0.05
 """Share of the mean variance that every direction of the head map's whitening is given."""
 
@@ -33,13 +35,13 @@ class Heads(nn.Module):
     center: Tensor
     whitener: Tensor
 
-    def __init__(self, stages: list[int], channels: int, patch_dims: int) -> None:
+    def __init__(self, stages: list[int], channels: int, patch_dims: int, networks: int) -> None:
         super().__init__()
         self.stages = stages
         self.register_buffer("center", torch.zeros(channels))
         self.register_buffer("whitener", torch.eye(channels))
         self.anomaly = AnomalyHead(channels)
-        self.normal = NormalHead(channels)
+        self.normal = NormalHead(channels, _HIDDEN * networks)
         self.residual = ResidualHead(patch_dims)
 
     def join(self, maps: list[Tensor]) -> Tensor:
@@ -114,8 +116,10 @@ def fit_heads(
 ) -> Heads:
     """Train the heads in place on normals and seen anomalies; without anomalies they stay blank.
 
-    Half of every batch is normal, half seen, in random poses. No pseudo anomalies: on frozen
-    features cut-paste is learnt at once and says little of defects (docs/accuracy.md).
+    Every step sees all of them, normals and anomalies with half the weight each: with ten
+    anomalies the draw of a batch would be most of what differs between two trainings. No pseudo
+    anomalies: on frozen features cut-paste is learnt at once and says little of defects
+    (docs/accuracy.md).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -123,49 +127,77 @@ def fit_heads(
         heads.whitener.copy_(_whitener(normals.joined, heads.center))
         if not len(anomalies):
             return _silenced(heads)
-        _reset(heads)
-        with torch.no_grad():
-            white = torch.cat([heads.whiten(m) for m in (normals.joined, anomalies.joined)])
-            residuals = torch.cat([normals.residuals, anomalies.residuals])
-        _descend(heads, white, residuals, len(normals), config)
+        _reset(heads, normals.residuals)
+        _descend(heads, _Places.of(heads, normals, anomalies), config)
     return heads.eval()
 
 
-def _descend(
-    heads: Heads,
-    white: Tensor,
-    residuals: Tensor,
-    num_normals: int,
-    config: DpdlConfig,
-) -> None:
+@dataclass(frozen=True)
+class _Places:
+    """What every step looks at, of n normals and then M anomalies."""
+
+    white: Tensor
+    """(n + M, h * w, C) whitened head maps."""
+    residuals: Tensor
+    """(n + M, side * side, D) residuals as M_r's norm leaves them."""
+    label: Tensor
+    """(n + M,)."""
+    weight: Tensor
+    """(n + M,): a half over all normals, a half over all anomalies."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, heads: Heads, normals: HeadSample, anomalies: HeadSample) -> _Places:
+        samples = (normals, anomalies)
+        label = torch.cat([torch.zeros(len(normals)), torch.ones(len(anomalies))])
+        return cls(
+            torch.cat([_rows(heads.whiten(s.joined)) for s in samples]),
+            torch.cat([_rows(heads.residual.norm(s.residuals)) for s in samples]),
+            label,
+            torch.cat([torch.full((len(s),), 0.5 / len(s)) for s in samples]),
+        )
+
+
+def _rows(maps: Tensor) -> Tensor:
+    return maps.flatten(2).transpose(1, 2).contiguous()
+
+
+def _descend(heads: Heads, places: _Places, config: DpdlConfig) -> None:
+    means = places.white.mean(1)
+    trained = (heads.anomaly.classify, heads.residual.head.classify, heads.normal)
+    parameters = [p for module in trained for p in module.parameters()]
     optimizer = torch.optim.AdamW(
-        heads.parameters(), lr=config.head_learning_rate, weight_decay=config.head_weight_decay
+        parameters, lr=config.head_learning_rate, weight_decay=config.head_weight_decay
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.head_iterations)
-    num_seen = len(white) - num_normals
-    half = 24
-    label = torch.cat([torch.zeros(half), torch.ones(half)])
-    heads.train()
+    label, weight, networks = places.label, places.weight, config.head_networks
     for _ in range(config.head_iterations):
-        rows = torch.cat(
-            [
-                torch.randint(num_normals, (half,)),
-                num_normals + torch.randint(num_seen, (half,)),
-            ]
-        )
-        x, r = white[rows], residuals[rows]
-        flips = [axis for axis in (2, 3) if torch.rand(()) < 0.5]
-        x, r = x.flip(flips), r.flip(flips)
         loss = (
-            anomaly_head_loss(heads.anomaly(x).logit, label)
-            + normal_head_loss(heads.normal(x), label)
-            + residual_head_loss(heads.residual(r).logit, label)
+            anomaly_head_loss(_logit(heads.anomaly, places.white), label, weight)
+            + normal_head_loss(heads.normal.of_means(means) / networks, label, weight)
+            + residual_head_loss(_logit(heads.residual.head, places.residuals), label, weight)
         )
         optimizer.zero_grad()
         torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
+    with torch.no_grad():
+        for parameter in _last(heads.normal).parameters():
+            parameter.div_(networks)
+
+
+def _logit(head: AnomalyHead, places: Tensor) -> Tensor:
+    """The head's logits (n,) of places (n, L, C), with a gradient through the top ones only.
+
+    Which is all the gradient there is; to leave out the other places is ten times faster.
+    """
+    count = top_count(places.shape[1], head.share)
+    with torch.no_grad():
+        top = (places @ head.classify.weight.view(-1)).topk(count, 1).indices
+        best = places.gather(1, top[..., None].expand(-1, -1, places.shape[2])).mean(1)
+    logit: Tensor = head.classify(best[..., None, None]).flatten()
+    return logit
 
 
 def _whitener(joined: Tensor, center: Tensor) -> Tensor:
@@ -179,18 +211,30 @@ def _whitener(joined: Tensor, center: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _reset(heads: Heads) -> None:
+def _reset(heads: Heads, residuals: Tensor) -> None:
     """Ready to learn. What a logit adds up starts at zero: ten anomalies move few directions, and
     in all others the usual random start would stay, as noise of the logit's own size.
+
+    M_r's norm is the normals' residuals' (n, D, side, side) own mean and deviation, for good.
     """
     for module in heads.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d):
             module.reset_parameters()
-    last = heads.normal.classify[-1]
-    assert isinstance(last, nn.Linear)
-    for layer in (heads.anomaly.classify, heads.residual.head.classify, last):
+    norm = heads.residual.norm
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.copy_(residuals.mean((0, 2, 3)))
+    norm.running_var.copy_(residuals.var((0, 2, 3), correction=0))
+    heads.residual.eval()
+    for layer in (heads.anomaly.classify, heads.residual.head.classify, _last(heads.normal)):
         for parameter in layer.parameters():
             parameter.zero_()
+
+
+def _last(head: NormalHead) -> nn.Linear:
+    last = head.classify[-1]
+    assert isinstance(last, nn.Linear)
+    return last
 
 
 @torch.no_grad()
@@ -209,7 +253,8 @@ def blank_heads(config: DpdlConfig, channels: list[int]) -> Heads:
         )
     first = stage_numbers(config.patch_spaces[0].removesuffix("s"))
     patch_dims = min(config.patch_dims, sum(channels[s] for s in first))
-    return _silenced(Heads(stages, sum(channels[s] for s in stages), patch_dims))
+    head_channels = sum(channels[s] for s in stages)
+    return _silenced(Heads(stages, head_channels, patch_dims, config.head_networks))
 
 
 class Parts(nn.Module):

@@ -132,24 +132,29 @@ def dispersion_loss(features: Tensor, kappa: float = 10.0) -> Tensor:
 # Heads --------------------------------------------------------------------------------------
 
 
-def anomaly_head_loss(logit: Tensor, label: Tensor) -> Tensor:
+# Means over the batch, or sums with the images' weights (B,) where those are given.
+
+
+def anomaly_head_loss(logit: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
     """Eq. 20: BCE of M_a's logit (B,), label 1 for anomalies. The logit is signed: with |.|,
     as in deviation losses, every normal would stay at P >= 1/2."""
-    return _bce(logit, label)
+    return _bce(logit, label, weight)
 
 
-def normal_head_loss(logit: Tensor, label: Tensor) -> Tensor:
+def normal_head_loss(logit: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
     """Eq. 21, target mended to 1 - label: M_n says normal, and is subtracted in the score."""
-    return _bce(logit, 1 - label.to(logit.dtype))
+    return _bce(logit, 1 - label.to(logit.dtype), weight)
 
 
-def residual_head_loss(logit: Tensor, label: Tensor) -> Tensor:
+def residual_head_loss(logit: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
     """Eq. 22: BCE of M_r's logit (B,) on the residual to the prototype, label 1 for anomalies."""
-    return _bce(logit, label)
+    return _bce(logit, label, weight)
 
 
-def _bce(logit: Tensor, target: Tensor) -> Tensor:
-    return binary_cross_entropy_with_logits(logit.float(), target.float())
+def _bce(logit: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    return binary_cross_entropy_with_logits(
+        logit.float(), target.float(), weight, reduction="mean" if weight is None else "sum"
+    )
 
 
 # Sum ----------------------------------------------------------------------------------------

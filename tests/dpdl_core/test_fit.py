@@ -1,5 +1,6 @@
 """Fitting, scoring, refreshing and files of a whole model, small. Also the worker of two ranks."""
 
+import json
 import os
 import subprocess
 import sys
@@ -189,6 +190,16 @@ def test_files_there_and_back(model, tmp_path):
     assert (loaded.thresholds, loaded.metrics) == ({"default": 3.0}, {"auroc": 0.9})
     files = artifact.pack(model, thresholds={}, metrics={})
     assert files == artifact.pack(loaded.model, thresholds={}, metrics={})
+
+
+def test_a_version_from_before_head_networks_has_one():
+    old = fit(tiny_config(head_networks="1"), ArraySource(NORMALS), SEEN, seed=0)
+    files = artifact.pack(old, thresholds={}, metrics={})
+    described = json.loads(files["config.json"])
+    del described["config"]["head_networks"]
+    loaded = artifact.unpack(files | {"config.json": json.dumps(described).encode()}).model
+    assert loaded.config.head_networks == 1
+    assert torch.equal(loaded.score(SEEN).score, old.score(SEEN).score)
 
 
 def test_broken_files_are_told(model, tmp_path):

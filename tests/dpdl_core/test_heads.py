@@ -7,7 +7,6 @@ from dpdl_core.heads import (
     AnomalyHead,
     NormalHead,
     ResidualHead,
-    combine,
     to_map,
     to_rows,
     top_mean,
@@ -81,11 +80,6 @@ def test_residual_head_evens_channels_out():
     for _ in range(60):
         normalised = head.norm(scale * torch.randn(16, 2, 8, 8))
     torch.testing.assert_close(normalised.std((0, 2, 3)), torch.ones(2), atol=0.05, rtol=0)
-
-
-def test_score_subtracts_the_normal_head():
-    one = torch.ones(3)
-    assert combine(anomaly=5 * one, normal=3 * one, residual=2 * one).tolist() == [4.0] * 3
 
 
 def test_rows_and_maps_are_each_others_inverse():

@@ -177,6 +177,15 @@ def heads_are_cross_entropies(module: ModuleType):
     assert module.normal_head_loss(LOGITS, LABELS).item() == pytest.approx(cross_entropy([0, 1, 0]))
 
 
+@pytest.mark.parametrize("name", ["anomaly_head_loss", "normal_head_loss", "residual_head_loss"])
+def test_a_weighted_head_loss_is_a_sum(name):
+    """A weight of 2 is an image twice."""
+    loss = getattr(losses, name)
+    twice = torch.tensor([0, 1, 1, 2])
+    weighted = loss(LOGITS, LABELS, torch.tensor([0.25, 0.5, 0.25]))
+    torch.testing.assert_close(weighted, loss(LOGITS[twice], LABELS[twice]))
+
+
 @check
 def total_by_hand(module: ModuleType):
     names = ("anomaly_head", "normal_head", "residual_head", "transport", "margin", "dispersion")
@@ -243,8 +252,8 @@ FAULTS = {
     "dispersion over U": ("math.log(count - 1)", "math.log(count)", ["dispersion_by_loops"]),
     "dispersion without kappa": ("(kappa * cosines)", "cosines", ["dispersion_by_loops"]),
     "M_n trained on y, as printed": (
-        "_bce(logit, 1 - label.to(logit.dtype))",
-        "_bce(logit, label)",
+        "_bce(logit, 1 - label.to(logit.dtype), weight)",
+        "_bce(logit, label, weight)",
         ["heads_are_cross_entropies"],
     ),
     "lambda on the bridge": (

@@ -100,7 +100,7 @@ def test_spoiling_depends_on_the_image_not_on_its_batch():
 
 def test_folded_heads_give_what_the_plain_ones_do():
     torch.manual_seed(0)
-    heads = Heads([0, 1], 7, 5).eval()
+    heads = Heads([0, 1], 7, 5, networks=1).eval()
     heads.center.normal_()
     heads.whitener.copy_(torch.randn(7, 7))
     norm = heads.residual.norm
