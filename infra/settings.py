@@ -158,7 +158,7 @@ class ServeSettings(_Group):
     http_host: str = "127.0.0.1"
     http_port: Port = 8000
     token: SecretStr | None = None
-    """Asked of every HTTP caller that is not on loopback."""
+    """Asked of every HTTP caller; wanted for an address that is not loopback."""
     min_consumers: int = Field(default=1, ge=1)
     max_consumers: int = Field(default=0, ge=0)
     """Consumer replicas follow Kafka's lag between these bounds, never more than partitions.

@@ -22,7 +22,7 @@ EXPRESSION = "__expr__"
 def data_sources(prometheus_url: str, alert_api_url: str, token: str | None = None) -> list[Json]:
     """As Grafana's API and its provisioning files take them.
 
-    token: of the alert API, needed for any address that is not loopback (DPDL_SERVE_TOKEN).
+    token: of the alert API, where it has one (DPDL_SERVE_TOKEN).
     """
     infinity: Json = {
         "name": "DPDL alert API",

@@ -1,8 +1,12 @@
-"""Who may look: anyone on this machine, and whoever has the token.
+"""Who may look: whoever has the token; where none is set, anyone on this machine.
 
-A caller counts as local only when the connection comes from loopback, no proxy stands between,
-and the address in the browser's bar is a loopback name too: without the last, a web page from
-elsewhere could reach the console through a name that it points at 127.0.0.1 (DNS rebinding).
+With a token everyone is asked for it, from this machine too: behind a proxy on the same host all
+the world comes from loopback, and not every proxy says for whom.
+
+Without one a caller counts as local only when the connection comes from loopback, no proxy says
+that it stands between, and the address in the browser's bar is a loopback name too: without the
+last, a web page from elsewhere could reach the console through a name that it points at 127.0.0.1
+(DNS rebinding).
 
 What changes something needs more: a page from elsewhere can make this machine's browser send a
 request (CSRF), but neither with a header of its own choosing nor with our origin.
@@ -28,8 +32,8 @@ class Access:
         self, client: str | None, headers: Mapping[str, str], cookies: Mapping[str, str]
     ) -> bool:
         """client: the peer's address as the HTTP server saw it."""
-        if _local(client, headers):
-            return True
+        if self._token is None:
+            return _local(client, headers)
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and self.is_token(given.strip()):
             return True

@@ -70,8 +70,9 @@ api = FastAPI(
     title="DPDL",
     version="1",
     description=(
-        "Alerts, cameras, scores and versions. From loopback no token is asked; others send "
-        "`Authorization: Bearer TOKEN`. Changes also want the header `x-dpdl: 1`."
+        "Alerts, cameras, scores and versions. Where serve.token is set, all send "
+        "`Authorization: Bearer TOKEN`; without, only loopback is answered. Changes also want the "
+        "header `x-dpdl: 1`."
     ),
     docs_url=None,  # FastAPI's pages load scripts from elsewhere
     redoc_url=None,

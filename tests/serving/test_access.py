@@ -1,4 +1,4 @@
-"""Who may look at the console: this machine, and whoever has the token."""
+"""Who may look at the console: whoever has the token; without one, this machine."""
 
 import pytest
 
@@ -27,7 +27,16 @@ def test_this_machine_needs_no_token(client, host):
         ("", LOCAL),
     ],
 )
-def test_everyone_else_needs_the_token(client, headers):
+def test_without_a_token_nobody_else_may(client, headers):
+    assert not Access(None).allows(client, headers, {})
+
+
+@pytest.mark.parametrize(
+    ("client", "headers"),
+    # The second may come through a proxy on this machine that does not say so.
+    [("10.0.0.7", {"host": "plant:8000"}), ("127.0.0.1", LOCAL), (None, {})],
+)
+def test_with_a_token_everyone_needs_it(client, headers):
     access = Access("secret")
     assert not access.allows(client, headers, {})
     assert not access.allows(client, {**headers, "authorization": "Bearer wrong"}, {})
@@ -39,7 +48,7 @@ def test_everyone_else_needs_the_token(client, headers):
 
 def test_without_a_token_nothing_is_one():
     access = Access(None)
-    assert not access.allows("10.0.0.7", {"authorization": "Bearer "}, {COOKIE: ""})
+    assert not access.allows("10.0.0.7", {**LOCAL, "authorization": "Bearer "}, {COOKIE: ""})
     assert not access.is_token("")
 
 
