@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import cast
 
 import cv2
@@ -105,6 +105,8 @@ class Archive:
         self._put, self._reread, self._debts = put, reread, debts
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="evidence")
         self._rest_until = 0.0
+        self._running: list[Future[bool]] = []
+        """Tries of an earlier batch that S3 still does not answer."""
         self._closing = threading.Event()
         self._payer = threading.Thread(target=self._pay_all_along, name="owed", daemon=True)
         self._payer.start()
@@ -112,12 +114,13 @@ class Archive:
     def keep(self, frames: Sequence[FrameRecord], maps: Sequence[NDArray[np.float32]]) -> list[str]:
         """The evidence keys, when each is in S3 or noted as owed. Raises only for Redis."""
         owed = list(zip(frames, maps, strict=True))
-        if time.monotonic() >= self._rest_until:
+        # The pool's queue has no bound, and each try holds its image, cancelled or not, until a
+        # thread takes it: while threads hang, nothing more is given to them.
+        if time.monotonic() >= self._rest_until and all(t.done() for t in self._running):
             tries = [self._pool.submit(self._try, frame, heat) for frame, heat in owed]
-            wait(tries, timeout=PATIENCE_S)
-            owed = [
-                pair for pair, t in zip(owed, tries, strict=True) if not (t.done() and t.result())
-            ]
+            kept = [t for t in wait(tries, timeout=PATIENCE_S).done if t.result()]
+            self._running = [t for t in tries if not t.cancel() and not t.done()]
+            owed = [pair for pair, t in zip(owed, tries, strict=True) if t not in kept]
             if owed:
                 self._rest()
         for frame, heat in owed:

@@ -369,12 +369,13 @@ def killed(name: Any, lasts_s: float, *, harmless: bool = False) -> Fault:
     )
 
 
-def paused(name: Any, lasts_s: float) -> Fault:
+def paused(name: Any, lasts_s: float, *, harmless: bool = False) -> Fault:
     return Fault(
         name=f"{name} SIGSTOP {lasts_s:g} s",
         strike=lambda world: world.stack.pause(name),
         mend=lambda world: world.stack.resume(name),
         lasts_s=lasts_s,
+        harmless=harmless,
     )
 
 
@@ -408,6 +409,7 @@ def faults(pause_s: float) -> list[Fault]:
         killed("s3", 5.0, harmless=True),
         paused("kafka", pause_s),
         paused("redis", pause_s),
+        paused("s3", pause_s, harmless=True),
         stalled(pause_s),
         Fault(
             name="Ray node SIGKILL",

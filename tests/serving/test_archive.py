@@ -1,6 +1,8 @@
 """Evidence: what is kept, and that nothing waits for an S3 that is away."""
 
+import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import cv2
@@ -130,3 +132,34 @@ def test_results_do_not_wait_for_an_s3_that_hangs(make, monkeypatch):
     kept.keep([frame(2)], [HEAT])  # does not even try
     assert time.monotonic() - began < 0.8
     assert set(debts) == {"t/0/1", "t/0/2"}
+
+
+class Watched(bytearray):
+    """An image that tells whether somebody still holds it; bytes take no weak references."""
+
+
+def test_an_s3_that_hangs_holds_no_more_than_one_batch_of_images(make, monkeypatch):
+    monkeypatch.setattr(archive, "PATIENCE_S", 0.05)
+    answer, made, debts, puts = threading.Event(), [], Notes(), []
+
+    def put(key, data, kind):
+        puts.append(key)
+        answer.wait(30)
+
+    kept = make(put, debts=debts)
+    for batch in range(20):
+        images = [Watched(bytes(100)) for _ in range(8)]
+        made += map(weakref.ref, images)
+        kept._rest_until = 0.0
+        kept.keep([frame(8 * batch + i, image) for i, image in enumerate(images)], [HEAT] * 8)
+        del images
+    assert len(debts) == 160
+    assert sum(ref() is not None for ref in made) <= 8
+    answer.set()
+    deadline = time.monotonic() + 10
+    while not all(t.done() for t in kept._running) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    kept._rest_until = 0.0
+    kept.keep([frame(200)], [HEAT])
+    assert "t/0/200" not in debts  # it is used again once it answers
+    assert len(puts) == 2 * (4 + 1)  # what is owed was not written too
