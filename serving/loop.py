@@ -158,7 +158,7 @@ class Loop:
         decoded = self._decode(polled, plan)  # 1. decode
         clock.lap("decode")
         if decoded.bad:  # 2. bad records are kept before their offset is passed
-            self._patiently("putting bad records aside", lambda: self._sink.set_aside(decoded.bad))
+            self._set_aside(decoded.bad)
             clock.lap("aside")
         answers = [self._score.submit(each) for each in decoded.batches]  # 3. score: a call a model
         return _Flight(decoded, answers, polled_at_ns, clock)
@@ -174,9 +174,9 @@ class Loop:
         bad = list(flight.decoded.bad)
         if flight.answers:
             pairs = zip(flight.decoded.batches, flight.answers, strict=True)
-            answered = [self._answered(batch, answer) for batch, answer in pairs]
+            answered = [self._answered(batch, answer, bad) for batch, answer in pairs]
             clock.lap("score")
-            for batch, scored in answered:
+            for batch, scored in filter(None, answered):
                 judged, senseless = self._judge(batch, scored)  # 4. evidence
                 results += judged
                 bad += senseless
@@ -199,8 +199,13 @@ class Loop:
         report.dropped_spans = len(spans) - len(published)
         self._report(report)
 
-    def _answered(self, batch: Batch, answer: Future[Scored | WrongSize]) -> tuple[Batch, Scored]:
-        """Waits for the scores; asks again when the scorer was replaced or changed its size."""
+    def _answered(
+        self, batch: Batch, answer: Future[Scored | WrongSize], bad: list[BadRecord]
+    ) -> tuple[Batch, Scored] | None:
+        """Waits for the scores; asks again when the scorer was replaced or changed its size.
+
+        Adds to `bad`, and puts aside, what cannot be decoded at that size; None when nothing can.
+        """
         pending: Future[Scored | WrongSize] | None = answer
 
         def ask() -> Scored | WrongSize:
@@ -218,7 +223,16 @@ class Loop:
                 return batch, scored
             # Never resized from the decoded pixels: online scores equal offline ones.
             plan = Plan(scored.image_size, dict.fromkeys(_cameras(batch), batch.model))
-            (batch,) = self._decode(Polled(batch.records, []), plan).batches
+            again = self._decode(Polled(batch.records, []), plan)
+            self._set_aside(again.bad)
+            bad += again.bad
+            if not again.batches:
+                return None
+            (batch,) = again.batches
+
+    def _set_aside(self, bad: Sequence[BadRecord]) -> None:
+        if bad:
+            self._patiently("putting bad records aside", lambda: self._sink.set_aside(bad))
 
     def _judge(self, batch: Batch, scored: Scored) -> tuple[list[FrameResult], list[BadRecord]]:
         """Results of a batch, evidence of its anomalies kept; frames without a finite score."""
@@ -228,8 +242,7 @@ class Loop:
             for record, fine in zip(batch.records, finite, strict=True)
             if not fine
         ]
-        if senseless:
-            self._patiently("putting bad records aside", lambda: self._sink.set_aside(senseless))
+        self._set_aside(senseless)
         rows = [row for row in sorted(scored.maps) if finite[row]]
         keys: dict[int, str] = {}
         if rows:

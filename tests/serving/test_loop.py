@@ -441,6 +441,34 @@ def test_a_version_of_another_size_gets_pixels_decoded_at_that_size():
     assert outside.submitted[-1][1][1:] == (4, 4, 3)
 
 
+@pytest.mark.parametrize("lost", [{3}, {0, 1, 2, 3, 4, 5, 6}])
+def test_what_cannot_be_decoded_at_the_other_size_is_put_aside(lost):
+    """A frame that was decoded once need not be so again: some of a batch's, or all of them."""
+    world = World(bad=())
+    outside = Outside(world)
+
+    def score(images, model):
+        future = Future()
+        future.set_result(WrongSize(4))
+        return real(images, model) if images.shape[1] == 4 else future
+
+    def decode_some(polled, plan):
+        if plan.of("cam-0")[1] != 4:
+            return decode(polled, plan)
+        bad = [record for record in polled.records if record.offset in lost]
+        good = [record for record in polled.records if record.offset not in lost]
+        again = decode(Polled(good, []), plan)
+        return Decoded(polled, again.batches, [BadRecord(record, "corrupt") for record in bad])
+
+    real, outside._score = outside._score, score
+    outside.loop = loop = Loop(outside, decode_some, outside, outside, report=lambda report: None)
+    loop.run()
+    assert world.finished()
+    assert set(world.dead) == {f"{TOPIC}/{p}/{o}" for p in (0, 1) for o in lost}
+    assert world.dead_counts == {"corrupt": 2 * len(lost)}
+    assert sum(len(results) for results in world.results.values()) == 2 * (7 - len(lost))
+
+
 def test_each_call_is_for_one_model_and_its_size():
     """cam-1 is bound to a model that reads another size; order and offsets stay as they were."""
     world = World()
