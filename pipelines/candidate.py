@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -75,11 +75,9 @@ def find_inputs(
     Decisions of another line do not count: a model trained from scratch gets everything again.
     """
     data = parent["data"]
-    line = {current, *parent["line"]}
     settled = {*data["incoming"].items(), *data["objects"].items()}
-    for decision in past:
-        if decision.parent in line:
-            settled |= set(decision.inputs.items())
+    for decision in _descended({current, *parent["line"]}, past):
+        settled |= set(decision.inputs.items())
     stored = {o.key: o.etag for o in incoming(settings, index.name)}
     new, rows, notes = {}, 0, []
     for key, etag in stored.items():
@@ -107,6 +105,23 @@ def find_inputs(
         seed=seed,
     )
     return inputs, rows, notes
+
+
+def _descended(
+    line: set[str], past: Iterable[decisions.Decision]
+) -> Iterator[decisions.Decision]:
+    """Decisions on what descends from a version of this line, by however many steps.
+
+    After two rollbacks the second one's parent is no longer on the line, but descends from it.
+    """
+    children: dict[str, list[decisions.Decision]] = {}
+    for decision in past:
+        children.setdefault(decision.parent, []).append(decision)
+    reached = list(line)
+    while reached:
+        found = children.pop(reached.pop(), [])
+        reached += [decision.candidate for decision in found]
+        yield from found
 
 
 def build(

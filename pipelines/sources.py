@@ -25,9 +25,10 @@ import pyarrow.parquet as pq
 import torch
 
 from dpdl_core.images import ImageRejected, decode_image
-from infra.errors import DataError, DataMoved, NotFound
+from infra.errors import DataError, DataMoved, NotFound, ServiceUnavailable
 from infra.s3_client import make_filesystem, s3_errors
 from infra.settings import Settings, load_settings
+from pipelines.dataset_index import SCHEMA
 
 DECODE_BATCH = 32
 """Images per decoded piece: 5 MB at 224 px, small beside Ray's object store."""
@@ -94,6 +95,7 @@ def row_groups(settings: Settings, keys: Iterable[str]) -> list[RowGroup]:
     found = []
     for key in keys:
         with _opened(filesystem, settings, key) as file:
+            _check_columns(f"s3://{settings.s3.data_bucket}/{key}", file.schema_arrow)
             metadata = file.metadata
             found += [
                 RowGroup(key, i, metadata.row_group(i).num_rows)
@@ -276,23 +278,36 @@ def _opened(filesystem: pa.fs.FileSystem, settings: Settings, key: str) -> Itera
             f"s3://{path} is gone: the data set was imported anew, or an answer was taken back, "
             "meanwhile; run this again"
         ) from None
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, ServiceUnavailable) as error:
+        # An OSError to pyarrow: a footer that is none looks as if S3 were away.
+        if isinstance(error, ServiceUnavailable) and "deserialize thrift" not in str(error):
+            raise
         raise DataError(f"s3://{path} is no Parquet file ({error}): remove it") from None
+
+
+_READ = ["image", "label", "defect", "camera", "source"]
+
+
+def _check_columns(path: str, found: pa.Schema) -> None:
+    """DataError for a Parquet object whose columns are not those that are read here.
+
+    Whether a column may hold nulls belongs to it: a null is no image. Older imports have no digest.
+    """
+    for name in [*_READ, "digest"] if "digest" in found.names else _READ:
+        wanted = SCHEMA.field(name)
+        if found.get_field_index(name) < 0 or not found.field(name).equals(wanted):
+            raise DataError(
+                f"{path} is none of our Parquet files: it has no column `{wanted.name}: {wanted.type} not null`; remove it, and "
+                "bring images by `dpdl data add`"
+            )
 
 
 def _encoded(
     filesystem: pa.fs.FileSystem, settings: Settings, group: RowGroup
 ) -> Iterator[tuple[list[bytes], list[RowRef]]]:
-    columns = ["image", "label", "defect", "camera", "source"]
     with _opened(filesystem, settings, group.key) as file:
-        missing = set(columns) - set(file.schema_arrow.names)
-        if missing:
-            raise DataError(
-                f"s3://{settings.s3.data_bucket}/{group.key} has no column {sorted(missing)[0]}: "
-                "write it with `dpdl data import`"
-            )
         first = sum(file.metadata.row_group(i).num_rows for i in range(group.index))
-        for batch in file.iter_batches(DECODE_BATCH, row_groups=[group.index], columns=columns):
+        for batch in file.iter_batches(DECODE_BATCH, row_groups=[group.index], columns=_READ):
             values = batch.to_pydict()
             refs = [
                 RowRef(

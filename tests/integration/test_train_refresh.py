@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -31,7 +33,7 @@ from infra.messages import FrameResult
 from infra.model_store import ModelStore
 from infra.s3_client import make_minio
 from pipelines import candidate, refresh_loop
-from pipelines.dataset_index import load_index, snapshot
+from pipelines.dataset_index import SCHEMA, incoming, load_index, snapshot
 from pipelines.datasets import NewImage, import_dataset, put_incoming
 from pipelines.held_out import HeldOut, images, usable
 from pipelines.promotion import load, who
@@ -40,6 +42,7 @@ from pipelines.refresh_loop import refresh_every
 from pipelines.registry import Registry
 from pipelines.scoring import calibrate, score_images
 from pipelines.sources import RowRef, stack
+from pipelines.train_keeper import WorkerKeeper
 
 pytestmark = pytest.mark.integration
 
@@ -328,6 +331,28 @@ def test_what_a_person_rolled_back_does_not_come_again(settings, deployed):
     assert registry.promote(promoted.to_version, "was right").version == promoted.to_version
 
 
+@pytest.mark.storage
+def test_what_was_taken_back_in_two_steps_does_not_come_again(settings, dataset):
+    """Refreshed from train-0 to refresh-1 to refresh-2, and rolled back twice."""
+
+    def put(first):
+        put_incoming(settings, "plates", new_plates(10, first=first))
+        return {o.key: o.etag for o in incoming(settings, "plates")}
+
+    one = put(5000)
+    two = {key: etag for key, etag in put(6000).items() if key not in one}
+    three = {key: etag for key, etag in put(7000).items() if key not in one | two}
+    past = [
+        decisions.Decision("refresh-2", "refresh-1", "promoted", "", {}, two),
+        decisions.Decision("refresh-1", "train-0", "promoted", "", {}, one),
+        # Of a line that has nothing to do with this one.
+        decisions.Decision("refresh-3", "train-9", "promoted", "", {}, three),
+    ]
+    manifest = {"line": [], "data": snapshot(dataset)}
+    inputs, rows, _ = candidate.find_inputs(settings, "train-0", manifest, dataset, past, 0)
+    assert (inputs.new, rows) == (three, 10)
+
+
 def test_defects_among_the_new_normals_are_set_aside_and_listed(settings, deployed):
     clean, poison = new_plates(40), new_plates(10, first=9000, spot=True)
     put_incoming(settings, "plates", clean + poison)
@@ -362,15 +387,53 @@ def test_images_that_are_known_are_not_learnt_twice(settings, deployed, folder):
     assert len(digests) == len(set(digests))
 
 
+def put_object(settings, name, data):
+    bucket = settings.s3.data_bucket
+    make_minio(settings).put_object(bucket, f"plates/incoming/{name}", io.BytesIO(data), len(data))
+
+
+def parquet(table):
+    out = io.BytesIO()
+    pq.write_table(table, out)
+    return out.getvalue()
+
+
+def put_what_is_no_data_of_ours(settings):
+    put_object(settings, "bad.parquet", b"no Parquet")
+    put_object(settings, "footer.parquet", b"PAR1" + 50 * b"x" + b"\x05\0\0\0PAR1")
+    put_object(settings, "foreign.parquet", parquet(pa.table({"id": [1, 2], "name": ["a", "b"]})))
+    other_types = SCHEMA.set(1, pa.field("label", pa.string(), nullable=False))
+    row = [plate(1)], ["0"], [""], [""], [None], ["x"], ["00"]
+    put_object(settings, "types.parquet", parquet(pa.table(list(row), schema=other_types)))
+
+
 def test_one_bad_object_and_one_labelled_defect_keep_no_refresh_from_the_rest(settings, deployed):
     put_incoming(settings, "plates", new_plates(20))
-    client, bucket = make_minio(settings), settings.s3.data_bucket
-    client.put_object(bucket, "plates/incoming/bad.parquet", io.BytesIO(b"no Parquet"), 10)
+    put_what_is_no_data_of_ours(settings)
+    spots = [plate(9000 + i, spot=True) for i in range(10)]
+    digests = [hashlib.sha256(spot).hexdigest() for spot in spots]
+    columns = [spots, [1] * 10, ["spot"] * 10, ["cam-1"] * 10, [None] * 10, ["x"] * 10, digests]
+    put_object(settings, "defects.parquet", parquet(pa.table(columns, schema=SCHEMA)))
     report = refresh_once(settings, OPTIONS)
     assert report.decision == "promoted", report.why
-    assert any("bad.parquet is no Parquet file" in note for note in report.notes)
+    assert report.new_normals == 20  # learnt or held out: none of the labelled defects
+    for words in (
+        "bad.parquet is no Parquet file",
+        "footer.parquet is no Parquet file",
+        "foreign.parquet is none of our Parquet files: it has no column `image: binary",
+        "types.parquet is none of our Parquet files: it has no column `label: int8",
+    ):
+        assert any(words in note for note in report.notes), words
     again = refresh_once(settings, OPTIONS)
-    assert (again.decision, len(again.notes)) == ("none", 1)
+    assert (again.decision, len(again.notes)) == ("none", 4)
+
+
+@pytest.mark.storage
+def test_what_is_no_data_of_ours_joins_no_running_training(settings, dataset):
+    report = put_incoming(settings, "plates", new_plates(10))
+    put_what_is_no_data_of_ours(settings)
+    keeper = WorkerKeeper(settings, snapshot(dataset), None, {})
+    assert list(keeper._new(at_least=10)["incoming"]) == [report.key]
 
 
 def test_a_shift_makes_the_heads_be_learnt_anew(settings, deployed):
