@@ -1,4 +1,5 @@
-"""What the gate decided on each refresh, as small files beside the versions. Written once."""
+"""What the gate decided on each refresh and training, as small files beside the versions. Written
+once."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from infra.errors import PointerConflict
+from infra.errors import NotFound, PointerConflict
 from infra.grafana_client import announce_held
 from infra.s3_client import conditional_put, get, make_minio, s3_errors
 from infra.settings import Settings
@@ -16,7 +17,8 @@ from infra.settings import Settings
 @dataclass(frozen=True)
 class Decision:
     candidate: str
-    parent: str
+    parent: str | None
+    """None for a training: it descends from nothing."""
     decision: str
     """promoted, held, or none: there was nothing to learn, and no candidate."""
     why: str
@@ -34,7 +36,7 @@ def record(settings: Settings, model: str, decision: Decision) -> None:
     """
     decision = replace(decision, at=datetime.now(UTC).isoformat(timespec="milliseconds"))
     data = (json.dumps(asdict(decision), indent=1, sort_keys=True) + "\n").encode()
-    key = f"{model}/decisions/{decision.candidate}.json"
+    key = _key(model, decision.candidate)
     try:
         with s3_errors(settings.s3):
             conditional_put(make_minio(settings), settings.s3.models_bucket, key, data)
@@ -42,6 +44,16 @@ def record(settings: Settings, model: str, decision: Decision) -> None:
         return
     if decision.decision == "held":  # a promotion is announced by who moves the pointer
         announce_held(settings, model, decision.candidate, decision.why, decision.at)
+
+
+def find(settings: Settings, model: str, candidate: str) -> Decision | None:
+    """The decision on one candidate, None where there is none yet."""
+    try:
+        with s3_errors(settings.s3):
+            data, _ = get(make_minio(settings), settings.s3.models_bucket, _key(model, candidate))
+    except NotFound:
+        return None
+    return Decision(**json.loads(data))
 
 
 def recorded(settings: Settings, model: str) -> list[Decision]:
@@ -65,3 +77,7 @@ class Recorded:
                 if key not in self._known:
                     self._known[key] = Decision(**json.loads(get(self._client, bucket, key)[0]))
         return [self._known[key] for key in sorted(self._known)]
+
+
+def _key(model: str, candidate: str) -> str:
+    return f"{model}/decisions/{candidate}.json"

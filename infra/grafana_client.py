@@ -173,7 +173,7 @@ def announce_move(settings: Settings, model: str, pointer: Pointer) -> None:
 
 def announce_held(settings: Settings, model: str, candidate: str, why: str, at: str) -> None:
     """Annotate that the gate held a candidate, where a Grafana is configured. Never raises."""
-    _announce(settings, f"refresh of {model} held: {candidate}\n{why}", at, "held", model)
+    _announce(settings, f"{model}: the gate held {candidate}\n{why}", at, "held", model)
 
 
 def _announce(settings: Settings, text: str, at: str, kind: str, model: str) -> None:

@@ -218,7 +218,7 @@ class WatchMetrics:
         )
         self._decisions = Gauge(
             "dpdl_refresh_decisions",
-            "Refreshes that the gate has decided, ever: promoted or held.",
+            "Refreshes and trainings that the gate has decided, ever: promoted or held.",
             ("model", "decision"),
         )
         self._decided = Gauge(

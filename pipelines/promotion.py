@@ -1,14 +1,17 @@
-"""From a stored candidate to the pointer: gate first, then one conditional PUT."""
+"""From a stored candidate to the pointer: gate, one conditional PUT, the decision's record."""
 
 from __future__ import annotations
 
 import getpass
 import socket
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version as package_version
 from pathlib import Path
+from typing import Any
 
 from dpdl_core.artifact import ArtifactError, LoadedVersion, unpack
+from infra import decisions
 from infra.errors import PointerConflict, VersionBroken
 from infra.grafana_client import announce_move
 from infra.model_store import ModelStore, Pointer
@@ -28,26 +31,33 @@ def consider(
     held_out: HeldOut | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
-    """Promote `version` where there is no current one or where the gate lets it pass.
+    """Promote `version` where there is no current one or where the gate lets it pass; record it.
 
+    Once: where the decision stands it is what comes back, whatever is current by now. Killed before
+    the record and called again, it decides as it would have done, or records what it has done.
     Raises PointerConflict when the pointer is, or moves meanwhile, away from the candidate's
     parent: what the candidate was judged against is then no longer what it would replace.
     """
-    pointer = store.current(name)
-    if pointer is not None and pointer.version == version:
-        return Verdict(True, pointer.why, {})
-    verdict = Verdict(True, "the first version", {})
-    if pointer is not None:
-        manifest = store.manifest(name, version)
-        if manifest["parent"] not in (None, pointer.version):
-            raise PointerConflict(
-                f"{version} descends from {manifest['parent']}, but {pointer.version} is current "
-                "now: refresh again"
-            )
+    decided = decisions.find(settings, name, version)
+    if decided is not None:
+        return Verdict(decided.decision == "promoted", decided.why, decided.numbers)
+    manifest, pointer = store.manifest(name, version), store.current(name)
+    moved = [m for m in pointer.moves if m.version == version] if pointer is not None else []
+    if moved:
+        verdict = Verdict(True, moved[0].why, {})
+    elif pointer is None:
+        verdict = Verdict(True, "the first version", {})
+    elif manifest["parent"] not in (None, pointer.version):
+        raise PointerConflict(
+            f"{version} descends from {manifest['parent']}, but {pointer.version} is current "
+            "now: refresh again"
+        )
+    else:
         held_out = held_out or HeldOut(settings, manifest["data"])
         verdict = _against_current(store, name, version, pointer, held_out, limits, progress)
-    if verdict.promote:
+    if verdict.promote and not moved:
         move(settings, store, name, version, pointer, verdict.why)
+    _record(settings, name, version, manifest, verdict)
     return verdict
 
 
@@ -103,6 +113,24 @@ def code_version() -> dict[str, str | None]:
     except (OSError, subprocess.SubprocessError):
         commit = None
     return {"dpdl": package_version("dpdl"), "commit": commit}
+
+
+def _record(
+    settings: Settings, name: str, version: str, manifest: Mapping[str, Any], verdict: Verdict
+) -> None:
+    data = manifest["data"]
+    decisions.record(
+        settings,
+        name,
+        decisions.Decision(
+            candidate=version,
+            parent=manifest["parent"],
+            decision="promoted" if verdict.promote else "held",
+            why=verdict.why,
+            numbers=verdict.numbers,
+            inputs=data.get("new", {}) | data.get("new_defects", {}),
+        ),
+    )
 
 
 def _against_current(

@@ -17,7 +17,6 @@ After a rollback the record remains, so what a person has taken back does not co
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +26,7 @@ from infra.model_store import ModelStore
 from infra.settings import Settings
 from pipelines.candidate import Inputs, build, find_inputs
 from pipelines.dataset_index import Progress, check_snapshot, load_index
-from pipelines.gate import GateLimits, Verdict
+from pipelines.gate import GateLimits
 from pipelines.people import repeated
 from pipelines.promotion import consider, load
 from pipelines.scoring import yield_cores
@@ -90,12 +89,16 @@ def refresh_once(
     parent = store.manifest(name, pointer.version)
     index = load_index(settings, parent["data"]["dataset"])
     check_snapshot(settings, index)
-    past = {decision.candidate: decision for decision in decisions.recorded(settings, name)}
-    if parent["kind"] == "refresh" and pointer.version not in past:
+    if parent["kind"] == "refresh":
         # Killed between pointer and record: without it, a rollback would bring these inputs again.
-        _record(settings, name, pointer.version, parent, Verdict(True, pointer.why, {}))
+        consider(settings, store, name, pointer.version)
     inputs, waiting, notes = find_inputs(
-        settings, pointer.version, parent, index, past.values(), options.seed
+        settings,
+        pointer.version,
+        parent,
+        index,
+        decisions.recorded(settings, name),
+        options.seed,
     )
 
     def nothing(why: str) -> RefreshReport:
@@ -125,7 +128,6 @@ def refresh_once(
         held_out=held_out,
         progress=progress,
     )
-    _record(settings, name, inputs.candidate, manifest, verdict)
     renewal = manifest["renewal"]
     return RefreshReport(
         decision="promoted" if verdict.promote else "held",
@@ -147,23 +149,6 @@ def refresh_once(
         thresholds_after=manifest["thresholds"],
         numbers=verdict.numbers,
         notes=[*notes, *manifest["notes"]],
-    )
-
-
-def _record(
-    settings: Settings, name: str, candidate: str, manifest: Mapping[str, Any], verdict: Verdict
-) -> None:
-    decisions.record(
-        settings,
-        name,
-        decisions.Decision(
-            candidate=candidate,
-            parent=manifest["parent"],
-            decision="promoted" if verdict.promote else "held",
-            why=verdict.why,
-            numbers=verdict.numbers,
-            inputs=manifest["data"]["new"] | manifest["data"].get("new_defects", {}),
-        ),
     )
 
 

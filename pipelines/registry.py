@@ -81,11 +81,9 @@ class Registry:
                 if name.endswith(".json")
             },
         }
-        past = [
-            d for d in decisions.recorded(self._settings, self.model_name) if d.candidate == version
-        ]
-        if past:
-            shown["decision"] = asdict(past[0])
+        decision = decisions.find(self._settings, self.model_name, version)
+        if decision is not None:
+            shown["decision"] = asdict(decision)
         if pointer is not None:
             shown["moves"] = [asdict(move) for move in pointer.moves if move.version == version]
         return shown

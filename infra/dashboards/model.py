@@ -51,18 +51,18 @@ def model() -> Json:
                     size=(4, 5),
                 ),
                 stat(
-                    "Refreshes promoted",
+                    "Promoted",
                     prom(
                         'max(ray_dpdl_refresh_decisions{model="$model", decision="promoted"})',
                         "n",
                     ),
-                    help="By the gate, ever.",
+                    help="By the gate, ever: refreshes and trainings.",
                     size=(4, 5),
                 ),
                 stat(
-                    "Refreshes held",
+                    "Held",
                     prom('max(ray_dpdl_refresh_decisions{model="$model", decision="held"})', "n"),
-                    help="By the gate, ever.",
+                    help="By the gate, ever: refreshes and trainings.",
                     size=(4, 5),
                 ),
                 stat(

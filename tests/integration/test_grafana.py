@@ -352,7 +352,7 @@ def test_promotions_and_rollbacks_are_annotated(server, monkeypatch, tmp_path) -
     assert server.complaints == []
 
 
-def test_a_move_and_a_held_refresh_are_annotated(server, settings, monkeypatch, tmp_path) -> None:
+def test_a_move_and_a_held_candidate_are_annotated(server, settings, monkeypatch, tmp_path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     (tmp_path / "token").chmod(0o600)
     monkeypatch.setenv("DPDL_GRAFANA_URL", server.url)
@@ -370,7 +370,7 @@ def test_a_move_and_a_held_refresh_are_annotated(server, settings, monkeypatch, 
     decisions.record(settings, "lines", replace(held, candidate="v3", decision="promoted"))
     one, two = server.annotations
     assert one["text"].startswith("promotion of lines: none -> v1\nthe first version (")
-    assert two["text"] == "refresh of lines held: v2\nAUROC .90 -> .85"
+    assert two["text"] == "lines: the gate held v2\nAUROC .90 -> .85"
     assert two["tags"] == ["dpdl", "version", "held", "lines"]
     assert server.complaints == []
 

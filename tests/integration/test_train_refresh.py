@@ -36,7 +36,7 @@ from pipelines import candidate, refresh_loop
 from pipelines.dataset_index import SCHEMA, incoming, load_index, snapshot
 from pipelines.datasets import NewImage, import_dataset, put_incoming
 from pipelines.held_out import HeldOut, images, usable
-from pipelines.promotion import load, who
+from pipelines.promotion import consider, load, who
 from pipelines.refresh import RefreshOptions, refresh_once
 from pipelines.refresh_loop import refresh_every
 from pipelines.registry import Registry
@@ -127,11 +127,11 @@ def refreshes(store):
     return [v for v in store.list_versions("plates") if v.startswith("refresh-")]
 
 
-def shown(monkeypatch):
+def shown(monkeypatch, *version):
     """What `dpdl models show` and `list` print."""
     monkeypatch.setenv("COLUMNS", "200")
-    runner = CliRunner()
-    found = [runner.invoke(app, ["models", *a, "--model", "plates"]) for a in (["show"], ["list"])]
+    runner, commands = CliRunner(), (["show", *version], ["list"])
+    found = [runner.invoke(app, ["models", *a, "--model", "plates"]) for a in commands]
     assert [done.exit_code for done in found] == [0, 0]
     return found[0].output + found[1].output
 
@@ -317,6 +317,35 @@ def test_a_bad_candidate_is_held_and_its_inputs_do_not_come_again(settings, depl
     assert second.decision == "promoted"
     assert len(deployed.manifest("plates", second.to_version)["data"]["incoming"]) == 1
     assert refresh_once(settings, OPTIONS).decision == "none"
+
+
+def put_training(store, version, files, data, *, spoiled=False):
+    """A version as a training leaves it, before the gate; spoiled: its scores are reversed."""
+    model = artifact.unpack(files)
+    if spoiled:
+        model.model.weights.neg_()
+    packed = artifact.pack(model.model, thresholds=model.thresholds, metrics={})
+    manifest = store.manifest("plates", "train-0")
+    keep = {key: manifest[key] for key in ("kind", "parent", "line", "false_alarm_rate", "auroc")}
+    made = {"created_at": "2026-01-02T00:00:00+00:00", "data": data}
+    store.put_version("plates", version, packed, keep | made)
+
+
+def test_a_training_is_decided_once_and_the_decision_is_kept(
+    settings, deployed, dataset, fitted, monkeypatch
+):
+    put_training(deployed, "train-1", fitted, snapshot(dataset), spoiled=True)
+    assert not consider(settings, deployed, "plates", "train-1").promote
+    told = shown(monkeypatch, "train-1")
+    for words in ("held", "AUROC falls by more than 0.01", "false_alarms_old_candidate"):
+        assert words in told
+    put_training(deployed, "train-2", fitted, snapshot(dataset))
+    first = consider(settings, deployed, "plates", "train-2")
+    assert (first.promote, deployed.current("plates").version) == (True, "train-2")
+    Registry(settings, "plates").rollback("looks wrong")
+    again = consider(settings, deployed, "plates", "train-2")  # `dpdl train --resume train-2`
+    assert (again.promote, again.why, again.numbers) == (True, first.why, first.numbers)
+    assert deployed.current("plates").version == "train-0"
 
 
 def test_what_a_person_rolled_back_does_not_come_again(settings, deployed):
