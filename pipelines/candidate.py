@@ -107,14 +107,12 @@ def find_inputs(
     return inputs, rows, notes
 
 
-def _descended(
-    line: set[str], past: Iterable[decisions.Decision]
-) -> Iterator[decisions.Decision]:
+def _descended(line: set[str], past: Iterable[decisions.Decision]) -> Iterator[decisions.Decision]:
     """Decisions on what descends from a version of this line, by however many steps.
 
     After two rollbacks the second one's parent is no longer on the line, but descends from it.
     """
-    children: dict[str, list[decisions.Decision]] = {}
+    children: dict[str | None, list[decisions.Decision]] = {}
     for decision in past:
         children.setdefault(decision.parent, []).append(decision)
     reached = list(line)
@@ -190,7 +188,7 @@ def build(
     suspects = [new.rows[i] for i in report.set_aside]
     suspects += [unseen.rows[i] for i in doubtful if not is_answer(unseen.rows[i].key)]
     data["set_aside"] = sorted({*inputs.set_aside, *(row.digest for row in suspects)})
-    held_out = HeldOut(settings, data)
+    held_out = HeldOut(settings, data, parent["data"])
     # The gate will ask for both.
     held_out.score_each({inputs.parent: current.model, inputs.candidate: model})
     held = held_out.score(inputs.candidate, model)

@@ -1,7 +1,8 @@
 """May a candidate replace the current model? Both judged on the same held-out images.
 
-Knows scores and thresholds only: no S3, no model. The images are the defects known from training,
-old held-out normals and new held-out normals; the test split is never looked at.
+Knows scores and thresholds only: no S3, no model. The images are known defects that both have
+learnt, old held-out normals and new held-out normals (held_out.py); the test split is never looked
+at.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Held:
     defects: Scores
     old_normals: Scores
     new_normals: Scores
-    """Empty at training, where no normals are newer than the data set."""
+    """Empty at a training where the current version has accepted none since its own."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,26 @@ def judge(
     old_cameras: Sequence[str],
     new_cameras: Sequence[str],
     current_thresholds: dict[str, Any],
+    candidate_thresholds: dict[str, Any] | None = None,
     false_alarm_rate: float,
     limits: GateLimits | None = None,
 ) -> Verdict:
     """Promote unless the candidate is worse than the limits allow.
 
-    The current model alarms by the thresholds it is deployed with. The candidate's are about to be
-    set on these very normals, so its alarms are counted by cross-fitting: thresholds from one half,
-    alarms on the other, both ways. False alarms hold a candidate only where it is also worse than
-    the current model: after a drift, better is what is asked, not perfect.
+    The current model alarms by the thresholds it is deployed with. The candidate's were set on
+    these very normals, so its alarms are counted by cross-fitting: thresholds from one half, alarms
+    on the other, both ways. With candidate_thresholds, those were set on the old normals alone, and
+    the new ones are judged by them as they stand. False alarms hold a candidate only where it is
+    also worse than the current model: after a drift, better is what is asked, not perfect.
     """
     limits = limits or GateLimits()
     cameras = [*old_cameras, *new_cameras]
+    if not cameras:
+        why = (
+            "there are no normals that neither of the two has learnt: the data set was imported "
+            "anew; compare test AUROCs, then `dpdl models promote`"
+        )
+        return Verdict(False, why, {}, [why])
     reasons, figures = [], []
     numbers: dict[str, Any] = {"known_defects": len(candidate.defects)}
     if len(candidate.defects):
@@ -76,7 +85,12 @@ def judge(
     else:
         figures.append("no known defects, AUROC not compared")
     alarmed_before = alarms(_normals(current), cameras, current_thresholds)
-    alarmed_after, rate = _cross_fitted(_normals(candidate), cameras, false_alarm_rate)
+    if candidate_thresholds is None:
+        alarmed_after, rate = _cross_fitted(_normals(candidate), cameras, false_alarm_rate)
+    else:
+        old, rate = _cross_fitted(candidate.old_normals, old_cameras, false_alarm_rate)
+        new = alarms(candidate.new_normals, new_cameras, candidate_thresholds)
+        alarmed_after = np.concatenate([old, new])
     start = 0
     for group, count in (("old", len(old_cameras)), ("new", len(new_cameras))):
         if not count:

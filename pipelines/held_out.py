@@ -1,11 +1,16 @@
-"""The held-out images of a version: what its thresholds are set on and the gate judges by.
+"""The held-out images that thresholds are set on and that the gate judges two models by.
 
-    defects       the known ones of the training split
+    defects       known ones that both models have learnt
     old normals   the calibration split, and the held-out share of new normals accepted earlier
-    new normals   the held-out share of what this refresh brings
+    new normals   the held-out share of what a refresh brings, or, at a training, of what the
+                  current version has accepted and the training has not looked at
 
 A new normal is held out or not by the digest of its bytes, so it stays on its side for ever,
-whichever refresh reads it: no model is judged by an image that one of its ancestors learnt.
+whichever refresh reads it: no model is judged by a normal that it or an ancestor has learnt. The
+defects are the very ones that directions and heads were fitted on, so AUROC on them is better than
+on others; it says which of two models that learnt them alike is better, and no more. What only one
+of the two has learnt is left out: defects that people have confirmed since, and, where the data set
+was imported anew between them, all of the import.
 """
 
 from __future__ import annotations
@@ -16,8 +21,9 @@ from typing import Any
 
 from infra.answers import is_answer
 from infra.settings import Settings
-from pipelines.dataset_index import load_index
+from pipelines.dataset_index import DatasetIndex, incoming, load_index
 from pipelines.gate import Held
+from pipelines.people import repeated
 from pipelines.scoring import Observed, drift_reference, observe_each
 from pipelines.sources import (
     Keep,
@@ -86,27 +92,41 @@ def evenly(groups: Sequence[RowGroup], at_most: int) -> list[RowGroup]:
 
 
 class HeldOut:
-    """Held-out images by a version's manifest ("data"), scored once per version.
+    """Held-out images for a candidate and the current version, scored once per version.
 
-    Raises DataError when the data set is gone.
+    data, current: "data" of their manifests. Raises DataError when the data set is gone.
     """
 
-    def __init__(self, settings: Settings, data: Mapping[str, Any]) -> None:
+    def __init__(
+        self, settings: Settings, data: Mapping[str, Any], current: Mapping[str, Any]
+    ) -> None:
         index = load_index(settings, data["dataset"])
         new, may_use = data.get("new", {}), usable(data)
+        same_dataset = data["dataset"] == current["dataset"]
+        in_both = set(data["objects"].items()) & set(current["objects"].items())
 
         def held_out(row: RowRef) -> bool:
             return is_held_out(row) and may_use(row)
 
         self._settings = settings
-        self._defect_keys = index.keys("train", 1)
+        self._defect_keys = [
+            part.key
+            for part in index.parts["train"]
+            if part.label == 1 and (part.key, part.etag) in in_both
+        ]
+        calibration = [
+            part.key
+            for part in index.parts["calibration"]
+            # Of another data set the current version has learnt nothing.
+            if (part.key, part.etag) in in_both or not same_dataset
+        ]
+        earlier = [key for key in data["incoming"] if key not in new]
         self._parts: dict[str, list[tuple[list[str], Keep | None]]] = {
-            "old": [
-                (index.keys("calibration"), None),
-                ([key for key in data["incoming"] if key not in new], held_out),
-            ],
+            "old": [(calibration, None), (earlier, held_out)],
             "new": [(list(new), held_out)],
         }
+        if same_dataset:
+            self._parts["new"].append(_accepted(settings, index, data, current))
         self._by_size: dict[int, dict[str, list[StreamedImages]]] = {}
         self._scored: dict[str, Held] = {}
         self._normals: dict[str, list[Observed]] = {}
@@ -155,3 +175,18 @@ class HeldOut:
         size = model.config.image_size
         cameras = self.cameras("old", size) + self.cameras("new", size)
         return drift_reference(model, self._normals[version], cameras)
+
+
+def _accepted(
+    settings: Settings, index: DatasetIndex, data: Mapping[str, Any], current: Mapping[str, Any]
+) -> tuple[list[str], Keep]:
+    """What the current version has accepted and the candidate knows nothing of: a training from
+    scratch must not undo in silence what refreshes have adapted to."""
+    others = {key: etag for key, etag in current["incoming"].items() if key not in data["incoming"]}
+    there = {o.key: o.etag for o in incoming(settings, index.name)} if others else {}
+    keys = [key for key, etag in others.items() if there.get(key) == etag]
+    confirmed = [*current.get("confirmed", ()), *data.get("confirmed", ())]
+    # By the candidate's import: images may have been added to it since they came.
+    known = repeated(settings, index, used=data["incoming"], new=keys)
+    may_use = usable({**current, "confirmed": confirmed, "repeated": known})
+    return keys, lambda row: is_held_out(row) and may_use(row)

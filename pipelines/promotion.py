@@ -53,8 +53,12 @@ def consider(
             "now: refresh again"
         )
     else:
-        held_out = held_out or HeldOut(settings, manifest["data"])
-        verdict = _against_current(store, name, version, pointer, held_out, limits, progress)
+        if held_out is None:
+            of_current = store.manifest(name, pointer.version)["data"]
+            held_out = HeldOut(settings, manifest["data"], of_current)
+        verdict = _against_current(
+            store, name, version, manifest, pointer, held_out, limits, progress
+        )
     if verdict.promote and not moved:
         move(settings, store, name, version, pointer, verdict.why)
     _record(settings, name, version, manifest, verdict)
@@ -137,6 +141,7 @@ def _against_current(
     store: ModelStore,
     name: str,
     version: str,
+    manifest: Mapping[str, Any],
     pointer: Pointer,
     held_out: HeldOut,
     limits: GateLimits | None,
@@ -154,6 +159,8 @@ def _against_current(
         old_cameras=held_out.cameras("old", size),
         new_cameras=held_out.cameras("new", size),
         current_thresholds=dict(current.thresholds),
+        # A refresh sets its thresholds on old and new; a training has not seen the new ones.
+        candidate_thresholds=None if manifest["parent"] else dict(candidate.thresholds),
         false_alarm_rate=candidate.thresholds["false_alarm_rate"],
         limits=limits,
     )

@@ -17,15 +17,17 @@ After a rollback the record remains, so what a person has taken back does not co
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from infra import decisions
+from infra.answers import is_answer
 from infra.errors import DataError
 from infra.model_store import ModelStore
 from infra.settings import Settings
 from pipelines.candidate import Inputs, build, find_inputs
-from pipelines.dataset_index import Progress, check_snapshot, load_index
+from pipelines.dataset_index import Progress, check_snapshot, load_index, snapshot
 from pipelines.gate import GateLimits
 from pipelines.people import repeated
 from pipelines.promotion import consider, load
@@ -74,9 +76,9 @@ def refresh_once(
 ) -> RefreshReport:
     """Bring the current model up to what is in incoming/ now.
 
-    Raises DataError where there is no current version or its data set is gone, PointerConflict
-    (retryable) when another process moved the pointer meanwhile: nothing is used up then. The
-    calling thread is nice from here on.
+    Raises DataError where there is no current version or its data set is gone or was imported anew,
+    PointerConflict (retryable) when another process moved the pointer meanwhile: nothing is used up
+    then. The calling thread is nice from here on.
     """
     options = options or RefreshOptions()
     started = time.perf_counter()
@@ -89,6 +91,12 @@ def refresh_once(
     parent = store.manifest(name, pointer.version)
     index = load_index(settings, parent["data"]["dataset"])
     check_snapshot(settings, index)
+    if _imported(snapshot(index)) != _imported(parent["data"]):
+        raise DataError(
+            f"data set {index.name!r} was imported anew since {pointer.version} was made, and what "
+            "that has learnt may be held out now: train again, "
+            f"`dpdl train --dataset {index.name}`"
+        )
     if parent["kind"] == "refresh":
         # Killed between pointer and record: without it, a rollback would bring these inputs again.
         consider(settings, store, name, pointer.version)
@@ -150,6 +158,11 @@ def refresh_once(
         numbers=verdict.numbers,
         notes=[*notes, *manifest["notes"]],
     )
+
+
+def _imported(data: Mapping[str, Any]) -> dict[str, str]:
+    """Objects of the import itself, without what people have confirmed since."""
+    return {key: etag for key, etag in data["objects"].items() if not is_answer(key)}
 
 
 def _settle(settings: Settings, name: str, inputs: Inputs, why: str) -> None:

@@ -297,8 +297,8 @@ def _check_columns(path: str, found: pa.Schema) -> None:
         wanted = SCHEMA.field(name)
         if found.get_field_index(name) < 0 or not found.field(name).equals(wanted):
             raise DataError(
-                f"{path} is none of our Parquet files: it has no column `{wanted.name}: {wanted.type} not null`; remove it, and "
-                "bring images by `dpdl data add`"
+                f"{path} is none of our Parquet files: it has no column `{name}: {wanted.type} not "
+                "null`; remove it, and bring images by `dpdl data add`"
             )
 
 

@@ -35,7 +35,7 @@ from infra.s3_client import make_minio
 from pipelines import candidate, refresh_loop
 from pipelines.dataset_index import SCHEMA, incoming, load_index, snapshot
 from pipelines.datasets import NewImage, import_dataset, put_incoming
-from pipelines.held_out import HeldOut, images, usable
+from pipelines.held_out import HeldOut, images, is_held_out, usable
 from pipelines.promotion import consider, load, who
 from pipelines.refresh import RefreshOptions, refresh_once
 from pipelines.refresh_loop import refresh_every
@@ -410,7 +410,7 @@ def test_images_that_are_known_are_not_learnt_twice(settings, deployed, folder):
     assert report.new_normals == 36
     assert "14 new images were known already" in report.notes
     data = deployed.manifest("plates", report.to_version)["data"]
-    held_out = HeldOut(settings, data).at(64)["new"][0].rows
+    held_out = HeldOut(settings, data, data).at(64)["new"][0].rows
     assert {row.source for row in held_out} <= {f"incoming-{i}" for i in range(30)}
     digests = [row.digest for row in held_out]
     assert len(digests) == len(set(digests))
@@ -463,6 +463,39 @@ def test_what_is_no_data_of_ours_joins_no_running_training(settings, dataset):
     put_what_is_no_data_of_ours(settings)
     keeper = WorkerKeeper(settings, snapshot(dataset), None, {})
     assert list(keeper._new(at_least=10)["incoming"]) == [report.key]
+
+
+def test_the_gate_uses_only_what_both_or_neither_have_learnt(settings, dataset):
+    """Confirmed defects and accepted normals that one side knows; held out by digest."""
+    answer(settings, 1, "defect", plate(9000, spot=True))
+    key = put_incoming(settings, "plates", new_plates(40)).key
+    index = load_index(settings, "plates")
+    current = snapshot(dataset) | {
+        "incoming": {o.key: o.etag for o in incoming(settings, "plates")}
+    }
+    aside = next(row.digest for row in images(settings, [key], 64).rows if is_held_out(row))
+    current["set_aside"] = [aside]
+    trained = snapshot(index)
+    assert len(trained["objects"]) == len(current["objects"]) + 1
+    found = HeldOut(settings, trained, current).at(64)
+    assert sum(part.num_images for part in found["defects"]) == 6
+    assert sum(part.num_images for part in found["old"]) == dataset.rows("calibration")
+    new = [row for part in found["new"] for row in part.rows]
+    assert new
+    assert {row.key for row in new} == {key}
+    assert all(is_held_out(row) and row.digest != aside for row in new)
+
+
+def test_after_an_import_with_another_split_a_refresh_is_refused_and_a_training_not_compared_on_it(
+    settings, deployed, dataset, folder
+):
+    put_incoming(settings, "plates", new_plates(20))
+    import_dataset(settings, folder, "plates", shots=6, seed=1, calibration_share=0.4)
+    with pytest.raises(DataError, match="imported anew since train-0"):
+        refresh_once(settings, OPTIONS)
+    again = snapshot(load_index(settings, "plates"))
+    found = HeldOut(settings, again, snapshot(dataset)).at(64)
+    assert [sum(part.num_images for part in found[k]) for k in ("defects", "old", "new")] == [0] * 3
 
 
 def test_a_shift_makes_the_heads_be_learnt_anew(settings, deployed):

@@ -10,13 +10,14 @@ def normals(count, seed=0, shift=0.0):
     return np.random.default_rng(seed).normal(shift, 1.0, count)
 
 
-def verdict(current, candidate, *, rate=0.05, threshold=2.0, limits=None):
+def verdict(current, candidate, *, rate=0.05, threshold=2.0, limits=None, own=None):
     return judge(
         current,
         candidate,
         old_cameras=[""] * len(candidate.old_normals),
         new_cameras=[""] * len(candidate.new_normals),
         current_thresholds={"default": threshold, "cameras": {}},
+        candidate_thresholds=own,
         false_alarm_rate=rate,
         limits=limits,
     )
@@ -80,3 +81,23 @@ def test_without_known_defects_the_gate_says_so(current):
     got = verdict(none, none)
     assert got.promote
     assert "no known defects" in got.why
+
+
+def test_a_training_is_judged_on_normals_it_does_not_know_by_its_own_thresholds():
+    """Drift of 2 that the current model has adapted to: by cross-fitting it would not show."""
+    current = Held(np.full(10, 9.0), normals(100), normals(300, seed=1))
+    trained = Held(np.full(10, 9.0), normals(100), normals(300, seed=1, shift=2.0))
+    own = {"default": 2.0, "cameras": {}}
+    assert verdict(current, trained).promote
+    got = verdict(current, trained, own=own)
+    assert not got.promote
+    assert got.reasons[0].startswith("false alarms on new normals")
+    assert got.numbers["false_alarms_new_candidate"] > 0.4
+    assert verdict(current, current, own=own).promote
+
+
+def test_with_nothing_to_judge_by_nothing_is_promoted(current):
+    nothing = Held(np.empty(0), np.empty(0), np.empty(0))
+    got = verdict(nothing, nothing)
+    assert not got.promote
+    assert "imported anew" in got.why
