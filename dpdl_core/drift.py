@@ -31,6 +31,8 @@ MAX_BINS = 10
 NORMALS_PER_BIN = 20
 GROUPS = 64
 QUANTILE, BOOTSTRAPS = 0.999, 2000
+BOOTSTRAP_ROWS = 1024
+"""Normals that a bootstrap draws from, evenly from all: 2,000 draws of each in memory, 16 MB."""
 CONVENTION = 0.25
 WINDOW = 500
 """Frames of a camera that are looked at, the last ones."""
@@ -109,11 +111,14 @@ def _bounds(counts: Counts) -> list[float]:
     counts (N, B) of each normal.
     """
     rng = np.random.default_rng(0)
+    num_normals = len(counts)
+    if num_normals > BOOTSTRAP_ROWS:
+        counts = counts[np.linspace(0, num_normals - 1, BOOTSTRAP_ROWS).round().astype(int)]
     alike = np.full(len(counts), 1 / len(counts))
     found = []
     for frames in (ENOUGH, WINDOW):
         drawn, normals = (
-            rng.multinomial(size, alike, BOOTSTRAPS) @ counts for size in (frames, len(counts))
+            rng.multinomial(size, alike, BOOTSTRAPS) @ counts for size in (frames, num_normals)
         )
         found.append(float(np.quantile(psi(drawn, normals), QUANTILE)))
     return found

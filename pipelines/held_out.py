@@ -15,7 +15,6 @@ was imported anew between them, all of the import.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +33,9 @@ from pipelines.sources import (
     row_groups,
 )
 
+AT_MOST = 1024
+"""Held-out normals looked at of the calibration split, and as many of those accepted earlier: whole
+row groups, evenly from all, so that a refresh costs the same however much there is."""
 HELD_OUT_OF = 5
 """One in so many new normals is held out, the share that an import holds out by default."""
 
@@ -85,10 +87,20 @@ def images(
 
 
 def evenly(groups: Sequence[RowGroup], at_most: int) -> list[RowGroup]:
-    """Row groups spread over all, with `at_most` rows or one group more; always the same ones."""
-    share = at_most / max(1, sum(group.rows for group in groups))
-    count = min(len(groups), math.ceil(share * len(groups)))
-    return [groups[i * len(groups) // count] for i in range(count)]
+    """Row groups spread over all rows, with `at_most` rows or up to one group more; always the
+    same ones."""
+    total = sum(group.rows for group in groups)
+    chosen, taken, passed = [], 0, 0
+    for group in groups:
+        passed += group.rows
+        if taken * total < min(at_most, total) * passed:
+            chosen.append(group)
+            taken += group.rows
+    return chosen
+
+
+_Part = tuple[list[str], Keep | None, int | None]
+"""Objects, which of their rows, and at most how many rows are read."""
 
 
 class HeldOut:
@@ -121,12 +133,13 @@ class HeldOut:
             if (part.key, part.etag) in in_both or not same_dataset
         ]
         earlier = [key for key in data["incoming"] if key not in new]
-        self._parts: dict[str, list[tuple[list[str], Keep | None]]] = {
-            "old": [(calibration, None), (earlier, held_out)],
-            "new": [(list(new), held_out)],
+        self._parts: dict[str, list[_Part]] = {
+            "old": [(calibration, None, AT_MOST), (earlier, held_out, AT_MOST * HELD_OUT_OF)],
+            "new": [(list(new), held_out, None)],
         }
         if same_dataset:
-            self._parts["new"].append(_accepted(settings, index, data, current))
+            keys, keep = _accepted(settings, index, data, current)
+            self._parts["new"].append((keys, keep, AT_MOST * HELD_OUT_OF))
         self._by_size: dict[int, dict[str, list[StreamedImages]]] = {}
         self._scored: dict[str, Held] = {}
         self._normals: dict[str, list[Observed]] = {}
@@ -137,7 +150,10 @@ class HeldOut:
             self._by_size[size] = {
                 "defects": [images(self._settings, self._defect_keys, size)],
                 **{
-                    name: [images(self._settings, keys, size, keep) for keys, keep in parts]
+                    name: [
+                        images(self._settings, keys, size, keep, at_most=at_most)
+                        for keys, keep, at_most in parts
+                    ]
                     for name, parts in self._parts.items()
                 },
             }

@@ -25,6 +25,8 @@ SAFETY_POLL_S = 300.0
 """Between looks where it tells: for notifications that were lost."""
 QUIET_S = 2.0
 """Uploads come in bursts: a refresh waits until nothing more has come for so long."""
+LONGEST_WAIT_S = 60.0
+"""And no longer than this: under a steady inflow it goes with what is there."""
 ALIVE_S = 3.0
 """MinIO gives a sign of life every half second."""
 RETRY_S = (1.0, 300.0)
@@ -105,9 +107,11 @@ def _watermark(settings: Settings, model: str) -> _Watermark:
 
 
 def _settled(settings: Settings, model: str, stop: threading.Event) -> _Watermark:
-    """The watermark, once it has stood still for QUIET_S; right away if there is nothing."""
+    """The watermark, once it has stood still for QUIET_S or LONGEST_WAIT_S is over; right away if
+    there is nothing."""
+    until = time.monotonic() + LONGEST_WAIT_S
     found = _watermark(settings, model)
-    while found[1] and not stop.wait(QUIET_S):
+    while found[1] and time.monotonic() < until and not stop.wait(QUIET_S):
         before, found = found, _watermark(settings, model)
         if found == before:
             break

@@ -153,3 +153,32 @@ def test_cameras_are_bounded(monkeypatch):
     for i in range(5):
         watched.add([f"c{i}"] * ENOUGH, *normals(rng, ENOUGH))
     assert set(watched.psi()) == {"c0", "c1", "c2"}
+
+
+def test_bounds_of_many_normals_cost_no_more_and_are_about_the_same(monkeypatch):
+    energy, winners = normals(np.random.default_rng(0), 6000)
+    drawn = []
+    real = np.random.default_rng
+
+    class Counted:
+        def __init__(self, seed):
+            self._rng = real(seed)
+
+        def multinomial(self, size, shares, draws):
+            drawn.append(len(shares))
+            return self._rng.multinomial(size, shares, draws)
+
+    def bounds():
+        return reference(energy, winners, [""] * 6000, PROTOTYPES)["default"]["bounds"]
+
+    whole = drift.BOOTSTRAP_ROWS
+    monkeypatch.setattr(drift, "BOOTSTRAP_ROWS", 6000)
+    monkeypatch.setattr(drift, "CONVENTION", 0.0)
+    monkeypatch.setattr(drift, "BOOTSTRAPS", 400)
+    wanted = bounds()
+    monkeypatch.setattr(drift, "BOOTSTRAP_ROWS", whole)
+    monkeypatch.setattr(np.random, "default_rng", Counted)
+    found = bounds()
+    assert max(drawn) == whole
+    for of, want in wanted.items():
+        assert found[of] == pytest.approx(want, rel=0.25)

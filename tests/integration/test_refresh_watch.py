@@ -101,6 +101,27 @@ def watching(settings, store, monkeypatch):
         loop.thread.join(20)
 
 
+def test_a_steady_inflow_does_not_put_a_refresh_off_for_ever(settings, watching, monkeypatch):
+    monkeypatch.setattr(refresh_loop, "LONGEST_WAIT_S", 1.0)
+    ended = threading.Event()
+
+    def flow():
+        number = 0
+        while not ended.wait(0.1):  # a burst would be over after QUIET_S, 0.3 s here
+            put(settings, f"plates/incoming/part-{number}.parquet")
+            number += 1
+
+    inflow = threading.Thread(target=flow)
+    inflow.start()
+    try:
+        loop = watching()
+        assert loop.wait_for(2, 20) >= 2
+        assert loop.errors == []
+    finally:
+        ended.set()
+        inflow.join(10)
+
+
 def test_what_arrives_is_refreshed_once_and_the_end_is_quick(settings, watching):
     loop = watching()
     assert loop.wait_for(1, 10) == 1  # it looks when it starts

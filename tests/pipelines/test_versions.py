@@ -128,8 +128,18 @@ def test_exemplars_come_evenly_from_all_row_groups_and_are_always_the_same():
     assert some == evenly(groups, 500)
     assert [group.key for group in some] == ["part-0", "part-4", "part-8", "part-12", "part-16"]
     assert evenly([], 500) == []
-    uneven = [RowGroup("a", 0, 1000), *groups]
-    assert sum(group.rows for group in evenly(uneven, 500)) <= 500 + 1000
+
+
+@pytest.mark.parametrize("at_most", [100, 500, 1500, 3000])
+def test_exemplars_are_counted_in_rows_where_row_groups_are_uneven(at_most):
+    """A few large objects, then many answers of one row: by number of groups, 500 were 40."""
+    groups = [RowGroup(f"part-{i}", 0, 128) for i in range(8)]
+    groups += [RowGroup(f"answer-{i}", 0, 1) for i in range(1000)]
+    total = sum(group.rows for group in groups)
+    some = evenly(groups, at_most)
+    assert min(at_most, total) <= sum(group.rows for group in some) <= at_most + 128
+    answers = sum(group.rows == 1 for group in some)
+    assert answers == pytest.approx(1000 * min(1, at_most / total), abs=130)
 
 
 def test_a_row_set_aside_repeated_or_labelled_is_not_used():
