@@ -5,7 +5,7 @@ Runs in one process, or on every rank with its shard of the normals and all anom
 passes and patches stay where the images are, sums and bounded samples travel, and every rank
 ends with the same model.
 
-Held in memory: pooled vectors of all normals (6 kB each in Lite0), the maps of at most
+Held in memory: pooled vectors of all normals (11 kB each in Lite0), the maps of at most
 config.max_maps of them (half precision, 141 kB each), the anomalies. Never the normals' pixels.
 Letters: N normals, K of them with maps kept, M anomalies, P pooled features, V parts.
 """

@@ -331,34 +331,48 @@ def evidence(tails: Tensor, num_energies: int) -> Tensor:
     return torch.maximum(odds, floor) - floor
 
 
-def shrinkage(centred: Tensor) -> float:
-    """Ledoit-Wolf's share of the scaled identity for (N, D) rows of zero mean.
+def shrinkage(gram: Tensor, fourth: float, num_rows: int, dims: int) -> float:
+    """Ledoit-Wolf's share of the scaled identity for N rows x of zero mean and D dimensions.
 
+    `gram` is the sum of x x^T over rows, or the table of their products, which has the same trace
+    and norm; `fourth` the sum of |x|^4.
     Ledoit and Wolf, J. Multivariate Analysis 88 (2004), lemma 3.3 and theorem 3.2.
     """
-    n, dims = centred.shape
-    gram = centred @ centred.T if n < dims else centred.T @ centred
-    second = gram.square().sum() / n**2
-    target = centred.square().sum() / n / dims
+    second = float(gram.square().sum()) / num_rows**2
+    target = float(gram.trace()) / num_rows / dims
     distance = second - dims * target**2
-    noise = centred.square().sum(1).square().sum() / n**2 - second / n
+    noise = fourth / num_rows**2 - second / num_rows
     if distance <= 0:
         return 1.0
-    return float((noise / distance).clamp(0, 1))
+    return min(1.0, max(0.0, noise / distance))
+
+
+_WHITENING_ROWS = 4096
 
 
 def whitening(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and symmetric whitener (D, D) of (N, D) rows, computed in float64.
 
-    The shrunk covariance never loses rank, so N below D is fine.
+    The shrunk covariance never loses rank, so N below D is fine. A slice of the rows at a time is
+    held in float64, so memory grows with D squared, not with N.
     """
-    x = rows.double()
-    mean = x.mean(0)
-    x = x - mean
-    share = shrinkage(x)
-    base = max(share * float(x.square().sum() / x.numel()), torch.finfo(torch.float32).tiny)
-    _, singular, axes = torch.linalg.svd(x / math.sqrt(len(x)), full_matrices=False)
-    spectrum = (1 - share) * singular.square() + base
-    gain = spectrum.rsqrt() - base**-0.5
-    whitener = (axes.T * gain) @ axes + torch.eye(x.shape[1], dtype=x.dtype) * base**-0.5
+    num_rows, dims = rows.shape
+    chunks = torch.split(rows, _WHITENING_ROWS)
+    mean = torch.stack([chunk.sum(0, dtype=torch.float64) for chunk in chunks]).sum(0) / num_rows
+    few = num_rows < dims
+    gram = torch.zeros((min(num_rows, dims),) * 2, dtype=torch.float64)
+    fourth = 0.0
+    for chunk in [rows] if few else chunks:
+        x = chunk.double() - mean
+        gram += x @ x.T if few else x.T @ x
+        fourth += float(x.square().sum(1).square().sum())
+    share = shrinkage(gram, fourth, num_rows, dims)
+    base = max(share * float(gram.trace()) / rows.numel(), torch.finfo(torch.float32).tiny)
+    values, axes = torch.linalg.eigh(gram / num_rows)
+    if few:
+        real = values > 1e-12 * values[-1]
+        values = values[real]
+        axes = x.T @ axes[:, real] / (num_rows * values).sqrt()
+    gain = ((1 - share) * values.clamp_min(0) + base).rsqrt() - base**-0.5
+    whitener = (axes * gain) @ axes.T + torch.eye(dims, dtype=torch.float64) * base**-0.5
     return mean, whitener

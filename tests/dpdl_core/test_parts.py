@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.covariance import LedoitWolf
 
+from dpdl_core import parts
 from dpdl_core.bridge import Bridge
 from dpdl_core.calibrate import auroc, make_spoilers
 from dpdl_core.learn import Heads
@@ -15,8 +16,9 @@ from dpdl_core.parts import PatchEnergy, PatchSpace, Tails, hard_nearest, pool, 
 
 
 @pytest.mark.parametrize(("rows", "dims"), [(30, 50), (200, 12)])
-def test_whitening_is_ledoit_wolf(rows, dims):
-    """Oracle: scikit-learn's LedoitWolf, its Mahalanobis distance."""
+def test_whitening_is_ledoit_wolf(rows, dims, monkeypatch):
+    """Oracle: scikit-learn's LedoitWolf, its Mahalanobis distance. 200 rows are four slices."""
+    monkeypatch.setattr(parts, "_WHITENING_ROWS", 64)
     x = np.random.default_rng(0).normal(size=(rows, dims)) * np.linspace(0.1, 3, dims) + 5
     mean, whitener = whitening(torch.from_numpy(x))
     got = ((torch.from_numpy(x) - mean) @ whitener).square().sum(1).numpy()
