@@ -151,9 +151,11 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
             got = self._consumer.poll(timeout_ms=int(seconds * 1000), max_records=1)
             for source in got:  # assigned during this very poll: it will be placed anew
                 self.rewind(Partition(*source))
-            self._consumer.resume(*(TopicPartition(*partition) for partition in self._leases))
         except KafkaError as error:
             log.debug("idle poll: %r", error)
+        finally:
+            ours = self._consumer.assignment() & {TopicPartition(*each) for each in self._leases}
+            self._consumer.resume(*ours)
         time.sleep(max(0.0, until - time.monotonic()))
 
     def close(self, timeout_s: float) -> None:

@@ -17,8 +17,10 @@ import cv2
 import numpy as np
 import pytest
 from kafka import TopicPartition
+from kafka.errors import KafkaTimeoutError
 
 from infra.dead_letters import DeadLetters
+from infra.errors import ServiceUnavailable
 from infra.kafka_client import (
     end_offsets,
     ensure_topics,
@@ -356,6 +358,28 @@ def test_kafka_away_and_back(settings, topic, stack):
     with Life(settings, trap) as life:
         life.run_to_the_end()
     assert killed
+    check_nothing_lost_nothing_twice(settings)
+
+
+def test_an_error_while_waiting_leaves_no_partition_paused(settings, topic):
+    send(settings, 200)
+    failed = []
+
+    def trap(name, now):
+        if (name, now) == ("publish", "before") and not failed:
+            consumer, poll = life.source._consumer, life.source._consumer.poll
+
+            def fail(**options):
+                consumer.poll = poll
+                failed.append(consumer.paused())
+                raise KafkaTimeoutError("planted")
+
+            consumer.poll = fail
+            raise ServiceUnavailable("the loop waits, polling idly")
+
+    with Life(settings, trap) as life:
+        life.run_to_the_end(30)
+    assert failed[0]
     check_nothing_lost_nothing_twice(settings)
 
 
