@@ -65,22 +65,34 @@ class Models:
     def refresh(self) -> None:
         """Looks once at every pointer, and tries again what is in trouble.
 
-        ServiceUnavailable when the store is away: everything in use goes on.
+        ServiceUnavailable when the store is away: everything in use goes on. What is wrong with
+        one model (VersionBroken: a pointer that cannot be read) is raised after all were looked at.
         """
-        self.default.refresh()
+        broken: list[DpdlError] = []
+        self._look(self.default, broken)
         with self._loading:
             for versions in list(self._bound.values()):
-                versions.refresh()
+                self._look(versions, broken)
             for name in list(self.trouble):
                 if self._idle_s(name) > IDLE_S:
                     del self.trouble[name]
                     self._failed.pop(name, None)
                 else:
                     self._load(name)
+        if broken:
+            raise broken[0]
 
     def in_use(self) -> list[Versions]:
         """The default one first."""
         return [self.default, *self._bound.values()]
+
+    def _look(self, versions: Versions, broken: list[DpdlError]) -> None:
+        try:
+            versions.refresh()
+        except DpdlError as error:
+            if error.retryable:
+                raise
+            broken.append(error)
 
     def _load(self, name: str) -> None:
         # The same object at every try: it remembers what it refused.

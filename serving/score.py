@@ -11,8 +11,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ COALESCED_BATCHES = 4
 """Full batches of several consumers that one call of a GPU takes. A CPU gains
 nothing from more than CPU_FRAMES, so there calls stay apart, and alerts are out earlier."""
 MAX_CAMERAS = 20_000
+MAX_FAILURES, FAILING_S = 5, 30.0
+"""A scorer whose device failed so often in a row, and for so long, is replaced."""
 
 
 def cpu_threads() -> int:
@@ -117,6 +120,34 @@ class Overrides:
         return {camera: found[camera].threshold if camera in found else None for camera in cameras}
 
 
+class DeviceHealth:
+    """Whether the device still scores. Its failures are torch's RuntimeErrors, as after a lost
+    card; those of what was asked (sizes, thresholds, stores) say nothing of it."""
+
+    def __init__(self) -> None:
+        self._failures, self._since_s, self._why = 0, 0.0, ""
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            self._since_s = self._since_s if self._failures else time.monotonic()
+            self._failures += 1
+            self._why = " ".join(str(error).split())[:300]
+            raise
+        self._failures = 0
+
+    def check(self) -> None:
+        """RuntimeError when all calls have failed for a while."""
+        failing_s = time.monotonic() - self._since_s
+        if self._failures >= MAX_FAILURES and failing_s > FAILING_S:
+            raise RuntimeError(
+                f"the device has failed {self._failures} times in a row, for {failing_s:.0f} s: "
+                f"{self._why}"
+            )
+
+
 class Scorer:
     """The deployment's class; ready means: a version is loaded, verified and warm.
 
@@ -146,9 +177,15 @@ class Scorer:
         self._calls = Coalescer(self._score, max_frames=coalesced)
         self._metrics = ScorerMetrics()
         self._replica = ReplicaMetrics("scorer", serve.get_replica_context().rank.rank)
+        self._device_health = DeviceHealth()
         self._closing = threading.Event()
-        self._watch = threading.Thread(target=self._follow, name="watch", daemon=True)
-        self._watch.start()
+        self._watches = self._follow_all(
+            [
+                ("versions", self._models.refresh, LOOK_S),
+                ("thresholds", self._overrides.refresh, LOOK_S),
+                ("metrics", self._measure, GAUGES_S),
+            ]
+        )
 
     async def score(
         self, images: NDArray[np.uint8], cameras: Sequence[str], model: str = DEFAULT_MODEL
@@ -179,11 +216,13 @@ class Scorer:
         }
 
     def check_health(self) -> None:
-        """RuntimeError (the replica is replaced) when a thread of it has died."""
-        if not self._watch.is_alive():
-            raise RuntimeError("the thread that follows the model pointers has died")
+        """RuntimeError (the replica is replaced): a thread of it has died, or the device fails."""
+        for watch in self._watches:
+            if not watch.is_alive():
+                raise RuntimeError(f"the thread {watch.name} has died")
         if not self._calls.is_alive():
             raise RuntimeError("the thread before the device has died")
+        self._device_health.check()
 
     def __del__(self) -> None:
         if closing := getattr(self, "_closing", None):
@@ -194,28 +233,35 @@ class Scorer:
         self, images: NDArray[np.uint8], cameras: Sequence[str], model: str
     ) -> Scored | WrongSize:
         name, held = self._models.of(model)  # read once per batch
-        with torch.inference_mode():
-            return score_batch(
-                held, name, images, cameras, self._overrides.of(cameras), self._device
-            )
+        overrides = self._overrides.of(cameras)
+        with self._device_health.watched(), torch.inference_mode():
+            return score_batch(held, name, images, cameras, overrides, self._device)
 
-    def _follow(self) -> None:
-        failing, measured_s = "", float("-inf")
-        while not self._closing.wait(LOOK_S):
-            if time.monotonic() - measured_s > GAUGES_S:
-                measured_s = time.monotonic()
-                self._measure()
+    def _follow_all(
+        self, looks: Sequence[tuple[str, Callable[[], None], float]]
+    ) -> list[threading.Thread]:
+        """A thread for each: while S3 is away, thresholds are still followed and metrics shown."""
+        threads = [
+            threading.Thread(target=self._follow, args=look, name=f"watch {look[0]}", daemon=True)
+            for look in looks
+        ]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def _follow(self, what: str, look: Callable[[], None], every_s: float) -> None:
+        failing = ""
+        while not self._closing.wait(every_s):
             try:
-                self._models.refresh()
-                self._overrides.refresh()
+                look()
                 failing = ""
             except DpdlError as error:  # S3 or Redis away: what is in use goes on
                 if str(error) != failing:
-                    log.warning("cannot look for a new version or threshold: %s", error)
+                    log.warning("cannot look for %s: %s", what, error)
                 failing = str(error)
             except Exception:
                 # Nothing that a stored version or a camera's name holds may end this thread.
-                log.exception("looking for a new version or threshold")
+                log.exception("looking for %s", what)
 
     def _measure(self) -> None:
         self._replica.alive()

@@ -3,7 +3,8 @@
 Knows the model store and dpdl_core, no Ray. A version is refused when the store finds it altered
 or incomplete (hash), when dpdl_core does not take it (shapes, NaN weights, a newer format), or
 when it does not give finite scores on a trial batch. Then the old one goes on, and the refusal
-is kept for people to see. A refused version is not tried again until the pointer moves.
+is kept for people to see. A refused version is not tried again until the pointer moves to it anew;
+one that failed for what may pass, such as a device out of memory, is tried again after a while.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from dpdl_core.drift import Drift
 from infra.errors import DataError, DpdlError
 
 log = logging.getLogger("dpdl.score")
+
+FIRST_RETRY_S, LAST_RETRY_S = 10.0, 600.0
+"""Until a version is tried again whose trial failed for no fault that is known to be its own; each
+wait is twice the one before."""
 
 
 class Pointer(Protocol):
@@ -74,6 +79,9 @@ class Versions:
         """Version -> why it is not used. Bounded: the last ten."""
         self.refused_now: str | None = None
         """The version that the pointer names, where that is refused."""
+        self._pointed: str | None = None
+        self._waits: dict[str, tuple[float, float]] = {}
+        """Refused version -> when to try it again (time.monotonic()), and after how long."""
 
     @property
     def in_use(self) -> InUse:
@@ -83,17 +91,17 @@ class Versions:
     def start(self) -> None:
         """Loads the current version, or the one before it when that is broken.
 
-        A second start tries no version again that was refused. DataError when there is none or
-        neither can be used; ServiceUnavailable passes through.
+        A second start tries no version again that was refused for good. DataError when there is
+        none or neither can be used; ServiceUnavailable passes through.
         """
-        pointer = self._store.current(self.name)
+        pointer = self._pointer()
         if pointer is None:
             raise DataError(
                 f"model {self.name!r} has no current version: train one (dpdl train) or promote "
                 "one (dpdl models promote)"
             )
         for version in (pointer.version, pointer.previous):
-            if version and version not in self.refused and self._try(version):
+            if version and self._due(version) and self._try(version):
                 self.refused_now = None if version == pointer.version else pointer.version
                 return
         raise DataError(
@@ -106,13 +114,29 @@ class Versions:
 
         The change is one assignment: a batch that runs keeps the version it began with.
         """
-        pointer = self._store.current(self.name)
+        pointer = self._pointer()
         if pointer is None or pointer.version == self.in_use.version:
             self.refused_now = None
             return False
-        changed = pointer.version not in self.refused and self._try(pointer.version)
+        changed = self._due(pointer.version) and self._try(pointer.version)
         self.refused_now = None if changed else pointer.version
         return changed
+
+    def _pointer(self) -> Pointer | None:
+        """A version that it moves to is tried, whatever became of it before."""
+        pointer = self._store.current(self.name)
+        if pointer is not None and pointer.version != self._pointed:
+            self._pointed = pointer.version
+            self._forget(pointer.version)
+        return pointer
+
+    def _due(self, version: str) -> bool:
+        at_s, _ = self._waits.get(version, (float("inf"), 0.0))
+        return version not in self.refused or time.monotonic() >= at_s
+
+    def _forget(self, version: str) -> None:
+        self.refused.pop(version, None)
+        self._waits.pop(version, None)
 
     def _try(self, version: str) -> bool:
         began = time.perf_counter()
@@ -127,16 +151,25 @@ class Versions:
         except (ArtifactError, DpdlError, KeyError, RuntimeError) as why:
             if isinstance(why, DpdlError) and why.retryable:
                 raise
-            self.refused[version] = " ".join(str(why).split())[:500] or type(why).__name__
-            while len(self.refused) > 10:
-                del self.refused[next(iter(self.refused))]
+            self._refuse(version, why)
             kept = f"{self._in_use.version} goes on" if self._in_use else "none is in use yet"
             log.error("version %s refused: %s; %s", version, self.refused[version], kept)
             return False
         self._in_use = held
-        self.refused.pop(version, None)
+        self._forget(version)
         log.info("version %s in use after %.1f s", version, time.perf_counter() - began)
         return True
+
+    def _refuse(self, version: str, why: Exception) -> None:
+        said = " ".join(str(why).split())[:500] or type(why).__name__
+        if isinstance(why, RuntimeError):  # torch's, of the device as well as of shapes
+            _, waited_s = self._waits.get(version, (0.0, FIRST_RETRY_S / 2))
+            wait_s = min(2 * waited_s, LAST_RETRY_S)
+            self._waits[version] = (time.monotonic() + wait_s, wait_s)
+            said += f" (tried again after {wait_s:.0f} s)"
+        self.refused[version] = said
+        while len(self.refused) > 10:
+            self._forget(next(iter(self.refused)))
 
 
 def verified(store: Store, name: str, version: str, *, device: str, trial_batch: int) -> InUse:

@@ -5,18 +5,21 @@ The store is a dictionary of real, tiny versions; a version is broken by changin
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from dpdl_core import artifact
 from dpdl_core.config import recipe
 from dpdl_core.fit import fit
 from dpdl_core.images import ArraySource
-from infra.errors import DataError, NotFound, ServiceUnavailable
+from infra.errors import DataError, NotFound, ServiceUnavailable, VersionBroken
 from serving import models as subject
+from serving import versions
 from serving.models import Models
 
 
@@ -131,6 +134,71 @@ def test_a_bound_version_that_breaks_later_leaves_the_one_before_in_use(store, f
     assert scores(models, "special") == ("special", "s1")
 
 
+def test_a_refused_version_is_tried_again_when_the_pointer_moves_to_it_anew(store, files):
+    models = models_of(store)
+    store.promote("default", "d2", {**files, artifact.WEIGHTS: b"nonsense"})
+    models.refresh()
+    models.refresh()
+    assert (models.of("")[1].version, models.default.refused_now) == ("d1", "d2")
+    assert store.fetched.count(("default", "d2")) == 1
+    store.promote("default", "d1", files)
+    models.refresh()
+    store.promote("default", "d2", files)
+    models.refresh()
+    assert models.of("")[1].version == "d2"
+    assert models.default.refused == {}
+
+
+def test_a_device_out_of_memory_refuses_a_version_for_a_while_only(store, files, monkeypatch):
+    models = models_of(store)
+    room, now_s = [False], [time.monotonic()]
+    real = versions.unpack
+
+    def unpack(found, device):
+        if not room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(found, device=device)
+
+    monkeypatch.setattr(versions, "unpack", unpack)
+    monkeypatch.setattr(versions.time, "monotonic", lambda: now_s[0])
+    store.promote("default", "d2", files)
+    tried_at = []
+    for _ in range(100):
+        before = len(store.fetched)
+        models.refresh()
+        if len(store.fetched) > before:
+            tried_at.append(round(now_s[0]))
+        now_s[0] += 1
+    assert "out of memory" in models.default.refused["d2"]
+    assert models.default.refused_now == "d2"
+    assert np.diff(tried_at).tolist() == [10, 20, 40]
+    room[0] = True
+    now_s[0] += 100
+    models.refresh()
+    assert models.of("")[1].version == "d2"
+    assert (models.default.refused, models.default.refused_now) == ({}, None)
+
+
+def test_a_pointer_that_cannot_be_read_hides_no_other_model(store, files):
+    for name in ("a", "b"):
+        store.promote(name, "1", files)
+    models = models_of(store)
+    assert [scores(models, name) for name in ("a", "b")] == [("a", "1"), ("b", "1")]
+    real = store.current
+
+    def current(name):
+        if name in ("default", "a"):
+            raise VersionBroken(f"{name}/current.json is not JSON")
+        return real(name)
+
+    store.current = current
+    store.promote("b", "2", files)
+    with pytest.raises(VersionBroken, match="default"):
+        models.refresh()
+    assert scores(models, "b") == ("b", "2")
+    assert scores(models, "a") == ("a", "1")
+
+
 def test_s3_away_at_first_need_and_back(store, files):
     store.promote("special", "s1", files)
     models = models_of(store)
@@ -165,7 +233,7 @@ def test_memory_is_bounded_and_the_longest_unused_makes_room(store, files, monke
     assert "stream.max_models" in models.trouble["c"]
     models._asked_s["a"] -= subject.IDLE_S + 1
     models.refresh()
-    assert [versions.name for versions in models.in_use()] == ["default", "b", "c"]
+    assert [each.name for each in models.in_use()] == ["default", "b", "c"]
     assert models.trouble == {}
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from infra.errors import ServiceUnavailable
 from serving import score as subject
 from serving.batch import WrongSize
-from serving.score import score_batch
+from serving.score import DeviceHealth, Scorer, score_batch
 from serving.versions import InUse
 
 
@@ -67,3 +70,88 @@ def test_another_size_is_not_scored(held):
     images = np.zeros((2, 3, 3, 3), np.uint8)
     assert score_batch(held, "m", images, ["a", "b"], {}, "cpu") == WrongSize(2)
     assert held.loaded.model.calls == []
+
+
+@pytest.fixture
+def scorer(held):
+    """Without Ray and stores; `failing` is raised by the device where it is set."""
+    made = Scorer.__new__(Scorer)
+    made.failing = None
+
+    def score(images):
+        if made.failing:
+            raise made.failing
+        return real(images)
+
+    real, held.loaded.model.score = held.loaded.model.score, score
+    alive = SimpleNamespace(is_alive=lambda: True, close=lambda: None)
+    made._models = SimpleNamespace(of=lambda model: ("m", held))
+    made._overrides = SimpleNamespace(of=lambda cameras: {})
+    made._calls, made._watches, made._closing = alive, [alive], threading.Event()
+    made._device, made._device_health = "cpu", DeviceHealth()
+    return made
+
+
+def call(scorer):
+    try:
+        scorer._score(np.zeros((1, 2, 2, 3), np.uint8), ["a"], "")
+    except Exception as error:
+        return error
+
+
+def test_a_scorer_whose_device_only_fails_is_replaced(scorer, monkeypatch):
+    now_s = [time.monotonic()]
+    monkeypatch.setattr(subject.time, "monotonic", lambda: now_s[0])
+    scorer.failing = torch.AcceleratorError("CUDA error: unspecified launch failure")
+    for _ in range(10):
+        assert call(scorer) is scorer.failing
+    scorer.check_health()  # it may be for a moment
+    now_s[0] += 31
+    with pytest.raises(RuntimeError, match=r"10 times.*launch failure"):
+        scorer.check_health()
+    scorer.failing = None
+    call(scorer)
+    scorer.check_health()
+    scorer.failing = torch.OutOfMemoryError("CUDA out of memory")
+    now_s[0] += 3600  # a quiet hour, and then a moment's trouble
+    for _ in range(10):
+        call(scorer)
+    scorer.check_health()
+
+
+def test_what_is_not_the_devices_fault_replaces_no_scorer(scorer, monkeypatch):
+    now_s = [time.monotonic()]
+    monkeypatch.setattr(subject.time, "monotonic", lambda: now_s[0])
+
+    def away(cameras):
+        raise ServiceUnavailable("Redis is away")
+
+    scorer.failing = ValueError("an input that does not fit")
+    for _ in range(10):
+        call(scorer)
+    scorer._overrides.of = away
+    for _ in range(10):
+        assert isinstance(call(scorer), ServiceUnavailable)
+    now_s[0] += 31
+    scorer.check_health()
+
+
+def test_thresholds_are_followed_while_the_store_of_models_hangs(scorer, monkeypatch):
+    """Each look in a thread of its own: a person's threshold waits for no S3."""
+    looked = {"hangs": threading.Event(), "fails": threading.Event(), "works": threading.Event()}
+    go_on = threading.Event()
+
+    def look(name):
+        looked[name].set()
+        if name == "hangs":
+            go_on.wait(10)
+        elif name == "fails":
+            raise ServiceUnavailable("S3 is away")
+
+    threads = scorer._follow_all([(name, lambda name=name: look(name), 0.01) for name in looked])
+    for _ in range(3):
+        assert looked["works"].wait(5)
+        looked["works"].clear()
+    assert all(each.is_alive() for each in threads)
+    scorer._closing.set()
+    go_on.set()
