@@ -6,10 +6,11 @@
 
 Each object is one image as the data sets of pipelines/ have it, and who said so and when. Its name
 follows from the frame alone: giving an answer twice is the same as once, another answer takes the
-first one's place, and undo removes the object, so that the next refresh or training goes without
-it. Beside it the answer stands in Redis (`answer:<frame id>`, for as long as evidence is kept), for
-those who look. S3 is written before Redis: after a crash between the two the frame shows no answer,
-and answering it again mends that.
+first one's place, and undo takes the object out of the data set, so that the next refresh or
+training goes without it. A run that began with it finds it at taken_back(key), for as long as
+evidence is kept. Beside it the answer stands in Redis (`answer:<frame id>`, for as long), for those
+who look. S3 is written before Redis: after a crash between the two the frame shows no answer, and
+answering it again mends that.
 
 One process answers at a time (the console has one replica); two at once would leave the last one's.
 """
@@ -21,15 +22,17 @@ import io
 import json
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.errors import NotFound
 from infra.messages import FrameResult
 from infra.redis_connection import make_redis, redis_errors
-from infra.s3_client import make_minio, s3_errors
+from infra.s3_client import get, make_minio, s3_errors
 from infra.settings import Settings
 
 Kind = Literal["false-alarm", "defect", "unsure"]
@@ -79,6 +82,11 @@ def is_answer(key: str) -> bool:
     return key.rsplit("/", 1)[-1].startswith(_NAME)
 
 
+def taken_back(key: str) -> str:
+    """Where an answer's object lies once it is taken back, in the evidence bucket: it expires."""
+    return f"taken-back/{key}"
+
+
 class Answers:
     """Every method can raise AuthFailed, ServiceUnavailable and DataError of Redis and S3."""
 
@@ -110,7 +118,7 @@ class Answers:
         if answer.key:
             self._put(answer.key, _parquet(answer, result, image))
         if before and before.key and before.key != answer.key:
-            self._remove(before.key)
+            self._take_back(before.key)
         with redis_errors(self._where):
             self._redis.set(self._key(answer.frame_id), json.dumps(asdict(answer)), ex=self._kept_s)
             if defect:
@@ -123,7 +131,7 @@ class Answers:
         if answer is None:
             return None
         if answer.key:
-            self._remove(answer.key)
+            self._take_back(answer.key)
         with redis_errors(self._where):
             self._redis.delete(self._key(answer.frame_id))
         return answer
@@ -147,8 +155,12 @@ class Answers:
         with s3_errors(self._s3):
             self._client.put_object(self._s3.data_bucket, key, io.BytesIO(data), len(data))
 
-    def _remove(self, key: str) -> None:
-        with s3_errors(self._s3):
+    def _take_back(self, key: str) -> None:
+        """Copied before it is removed: at any moment a reader finds it in one of the two places."""
+        with suppress(NotFound), s3_errors(self._s3):  # somebody removed the object by hand
+            data, _ = get(self._client, self._s3.data_bucket, key)
+            kept = io.BytesIO(data)
+            self._client.put_object(self._s3.evidence_bucket, taken_back(key), kept, len(data))
             self._client.remove_object(self._s3.data_bucket, key)
 
     def _key(self, frame_id: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -98,7 +98,6 @@ class StoredObject:
     key: str
     etag: str
     modified: datetime
-    bytes: int
 
 
 def load_index(settings: Settings, name: str) -> DatasetIndex:
@@ -123,12 +122,31 @@ def load_index(settings: Settings, name: str) -> DatasetIndex:
             f"s3://{s3.data_bucket}/{name}/dataset.json cannot be read ({error}): "
             "import the data set again"
         ) from None
-    confirmed = [
-        Part(o.key, o.etag, rows=1, bytes=o.bytes, label=1)
-        for o in list_objects(settings, f"{name}/{ANOMALIES}/")
-        if is_answer(o.key)
-    ]
-    index.parts["train"] += sorted(confirmed, key=lambda part: part.key)
+    found = list_objects(settings, f"{name}/{ANOMALIES}/")
+    return _confirmed(index, {o.key: o.etag for o in found})
+
+
+def index_of_run(settings: Settings, data: Mapping[str, Any]) -> DatasetIndex:
+    """The index that a run began with, by its "data": whatever people have confirmed or taken back
+    since. DataError where the data set was imported anew."""
+    name = data["dataset"]
+    index = load_index(settings, name)
+    index.parts["train"] = [part for part in index.parts["train"] if not is_answer(part.key)]
+    check_snapshot(settings, index)
+    _confirmed(index, data["objects"])
+    if snapshot(index)["objects"] != data["objects"]:
+        raise DataError(
+            f"data set {name!r} was imported anew since the run started: train again, "
+            f"`dpdl train --dataset {name}`"
+        )
+    return index
+
+
+def _confirmed(index: DatasetIndex, objects: Mapping[str, str]) -> DatasetIndex:
+    """The index with the answers of some objects (key -> ETag) as known defects."""
+    answers = sorted((key, etag) for key, etag in objects.items() if is_answer(key))
+    # Nobody asks for the bytes of one image.
+    index.parts["train"] += [Part(key, etag, rows=1, bytes=0, label=1) for key, etag in answers]
     return index
 
 
@@ -144,12 +162,7 @@ def list_objects(settings: Settings, prefix: str) -> list[StoredObject]:
     client = make_minio(settings)
     with s3_errors(settings.s3):
         return [
-            StoredObject(
-                str(o.object_name),
-                str(o.etag).strip('"'),
-                o.last_modified or _EPOCH,
-                int(o.size or 0),
-            )
+            StoredObject(str(o.object_name), str(o.etag).strip('"'), o.last_modified or _EPOCH)
             for o in client.list_objects(settings.s3.data_bucket, prefix=prefix, recursive=True)
         ]
 

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 
 from dpdl_core.images import ImageRejected, decode_image
+from infra.answers import is_answer, taken_back
 from infra.errors import DataError, DataMoved, NotFound, ServiceUnavailable
 from infra.s3_client import make_filesystem, s3_errors
 from infra.settings import Settings, load_settings
@@ -271,11 +272,11 @@ def _opened(filesystem: pa.fs.FileSystem, settings: Settings, key: str) -> Itera
     """Errors: DataMoved for an object that is gone, DataError for no Parquet, and s3_errors'."""
     path = f"{settings.s3.data_bucket}/{key}"
     try:
-        with s3_errors(settings.s3), pq.ParquetFile(filesystem.open_input_file(path)) as file:
+        with s3_errors(settings.s3), pq.ParquetFile(_found(filesystem, settings, key)) as file:
             yield file
     except NotFound:
         raise DataMoved(
-            f"s3://{path} is gone: the data set was imported anew, or an answer was taken back, "
+            f"s3://{path} is gone: the data set was imported anew, or an answer removed, "
             "meanwhile; run this again"
         ) from None
     except (pa.ArrowInvalid, ServiceUnavailable) as error:
@@ -283,6 +284,16 @@ def _opened(filesystem: pa.fs.FileSystem, settings: Settings, key: str) -> Itera
         if isinstance(error, ServiceUnavailable) and "deserialize thrift" not in str(error):
             raise
         raise DataError(f"s3://{path} is no Parquet file ({error}): remove it") from None
+
+
+def _found(filesystem: pa.fs.FileSystem, settings: Settings, key: str) -> Any:
+    """An object; an answer that was taken back since the caller learnt of it is still its own."""
+    try:
+        return filesystem.open_input_file(f"{settings.s3.data_bucket}/{key}")
+    except FileNotFoundError:
+        if not is_answer(key):
+            raise
+        return filesystem.open_input_file(f"{settings.s3.evidence_bucket}/{taken_back(key)}")
 
 
 _READ = ["image", "label", "defect", "camera", "source"]

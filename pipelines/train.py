@@ -38,9 +38,9 @@ from pipelines.dataset_index import (
     Progress,
     check_name,
     check_snapshot,
+    index_of_run,
     list_objects,
     load_index,
-    snapshot,
 )
 from pipelines.datasets import import_dataset
 from pipelines.patience import patiently
@@ -163,19 +163,7 @@ def resume(
     check_name(model_name)
     record = load_run(settings, model_name, run)
     options = _options(record)
-    index = load_index(settings, options.dataset)
-    check_snapshot(settings, index)
-    # What people have confirmed since is for the next training; this one has its data.
-    index.parts["train"] = [
-        part
-        for part in index.parts["train"]
-        if not is_answer(part.key) or part.key in record.data["objects"]
-    ]
-    if snapshot(index)["objects"] != record.data["objects"]:
-        raise DataError(
-            f"data set {index.name!r} was imported anew, or a confirmed defect taken back, since "
-            f"{run} started: train again, `dpdl train --dataset {index.name}`"
-        )
+    index = index_of_run(settings, record.data)
     return _carry_out(settings, record, options, index, started, progress, resumed=True)
 
 

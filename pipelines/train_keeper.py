@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,8 +121,7 @@ class WorkerKeeper:
 
     def answers(self) -> list[RowGroup]:
         """The normals that people vouch for, held out or not."""
-        there = self._there()
-        return _answers(key for key in self.data["incoming"] if key in there)
+        return row_groups(self._settings, filter(is_answer, self.data["incoming"]))
 
     def joined(self) -> dict[str, Any]:
         """JOINED of the run's data as it is now."""
@@ -158,25 +157,11 @@ class WorkerKeeper:
         }
 
     def _joined(self, keys: Sequence[str]) -> Shard:
-        groups = [
-            group
-            for key in keys
-            for group in (_answers([key]) or row_groups(self._settings, [key]))
-        ]
+        groups = row_groups(self._settings, keys)
         self._numbers.add(groups)
-        there, may_use = self._there(), usable(self.data)
-        return self._shard(
-            [group for group in groups if group.key in there],
-            # A share of new normals is never learnt from: refreshes judge candidates by it.
-            lambda row: may_use(row) and not is_held_out(row),
-        )
-
-    def _there(self) -> dict[str, Any]:
-        """Incoming objects. A person may take an answer back in mid-run: the run goes on without
-        its image, whose number stays its own."""
-        return _from_first(
-            lambda: {o.key: o.etag for o in incoming(self._settings, self.data["dataset"])}
-        )
+        may_use = usable(self.data)
+        # A share of new normals is never learnt from: refreshes judge candidates by it.
+        return self._shard(groups, lambda row: may_use(row) and not is_held_out(row))
 
     def _shard(
         self, groups: Sequence[RowGroup], keep: Callable[[RowRef], bool] | None = None
@@ -185,11 +170,6 @@ class WorkerKeeper:
         part = (source, self._numbers.of(source.rows))
         self._sources.append(part)
         return Shard([part])
-
-
-def _answers(keys: Iterable[str]) -> list[RowGroup]:
-    """Those objects that are answers; each holds one image (infra/answers.py)."""
-    return [RowGroup(key, 0, 1) for key in keys if is_answer(key)]
 
 
 def report(figures: Mapping[str, Any], files: Mapping[str, bytes]) -> None:

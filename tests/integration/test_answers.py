@@ -12,11 +12,20 @@ import pytest
 
 from infra import answers
 from infra.answers import Answers, is_answer
+from infra.errors import DataError
 from infra.messages import FrameResult
 from infra.redis_connection import make_redis
 from infra.s3_client import ensure_buckets, get, make_minio
 from pipelines import datasets
-from pipelines.dataset_index import SCHEMA, check_snapshot, incoming, load_index, snapshot
+from pipelines.dataset_index import (
+    SCHEMA,
+    check_snapshot,
+    incoming,
+    index_of_run,
+    load_index,
+    snapshot,
+)
+from pipelines.people import data_of_training
 from pipelines.sources import read_here, row_groups
 
 pytestmark = pytest.mark.integration
@@ -125,8 +134,9 @@ def test_answers_are_looked_up_for_a_page_and_expire_with_the_evidence(settings,
     assert left == pytest.approx(settings.stream.evidence_days * 86_400, abs=60)
 
 
-def test_the_next_training_and_refresh_see_answers_and_their_undoing(settings, store, tmp_path):
-    """A confirmed defect is one of the training split, a false alarm one of the new normals."""
+@pytest.fixture
+def valves(settings, store, tmp_path):
+    """A small data set's index, as imported from tmp_path."""
     for name, label in (("normal", 0), ("anomaly/dent", 1)):
         folder = tmp_path / name
         folder.mkdir(parents=True)
@@ -134,18 +144,32 @@ def test_the_next_training_and_refresh_see_answers_and_their_undoing(settings, s
             pixels = np.full((32, 32, 3), 40 * label + 10 * i, np.uint8)
             cv2.imwrite(str(folder / f"{i}.png"), pixels)
     datasets.import_dataset(settings, tmp_path, "valves", shots=2)
-    imported = load_index(settings, "valves")
-    image = cv2.imencode(".png", np.full((32, 32, 3), 200, np.uint8))[1].tobytes()
+    return load_index(settings, "valves")
 
-    def give_image(offset, kind, defect=""):
+
+@pytest.fixture
+def image():
+    return cv2.imencode(".png", np.full((32, 32, 3), 200, np.uint8))[1].tobytes()
+
+
+@pytest.fixture
+def give_image(store, image):
+    def give_it(offset, kind, defect=""):
         return store.give(
             result(offset), kind, defect=defect, by="ann", dataset="valves", image=image
         )
 
+    return give_it
+
+
+def test_the_next_training_and_refresh_see_answers_and_their_undoing(
+    settings, store, valves, image, give_image, tmp_path
+):
+    """A confirmed defect is one of the training split, a false alarm one of the new normals."""
     given = give_image(1, "defect", "crack")
     index = load_index(settings, "valves")
-    assert index.keys("train", 1) == [*imported.keys("train", 1), given.key]
-    assert index.keys("train", 0) == imported.keys("train", 0)
+    assert index.keys("train", 1) == [*valves.keys("train", 1), given.key]
+    assert index.keys("train", 0) == valves.keys("train", 0)
     assert snapshot(index)["objects"][given.key]
     check_snapshot(settings, index)
     (group,) = row_groups(settings, [given.key])
@@ -160,8 +184,38 @@ def test_the_next_training_and_refresh_see_answers_and_their_undoing(settings, s
     assert load_index(settings, "valves") == index
     store.undo(result(1))
     store.undo(result(2))
-    assert load_index(settings, "valves") == imported
+    assert load_index(settings, "valves") == valves
     assert incoming(settings, "valves") == []
+
+
+def test_a_run_keeps_the_answers_that_it_began_with(
+    settings, store, valves, image, give_image, tmp_path
+):
+    """Whatever people say later: one is taken back, one becomes another, one is given anew."""
+    cracks = [give_image(i, "defect", "crack") for i in range(3)]
+    alarms = [give_image(i, "false-alarm") for i in (10, 11)]
+    began = data_of_training(settings, load_index(settings, "valves"))
+    for offset in (0, 2, 10):
+        store.undo(result(offset))
+    give_image(1, "false-alarm")
+    give_image(2, "defect", "scratch")
+    give_image(11, "defect", "dent")
+    give_image(20, "defect", "dent")
+
+    index = index_of_run(settings, began)
+    keys = sorted(each.key for each in cracks)
+    assert index.keys("train", 1) == [*valves.keys("train", 1), *keys]
+    assert snapshot(index)["objects"] == began["objects"]
+    groups = row_groups(settings, [*keys, *began["incoming"]])
+    rows = [row for piece in read_here(settings, groups, 32)() for row in piece.rows]
+    assert [row.label for row in rows] == [1, 1, 1, 0, 0]
+    assert {row.digest for row in rows} == {hashlib.sha256(image).hexdigest()}
+    assert set(began["incoming"]) == {each.key for each in alarms}
+
+    cv2.imwrite(str(tmp_path / "normal" / "9.png"), np.full((32, 32, 3), 250, np.uint8))
+    datasets.import_dataset(settings, tmp_path, "valves", shots=2)
+    with pytest.raises(DataError, match="imported anew"):
+        index_of_run(settings, began)
 
 
 def test_an_answer_has_the_columns_of_a_data_set():
