@@ -6,7 +6,6 @@ Letters: B batch, P = 2 * all channels, D features of a space, V parts, K knots,
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
