@@ -324,6 +324,19 @@ class ResultStore:
         """
         self._set(camera, "bound", {"bound": model}, by)
 
+    def forget(self, cameras: Iterable[str]) -> int:
+        """Remove all that is kept of these cameras, results and a person's settings too; how many
+        there were. Their alerts, answers and evidence stay. One that sends again is listed anew."""
+        forgotten = 0
+        with redis_errors(self._where):
+            for camera in cameras:
+                pipeline = self._redis.pipeline(transaction=True)
+                pipeline.zrem(self._key("cameras"), camera)
+                pipeline.hdel(self._key("bindings"), camera)
+                pipeline.delete(self._key(f"camera:{camera}"), self._key(f"scores:{camera}"))
+                forgotten += cast("list[int]", pipeline.execute())[0]
+        return forgotten
+
     def bindings(self) -> dict[str, str]:
         """Camera -> model, of all cameras that are bound to one."""
         with redis_errors(self._where):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,13 +10,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.commands.shared import out
+from cluster.commands.shared import duration, out
 
 if TYPE_CHECKING:
     from infra.cameras import CameraState
 
 app = typer.Typer(
-    help="Cameras: list them; give one its own threshold, model or debounce rule.",
+    help="Cameras: list them, forget some; give one its own threshold, model or debounce rule.",
     no_args_is_help=True,
 )
 
@@ -103,6 +104,45 @@ def camera_set(
     if not done:
         raise ValueError("nothing to set: give --threshold, --model, --alert or one to clear")
     out.print(f"{camera}: {', '.join(done)}", markup=False)
+
+
+@app.command("forget")
+def camera_forget(
+    cameras: Annotated[list[str] | None, typer.Argument(help="By name.")] = None,
+    silent_for: Annotated[
+        float | None,
+        typer.Option(
+            parser=duration,
+            metavar="TIME",
+            help="All without a frame for 30d, 12h, ..., but for "
+            "those that a person set something for.",
+        ),
+    ] = None,
+) -> None:
+    """Remove cameras from the list, with their scores and settings; their alerts stay.
+
+    Makes room below stream.max_cameras. A camera that sends again is listed anew.
+    """
+    from infra.errors import NotFound
+    from infra.redis_client import ResultStore
+    from infra.settings import load_settings
+
+    if bool(cameras) == (silent_for is not None):
+        raise ValueError("give either names of cameras or --silent-for")
+    store = ResultStore(load_settings())
+    known = {one.camera: one for one in store.cameras()}
+    if unknown := [name for name in cameras or () if name not in known]:
+        raise NotFound(f"no such camera: {', '.join(unknown)}; `dpdl camera list` shows them")
+    if silent_for is not None:
+        before_ns = int((time.time() - silent_for) * 1e9)
+        cameras = [
+            name
+            for name, one in known.items()
+            if one.last_scored_at_ns is not None
+            and one.last_scored_at_ns < before_ns
+            and not (one.override or one.binding or one.debounce)
+        ]
+    out.print(f"{store.forget(cameras or ())} cameras forgotten")
 
 
 def _rule(text: str) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from typer.testing import CliRunner
 
@@ -11,6 +13,7 @@ from infra.messages import FrameResult
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
 from infra.s3_client import ensure_buckets
+from infra.settings import load_settings
 
 pytestmark = pytest.mark.integration
 
@@ -22,12 +25,12 @@ def run(*words):
     return done.output
 
 
-def said(camera, offset):
+def said(camera, offset, scored_at_ns=2):
     return FrameResult(
         frame_id=f"frames/0/{offset}",
         camera=camera,
         captured_at_ns=1,
-        scored_at_ns=2,
+        scored_at_ns=scored_at_ns,
         score=0.5,
         threshold=1.25,
         energy=0.0,
@@ -60,6 +63,44 @@ def test_a_camera_is_set_shown_and_cleared(settings):
     state = results.camera("cam-1")
     assert (state.override, state.binding, state.debounce) == (None, None, None)
     assert "ada" not in run("list")
+
+
+def test_forgotten_cameras_make_room_for_others(settings, monkeypatch):
+    monkeypatch.setenv("DPDL_STREAM_MAX_CAMERAS", "3")
+    results, now = ResultStore(load_settings()), time.time_ns()
+    day = 86400 * 10**9
+    rows = [
+        said("invented", 0, now - 31 * day),
+        said("set", 1, now - 31 * day),
+        said("sends", 2, now - 29 * day),
+        said("late", 3, now),
+    ]
+    results.publish("g", "frames", 0, 0, 4, rows)
+    results.set_threshold("set", 3.0, by="ada")
+    assert {one.camera for one in results.cameras()} == {"invented", "set", "sends"}
+
+    assert "1 cameras forgotten" in run("forget", "--silent-for", "30d")
+    assert {one.camera for one in results.cameras()} == {"set", "sends"}
+    assert results.scores("invented") == []
+    results.publish("g", "frames", 0, 4, 5, [said("late", 4, now)])
+    assert {one.camera for one in results.cameras()} == {"set", "sends", "late"}
+
+    results.bind_model("set", "special", by="ada")
+    assert "2 cameras forgotten" in run("forget", "set", "sends")
+    assert results.bindings() == {}
+    assert [one.camera for one in results.cameras()] == ["late"]
+    results.publish("g", "frames", 0, 5, 6, [said("set", 5, now)])  # sends again: begins anew
+    assert (results.camera("set").frames, results.camera("set").override) == (1, None)
+
+
+def test_what_cannot_be_forgotten_says_so(settings):
+    ResultStore(settings).publish("g", "frames", 0, 0, 1, [said("cam-1", 0)])
+    with pytest.raises(NotFound, match="no such camera: cam-2"):
+        run("forget", "cam-1", "cam-2")
+    for words in ([], ["cam-1", "--silent-for", "1d"]):
+        with pytest.raises(ValueError, match="either names"):
+            run("forget", *words)
+    assert [one.camera for one in ResultStore(settings).cameras()] == ["cam-1"]
 
 
 @pytest.mark.parametrize(
