@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import av
 import simplejpeg
@@ -22,6 +22,12 @@ from infra.errors import DataError
 from infra.settings import referred_secret
 
 SCHEMES = ("rtsp", "rtsps", "http", "https")
+PASSWORD_NAMES = {
+    *("pwd", "psw", "pass", "passwd", "passwort", "password", "passphrase", "passcode"),
+    *("loginpas", "loginpass", "token", "access_token", "auth_token"),
+    *("key", "apikey", "api_key", "secret"),
+}
+"""What cameras' makers call a parameter of an address that is one, in any case of letters."""
 OPEN_S = 10.0
 """A camera that has not answered for so long is tried again."""
 READ_S = 10.0
@@ -67,7 +73,7 @@ def parse_source(text: str, *, on_command_line: bool = False) -> Source:
             raise DataError(f"{text} holds no camera's address: wanted {'://, '.join(SCHEMES)}://")
         return Address(address)
     if urlsplit(text).scheme in SCHEMES:
-        if on_command_line and urlsplit(text).password is not None:
+        if on_command_line and _holds_password(text):
             raise DataError(
                 f"{Address(text).shown}: its password would stand in the list of processes; put "
                 "the address into a file and give file:PATH, or into a variable and give env:NAME"
@@ -77,6 +83,12 @@ def parse_source(text: str, *, on_command_line: bool = False) -> Source:
     if not path.exists():
         raise DataError(f"{text}: no such file or folder, and no address ({', '.join(SCHEMES)})")
     return path
+
+
+def _holds_password(url: str) -> bool:
+    parts = urlsplit(url)
+    names = {name.lower() for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
+    return parts.password is not None or bool(names & PASSWORD_NAMES)
 
 
 @dataclass(frozen=True, slots=True)
