@@ -13,7 +13,7 @@ from infra.answers import Answer, Answers, Kind
 from infra.decisions import Recorded
 from infra.errors import DataError, NotFound, PointerConflict, ServiceUnavailable, VersionBroken
 from infra.grafana_client import announce_move
-from infra.messages import FrameResult, evidence_key
+from infra.messages import FrameResult
 from infra.model_store import ModelStore, Pointer, version_before
 from infra.settings import Settings
 from serving.archive import FRAME, EvidenceBucket, Reread
@@ -44,9 +44,13 @@ class Desk:
 
     # --- frames and answers --------------------------------------------------------------
 
-    def image(self, frame_id: str) -> bytes:
-        """A frame as it came: out of the evidence, else out of Kafka again. NotFound: expired."""
-        kept = self._evidence.get(f"{evidence_key(frame_id)}/{FRAME}")
+    def image(self, frame_id: str, evidence_key: str = "") -> bytes:
+        """A frame as it came: out of its evidence, if it has any, else out of Kafka again.
+
+        Only the result says whether it has: a topic made anew gives its frames the ids of the old
+        one's, whose evidence is still there. NotFound: expired.
+        """
+        kept = self._evidence.get(f"{evidence_key}/{FRAME}") if evidence_key else None
         if kept is not None:
             return kept
         if not self._kafka_turn.acquire(timeout=KAFKA_TURN_S):
@@ -71,7 +75,7 @@ class Desk:
                     f"{result.model} {result.version} names no data set in its manifest: this "
                     "answer has nowhere to go"
                 )
-            image = self.image(result.frame_id)
+            image = self.image(result.frame_id, result.evidence_key)
         with self._answer_turn:
             given = self._answers.give(
                 result, kind, defect=defect, by=by, dataset=dataset, image=image
