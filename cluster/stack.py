@@ -11,12 +11,17 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from infra.embedded import SERVICE_NAMES, ServiceStatus, Stack
-from infra.errors import SettingsError
+from infra.errors import DpdlError, SettingsError
+from infra.kafka_client import make_consumer
+from infra.redis_connection import make_redis
+from infra.s3_client import make_minio, s3_errors
 from infra.settings import Settings, load_settings
 
 
@@ -89,14 +94,23 @@ def down(settings: Settings, console: Console | None = None) -> None:
 
 
 def show_services(settings: Settings, console: Console | None = None) -> list[ServiceStatus]:
-    """Print what runs and how it is; returns the same, for the exit code."""
+    """Print what runs and how it is; returns the same, for the exit code.
+
+    A service that is configured elsewhere is asked too: it is healthy when it answers.
+    """
     table = Table(box=None, pad_edge=False)
     for column in ("service", "state", "pid", "endpoint", "memory", "up"):
         table.add_column(column, justify="right" if column in ("pid", "memory", "up") else "left")
-    found = Stack(settings.state_dir).status()
+    found = [
+        _asked(settings, one) if settings.is_external(one.name) else one
+        for one in Stack(settings.state_dir).status()
+    ]
     for one in found:
         if settings.is_external(one.name):
-            table.add_row(one.title, "configured elsewhere", "", _endpoint(settings, one.name))
+            colour = "green" if one.healthy else "red"
+            table.add_row(
+                one.title, f"[{colour}]{escape(one.detail)}[/]", "", _endpoint(settings, one.name)
+            )
             continue
         colour = "green" if one.healthy else "dim" if one.pid is None else "red"
         table.add_row(
@@ -109,6 +123,21 @@ def show_services(settings: Settings, console: Console | None = None) -> list[Se
         )
     (console or Console()).print(table)
     return found
+
+
+def _asked(settings: Settings, one: ServiceStatus) -> ServiceStatus:
+    """One real request, with the settings' credentials."""
+    try:
+        if one.name == "kafka":
+            make_consumer(settings).close()
+        elif one.name == "redis":
+            make_redis(settings).close()
+        else:
+            with s3_errors(settings.s3):
+                make_minio(settings).bucket_exists(settings.s3.models_bucket)
+    except DpdlError as error:
+        return replace(one, healthy=False, detail=f"configured elsewhere: {error}")
+    return replace(one, healthy=True, detail="configured elsewhere, answers")
 
 
 def _endpoint(settings: Settings, name: str) -> str:

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -20,13 +21,11 @@ from rich.table import Table
 
 from cluster.stack import show_services
 from infra.errors import DpdlError
-from infra.kafka_client import end_offsets
+from infra.kafka_client import behind, bounds_of, kafka_errors, make_consumer
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
 from infra.settings import Settings
 
-SILENT_S = 300.0
-"""As on the console's wall and in the alert rule CameraSilent."""
 ASK_S = 3.0
 SHOWN_CAMERAS = 50
 
@@ -34,10 +33,9 @@ SHOWN_CAMERAS = 50
 def show_status(settings: Settings, model: str, console: Console) -> dict[str, Any]:
     """Print everything; returns it as JSON takes it. `healthy` is about the services alone."""
     services = show_services(settings, console)
-    own = [one for one in services if not settings.is_external(one.name)]
     parts: dict[str, Any] = {
         "services": [asdict(one) for one in services],
-        "healthy": all(one.healthy for one in own),
+        "healthy": all(one.healthy for one in services),
     }
     for name, ask, show in (
         ("stream", lambda: _stream(settings), _show_stream),
@@ -89,16 +87,18 @@ def _show_stream(found: dict[str, Any], console: Console) -> None:
 
 
 def _lag(settings: Settings) -> list[dict[str, int]]:
-    store = ResultStore(settings)
+    kafka, store = settings.kafka, ResultStore(settings)
     try:
-        done = store.progress(settings.kafka.group, settings.kafka.topic)
+        with closing(make_consumer(settings)) as consumer, kafka_errors(kafka):
+            bounds = bounds_of(consumer, kafka.topic)
+        found = []
+        for partition, (begin, end) in bounds.items():
+            stored = store.next_offset(kafka.group, kafka.topic, partition)
+            lag = behind(begin, end, stored)
+            found.append({"partition": partition, "next": end - lag, "end": end, "lag": lag})
+        return found
     finally:
         store.close()
-    ends = end_offsets(settings, settings.kafka.topic)
-    return [
-        {"partition": p, "next": done.get(p, 0), "end": end, "lag": end - done.get(p, 0)}
-        for p, end in sorted(ends.items())
-    ]
 
 
 def _show_lag(found: list[dict[str, int]], console: Console) -> None:
@@ -142,8 +142,8 @@ def _cameras(settings: Settings) -> list[dict[str, Any]]:
     return [
         {
             "camera": one.camera,
-            "seen_s_ago": _ago(one.last_captured_at_ns, now),
-            "silent": (_ago(one.last_captured_at_ns, now) or 0) > SILENT_S,
+            "seen_s_ago": _ago(one.last_scored_at_ns, now),
+            "silent": one.is_silent(now),
             "frames": one.frames,
             "frames_per_s": one.frames_per_s,
             "alerts": one.alerts,

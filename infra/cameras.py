@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+SILENT_S = 300.0
+"""A camera none of whose frames was scored for so long is silent: in the console and `dpdl status`,
+and by the same number in the rule CameraSilent and on Grafana's wall."""
 SMOOTHED_S = 900.0
 """A camera's rates are of about the last so many seconds; older frames count e-fold less."""
 
@@ -69,6 +72,10 @@ class CameraState:
     last_alert_evidence: str | None
     binding: ModelBinding | None = None
     debounce: Debounce | None = None
+
+    def is_silent(self, now_s: float) -> bool:
+        """By when a frame was scored, not captured: a camera's clock may be anything."""
+        return now_s - (self.last_scored_at_ns or 0) / 1e9 > SILENT_S
 
 
 def camera_state(camera: str, found: Mapping[str, str]) -> CameraState:

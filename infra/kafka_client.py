@@ -162,6 +162,21 @@ def partitions_of(client: KafkaConsumer, topic: str) -> list[TopicPartition]:
     return [TopicPartition(topic, partition) for partition in sorted(found)]
 
 
+def bounds_of(client: KafkaConsumer, topic: str) -> dict[int, tuple[int, int]]:
+    """Partition -> (the oldest offset that retention has kept, that of the next record)."""
+    places = partitions_of(client, topic)
+    begins, ends = client.beginning_offsets(places), client.end_offsets(places)
+    return {place.partition: (begins[place], ends[place]) for place in places}
+
+
+def behind(begin: int, end: int, stored: int | None) -> int:
+    """Frames of a partition that wait for their result; those that retention removed do not.
+
+    stored: the next offset, None before the first result: then all that Kafka holds waits.
+    """
+    return max(0, end - max(begin, stored or 0))
+
+
 def end_offsets(settings: Settings, topic: str) -> dict[int, int]:
     """Partition -> the offset that the next record will get."""
     return _offsets(settings, topic, lambda consumer, tps: consumer.end_offsets(tps))

@@ -175,7 +175,7 @@ class ScorerMetrics:
 class CameraFacts:
     camera: str
     last_frame_s: float
-    """Unix seconds of its last frame's capture."""
+    """When its last frame was scored (Unix seconds): a camera's own clock may be anything."""
     threshold: float | None
 
 
@@ -208,7 +208,7 @@ class WatchMetrics:
         )
         self._last_frame = Gauge(
             "dpdl_camera_last_frame_timestamp_seconds",
-            "When a camera's last scored frame was captured (Unix seconds).",
+            "When a camera's last frame was scored (Unix seconds).",
             ("camera",),
         )
         self._threshold = Gauge(

@@ -19,7 +19,7 @@ from kafka import KafkaConsumer
 
 from infra.decisions import Decision, Recorded
 from infra.errors import DpdlError
-from infra.kafka_client import kafka_errors, make_consumer, partitions_of
+from infra.kafka_client import behind, bounds_of, kafka_errors, make_consumer
 from infra.metrics import GAUGES_S, CameraFacts, ReplicaMetrics, WatchMetrics
 from infra.redis_client import ResultStore
 from infra.settings import Settings
@@ -50,6 +50,8 @@ class Watch:
         """Model -> when its decisions were listed, and what there was."""
         self._trouble: dict[str, str | None] = {}
         """Store -> why it cannot be looked at; None for one that answers."""
+        self.waiting: dict[int, int] = {}
+        """Partition -> frames in Kafka whose result is not yet published, at the last look."""
         looks = {
             "Kafka": self._look_at_lag,
             "Redis": self._look_at_cameras,
@@ -92,23 +94,20 @@ class Watch:
             if self._kafka is None:
                 self._kafka = make_consumer(self._settings)
             with kafka_errors(self._settings.kafka):
-                places = partitions_of(self._kafka, topic)
-                ends = self._kafka.end_offsets(places)
-                begins = self._kafka.beginning_offsets(places)
+                bounds = bounds_of(self._kafka, topic)
         except DpdlError:
             if self._kafka is not None:
                 self._kafka.close()
             self._kafka = None
             raise
-        behind = {}
-        for place, end in ends.items():
-            try:
-                stored = self._results.next_offset(group, topic, place.partition)
-            except DpdlError:
-                return  # Kafka answers; that Redis does not is said by its own thread
-            # Before the first result, all that Kafka holds waits.
-            behind[place.partition] = max(0, end - (begins[place] if stored is None else stored))
-        self._metrics.lag(topic, behind)
+        try:
+            self.waiting = {
+                partition: behind(begin, end, self._results.next_offset(group, topic, partition))
+                for partition, (begin, end) in bounds.items()
+            }
+        except DpdlError:
+            return  # Kafka answers; that Redis does not is said by its own thread
+        self._metrics.lag(topic, self.waiting)
 
     def _look_at_cameras(self) -> None:
         seen = self._results.cameras()
@@ -117,9 +116,9 @@ class Watch:
             self._metrics.counts(each.camera, each.frames, each.anomalies, each.alerts)
         self._metrics.dead_letters(self._results.dead_letters())
         self._metrics.cameras(
-            CameraFacts(each.camera, each.last_captured_at_ns / 1e9, each.threshold_used)
+            CameraFacts(each.camera, each.last_scored_at_ns / 1e9, each.threshold_used)
             for each in seen
-            if each.last_captured_at_ns is not None
+            if each.last_scored_at_ns is not None
         )
 
     def _look_at_decisions(self) -> None:

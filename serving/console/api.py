@@ -359,13 +359,15 @@ class Console:
 
     @api.get("/api/v1/status", responses=PROBLEMS)
     async def status(self) -> dict[str, Any]:
-        """The version in use, refused versions, one consumer's totals, dead letters."""
+        """The version in use, refused versions, one consumer's totals, dead letters; waiting: by
+        partition, frames in Kafka whose result is not yet published."""
         scorer, consumer, dead = await asyncio.gather(
             _asked(self._scorer.info.remote()),
             _asked(self._consumer.stats.remote()),
             asyncio.to_thread(self._results.dead_letters),
         )
-        return {"scorer": scorer, "consumer": consumer, "dead_letters": dead}
+        waiting = self._watch.waiting
+        return {"scorer": scorer, "consumer": consumer, "waiting": waiting, "dead_letters": dead}
 
     def check_health(self) -> None:
         """Healthy while it can be asked: Redis or S3 being away is no fault of this replica."""

@@ -54,7 +54,7 @@ document.addEventListener("keydown", (event) => {
 async function facts() {
   const status = await get("api/v1/status");
   const { scorer, consumer } = status; // either may be restarting: then it only has `trouble`
-  const waiting = Object.values(consumer.lag ?? {}).reduce((sum, each) => sum + each, 0);
+  const waiting = Object.values(status.waiting).reduce((sum, each) => sum + each, 0);
   $("facts").replaceChildren(...pairs({ version: scorer.version ?? "?", waiting }));
   const refused = Object.keys(scorer.refused ?? {});
   // The scorer's is by model, or one text while it restarts.

@@ -15,9 +15,8 @@ from infra.redis_client import StoredResult
 from serving.archive import FRAME, HEAT
 from serving.console import schema
 
-SILENT_S = 300.0
 ALERTING_SHARE = 0.05
-"""Both as on Grafana's wall (infra/dashboards/wall.py)."""
+"""As on Grafana's wall (infra/dashboards/wall.py)."""
 _RANK: dict[schema.State, int] = {"alerting": 0, "silent": 1, "ok": 2}
 
 
@@ -131,8 +130,7 @@ def _pictures(frame_id: str, evidence: str | None) -> tuple[str, str | None]:
 
 
 def _state(state: CameraState, now_s: float) -> schema.State:
-    seen_s = (state.last_scored_at_ns or 0) / 1e9
-    if now_s - seen_s > SILENT_S:
+    if state.is_silent(now_s):
         return "silent"
     return "alerting" if (state.alert_share or 0.0) > ALERTING_SHARE else "ok"
 

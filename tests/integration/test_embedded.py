@@ -311,7 +311,9 @@ def test_up_stays_is_used_and_goes_with_down(own_state, monkeypatch):
     assert load_settings().redis.port == settings.redis.port
 
     found = cluster.stack.show_services(settings, console)
-    assert [one.detail for one in found] == ["stopped", "running", "running"]
+    assert found[0].detail.startswith("configured elsewhere: Kafka at plant.example:9092")
+    assert [one.detail for one in found[1:]] == ["running", "running"]
+    assert [one.healthy for one in found] == [False, True, True]
     cluster.stack.down(settings, console)
     assert not before.alive()
     assert "2 services stopped" in said.getvalue()

@@ -254,6 +254,7 @@ def _check_console(settings, got):
     status = get_json(settings, "/api/v1/status")
     assert status["scorer"]["version"] == "v3"
     assert status["consumer"]["trouble"] == ""
+    assert set(status["waiting"]) == {str(p) for p in range(settings.kafka.partitions)}
 
     alert = next(a for a in one if a["frame_id"] in got)
     code, headers, frame = get(settings, f"/{alert['frame_url']}")

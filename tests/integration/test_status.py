@@ -4,12 +4,14 @@ import io
 import time
 
 import pytest
+from kafka import TopicPartition
 from rich.console import Console
 
 from cluster.status import show_status
-from infra.kafka_client import ensure_topics, make_producer
+from infra.kafka_client import ensure_topics, make_admin, make_producer
 from infra.messages import FrameResult, frame_headers
 from infra.redis_client import ResultStore
+from infra.settings import load_settings
 
 pytestmark = pytest.mark.integration
 
@@ -20,12 +22,12 @@ def shown(settings):
     return found, console.file.getvalue()
 
 
-def result(settings, camera, offset, captured_at_ns):
+def result(settings, camera, offset, scored_at_ns, captured_at_ns=None):
     return FrameResult(
         frame_id=f"{settings.kafka.topic}/0/{offset}",
         camera=camera,
-        captured_at_ns=captured_at_ns,
-        scored_at_ns=captured_at_ns,
+        captured_at_ns=captured_at_ns or scored_at_ns,
+        scored_at_ns=scored_at_ns,
         score=1.0,
         threshold=2.0,
         energy=0.5,
@@ -52,15 +54,23 @@ def test_lag_and_cameras_are_those_of_the_stream(settings):
         result(settings, "line-1", 0, now),
         result(settings, "[red]odd[/]", 1, now - 3600 * 10**9),
     ]
-    store.publish(group, topic, 0, 0, 2, rows)
+    # Clocks that are wrong by a day, in either direction.
+    day = 86400 * 10**9
+    rows += [
+        result(settings, "late", 2, now, now - day),
+        result(settings, "early", 3, now - 3600 * 10**9, now + day),
+    ]
+    store.publish(group, topic, 0, 0, 4, rows)
     store.close()
     found, text = shown(settings)
-    assert found["lag"][0]["lag"] == 3
+    assert found["lag"][0] == {"partition": 0, "next": 4, "end": 5, "lag": 1}
     assert {c["camera"]: c["silent"] for c in found["cameras"]} == {
         "line-1": False,
         "[red]odd[/]": True,
+        "late": False,
+        "early": True,
     }
-    assert "lag: 3 frames" in text
+    assert "lag: 1 frames" in text
     assert "[red]odd[/]" in text
     assert "silent" in text
     assert "no version yet" in text
@@ -79,3 +89,40 @@ def test_a_part_that_is_away_is_one_line_and_the_others_are_shown(settings, stac
     assert found["versions"] == {"model": "default", "current": None}
     assert not found["healthy"]
     assert text.count("Redis at") >= 2
+
+
+def test_frames_that_retention_removed_do_not_wait(settings):
+    ensure_topics(settings)
+    producer, topic = make_producer(settings), settings.kafka.topic
+    for _ in range(5):
+        producer.send(topic, key=b"line-1", value=b"x", partition=0)
+    producer.flush()
+    producer.close()
+    admin = make_admin(settings)
+    admin.delete_records({TopicPartition(topic, 0): 3})
+    admin.close()
+    found, _ = shown(settings)
+    assert found["lag"][0] == {"partition": 0, "next": 3, "end": 5, "lag": 2}
+    store = ResultStore(settings)
+    store.set_start(settings.kafka.group, topic, 0, 1)  # scored so far, then overtaken
+    store.close()
+    assert shown(settings)[0]["lag"][0]["lag"] == 2
+
+
+def test_a_service_that_is_configured_elsewhere_is_asked(settings, stack, monkeypatch):
+    """The same servers, named in the environment as a plant would name its own."""
+    ensure_topics(settings)
+    secret = settings.s3.secret_key.get_secret_value()
+    monkeypatch.setenv("DPDL_S3_ENDPOINT", settings.s3.endpoint)
+    monkeypatch.setenv("DPDL_S3_ACCESS_KEY", settings.s3.access_key)
+    monkeypatch.setenv("DPDL_S3_SECRET_KEY", secret)
+    plant = load_settings()
+    assert plant.is_external("s3")
+    found, text = shown(plant)
+    assert found["healthy"]
+    assert "configured elsewhere, answers" in text
+    monkeypatch.setenv("DPDL_S3_SECRET_KEY", "wrong")
+    found, text = shown(load_settings())
+    assert not found["healthy"]
+    assert "configured elsewhere: S3 at" in text
+    assert secret not in text

@@ -49,6 +49,13 @@ def test_a_camera_is_silent_after_five_minutes_and_alerting_above_five_percent(
     assert views.camera(state(seen_s_ago=seen_s_ago, share=share), NOW_S).state == want
 
 
+@pytest.mark.parametrize("captured_s", [0.0, NOW_S - 86400, NOW_S + 86400])
+def test_a_cameras_own_clock_makes_it_neither_silent_nor_not(captured_s):
+    at = {"last_captured_at_ns": int(captured_s * 1e9)}
+    assert views.camera(state(**at), NOW_S).state == "ok"
+    assert views.camera(state(seen_s_ago=301, **at), NOW_S).state == "silent"
+
+
 def test_a_camera_that_was_only_configured_is_silent():
     assert views.camera(state(last_scored_at_ns=None), NOW_S).state == "silent"
 

@@ -1,0 +1,64 @@
+"""How many frames wait, as the console and the metrics say it, on real Kafka and Redis."""
+
+import pytest
+
+from infra.kafka_client import ensure_topics, make_producer
+from infra.messages import FrameResult
+from infra.metrics import WatchMetrics
+from infra.redis_client import ResultStore
+from serving.watch import Watch
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def watch(settings):
+    """One that looks when it is told to: without its threads."""
+    made = Watch.__new__(Watch)
+    made._settings, made._results = settings, ResultStore(settings)
+    made._metrics, made._kafka, made.waiting = WatchMetrics(), None, {}
+    made._models = {"default"}
+    yield made
+    if made._kafka is not None:
+        made._kafka.close()
+
+
+def test_all_partitions_wait_whoever_reads_them(settings, watch):
+    """Each consumer replica knows its own partitions only: the sum is nobody's but Kafka's."""
+    ensure_topics(settings)
+    group, topic, producer = settings.kafka.group, settings.kafka.topic, make_producer(settings)
+    for partition, frames in enumerate((5, 3)):
+        for _ in range(frames):
+            producer.send(topic, key=b"cam", value=b"x", partition=partition)
+    producer.flush()
+    producer.close()
+    watch._results.publish(group, topic, 0, 0, 2, [])
+    watch._look_at_lag()
+    rest = dict.fromkeys(range(2, settings.kafka.partitions), 0)
+    assert watch.waiting == {0: 3, 1: 3, **rest}
+    watch._results.publish(group, topic, 0, 2, 5, [])
+    watch._look_at_lag()
+    assert watch.waiting == {0: 0, 1: 3, **rest}
+
+
+def test_a_camera_was_last_seen_when_its_frame_was_scored(watch, monkeypatch):
+    """As `dpdl status` and the console have it: its own clock may be a day late."""
+    scored_s = 1_800_000_000
+    late = FrameResult(
+        frame_id="frames/0/0",
+        camera="cam",
+        captured_at_ns=(scored_s - 86400) * 10**9,
+        scored_at_ns=scored_s * 10**9,
+        score=1.0,
+        threshold=2.0,
+        energy=0.5,
+        is_anomaly=False,
+        model="default",
+        version="v-1",
+        evidence_key="",
+    )
+    watch._results.publish("g", "frames", 0, 0, 1, [late])
+    shown = []
+    monkeypatch.setattr(watch._metrics, "cameras", shown.extend)
+    watch._look_at_cameras()
+    assert [(each.camera, each.last_frame_s) for each in shown] == [("cam", scored_s)]
