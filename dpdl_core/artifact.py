@@ -124,7 +124,7 @@ def _blank(described: dict[str, Any]) -> Dpdl:
     try:
         # Versions from before head_networks was a choice have one.
         config = configs.from_json(json.dumps({"head_networks": 1, **described["config"]}))
-        trunk = Trunk(config.trunk).fuse()
+        trunk = Trunk(config.trunk, image_size=config.image_size).fuse()
         sizes = {str(k): int(v) for k, v in described["prototypes"].items()}
         energies = blank_energies(config, trunk.channels, sizes)
         return Dpdl(config, trunk, Parts(config, trunk.channels, energies))

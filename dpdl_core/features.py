@@ -38,9 +38,10 @@ class Trunk(nn.Module):
     mean_255: Tensor
     std_255: Tensor
 
-    def __init__(self, name: str, weights: str = "random") -> None:
+    def __init__(self, name: str, weights: str = "random", image_size: int | None = None) -> None:
+        """image_size: S of the images to come; with None, what the network was made for."""
         super().__init__()
-        network = load_network(name, weights)
+        network: Any = load_network(name, weights)
         mean, std = _normalisation(name, network)
         self.stages = nn.ModuleList(_cut(network))
         self.register_buffer("mean_255", mean.view(1, 3, 1, 1))
@@ -48,8 +49,18 @@ class Trunk(nn.Module):
         self.eval()
         self.channels: list[int] = []
         """Channels of every stage's map."""
-        with torch.inference_mode():
-            self.channels = [m.shape[1] for m in self(torch.zeros(1, 64, 64, 3))]
+        own = int(network.pretrained_cfg["input_size"][-1])
+        size = image_size or own
+        try:
+            with torch.inference_mode():
+                self.channels = [m.shape[1] for m in self(torch.zeros(1, size, size, 3))]
+        except (AssertionError, RuntimeError) as error:
+            # Most transformers take images of one size only.
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"trunk={name!r} takes no images of {size} px ({said}): set image_size={own}, "
+                f"what it was made for, or another trunk such as {PACKAGE_TRUNK}"
+            ) from error
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, S, S, 3) uint8 RGB -> one (B, c, h, w) float map per stage."""

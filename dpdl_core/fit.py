@@ -93,7 +93,7 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # modules draw their first weights from the global generator
-        trunk = Trunk(config.trunk, config.weights).to(device)
+        trunk = Trunk(config.trunk, config.weights, config.image_size).to(device)
         if config.tuned_stages and len(anomalies):
             normals = tune(
                 config,
@@ -138,8 +138,8 @@ def renew(
     """
     started = time.monotonic()
     tell = progress or _silent
-    model = copy.deepcopy(model).cpu()
-    config, trunk = model.config, copy.deepcopy(model.trunk).to(device)
+    model = copy.deepcopy(model).to(device)
+    config, trunk = model.config, copy.deepcopy(model.trunk)
     looked = look_over(model, new_normals, max_maps=config.max_maps)
     aside, shift, seen_new = looked.aside, looked.shift, looked.seen
     if len(vouched):
@@ -161,7 +161,8 @@ def renew(
         sizes = model.parts.energies.sizes
         prototypes = sum(sizes[f"patch {space}"] for space in config.patch_spaces)
         same = {"prototypes": prototypes, "kept": prototypes, "replaced": 0, "revived": 0}
-        return model.to(device), report(same, 0.0, relearnt=False)
+        return model, report(same, 0.0, relearnt=False)
+    model.cpu()  # where features are kept, and all but the trunk is estimated
     # The mean of -log p, of deviation 1, is off by chance: by few new images, and by few old ones
     # that the tails come from. Three deviations of both.
     counts = (int((~aside_everywhere).sum()), sum(distributed.row_counts(_rows(old_normals))))
@@ -351,9 +352,13 @@ def _score_shift(before: Dpdl, after: Dpdl, normals: Normals) -> float:
     """Mean change of some kept normals' scores, in deviations of theirs under `before`."""
     every = max(1, len(normals.features) // SHIFT_SAMPLE)
     some = normals.features.take(torch.arange(0, len(normals.features), every))
+
+    def score(model: Dpdl, pooled: Tensor, maps: list[Tensor]) -> Tensor:
+        device = model.weights.device
+        return model.judge(pooled.to(device), [m.to(device) for m in maps]).score.cpu()
+
     pairs = [
-        torch.stack([before.judge(pooled, maps).score, after.judge(pooled, maps).score], 1)
-        for pooled, maps in some.batches(128)
+        torch.stack([score(before, *batch), score(after, *batch)], 1) for batch in some.batches(128)
     ]
     old, new = distributed.gather_rows(torch.cat(pairs)).T
     return float((new - old).mean() / old.std().clamp_min(1e-12))

@@ -131,6 +131,7 @@ def build(
     parent: Mapping[str, Any],
     index: DatasetIndex,
     current: LoadedVersion,
+    device: str,
     progress: Progress | None,
 ) -> HeldOut | None:
     """Renew, calibrate, and store the candidate. Gives the held-out images, scored by it.
@@ -180,6 +181,7 @@ def build(
         vouched=[is_answer(row.key) for row in new.rows],
         # Other defects than those that the current model was taught are there to be learnt.
         relearn=parent["data"]["objects"] != inputs.objects,
+        device=device,
         progress=progress,
     )
     # The held-out share goes through the same sieve: a defect in it would lift the thresholds.

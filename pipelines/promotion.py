@@ -19,6 +19,7 @@ from infra.settings import Settings
 from pipelines.dataset_index import Progress
 from pipelines.gate import GateLimits, Verdict, judge
 from pipelines.held_out import HeldOut
+from pipelines.scoring import chosen_device
 
 
 def consider(
@@ -29,6 +30,7 @@ def consider(
     *,
     limits: GateLimits | None = None,
     held_out: HeldOut | None = None,
+    device: str = "",
     progress: Progress | None = None,
 ) -> Verdict:
     """Promote `version` where there is no current one or where the gate lets it pass; record it.
@@ -57,7 +59,7 @@ def consider(
             of_current = store.manifest(name, pointer.version)["data"]
             held_out = HeldOut(settings, manifest["data"], of_current)
         verdict = _against_current(
-            store, name, version, manifest, pointer, held_out, limits, progress
+            store, name, version, manifest, pointer, held_out, limits, device, progress
         )
     if verdict.promote and not moved:
         move(settings, store, name, version, pointer, verdict.why)
@@ -65,10 +67,10 @@ def consider(
     return verdict
 
 
-def load(store: ModelStore, name: str, version: str) -> LoadedVersion:
-    """A verified version, ready to score. VersionBroken when it is not."""
+def load(store: ModelStore, name: str, version: str, device: str = "cpu") -> LoadedVersion:
+    """A verified version, ready to score on a device. VersionBroken when it is not."""
     try:
-        return unpack(store.fetch(name, version))
+        return unpack(store.fetch(name, version), device)
     except ArtifactError as error:
         raise VersionBroken(f"{name} {version}: {error}") from None
 
@@ -145,9 +147,11 @@ def _against_current(
     pointer: Pointer,
     held_out: HeldOut,
     limits: GateLimits | None,
+    device: str,
     progress: Progress | None,
 ) -> Verdict:
-    current, candidate = load(store, name, pointer.version), load(store, name, version)
+    where = chosen_device(device)
+    current, candidate = (load(store, name, v, where) for v in (pointer.version, version))
     scores = []
     for step, (which, loaded) in enumerate(((pointer.version, current), (version, candidate))):
         if progress is not None:

@@ -31,7 +31,7 @@ from pipelines.dataset_index import Progress, check_snapshot, load_index, snapsh
 from pipelines.gate import GateLimits
 from pipelines.people import repeated
 from pipelines.promotion import consider, load
-from pipelines.scoring import yield_cores
+from pipelines.scoring import chosen_device, yield_cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class RefreshOptions:
     min_new: int = 16
     """Fewer new images than this wait for company."""
     seed: int = 0
+    device: str = ""
+    """Where models look at images: cpu or cuda; a GPU, where there is one, with ""."""
     limits: GateLimits = field(default_factory=GateLimits)
 
 
@@ -115,7 +117,8 @@ def refresh_once(
 
     if waiting < max(1, options.min_new):
         return nothing(f"{waiting} new images, {options.min_new} are awaited")
-    current = load(store, name, pointer.version)
+    device = chosen_device(options.device)
+    current = load(store, name, pointer.version, device)
     held_out = None
     if inputs.candidate not in store.list_versions(name):
         repeats = repeated(
@@ -125,7 +128,9 @@ def refresh_once(
             why = f"all {waiting} new images are known already"
             _settle(settings, name, inputs, why)
             return nothing(why)
-        held_out = build(settings, store, name, inputs, repeats, parent, index, current, progress)
+        held_out = build(
+            settings, store, name, inputs, repeats, parent, index, current, device, progress
+        )
     manifest = store.manifest(name, inputs.candidate)
     verdict = consider(
         settings,
@@ -134,6 +139,7 @@ def refresh_once(
         inputs.candidate,
         limits=options.limits,
         held_out=held_out,
+        device=device,
         progress=progress,
     )
     renewal = manifest["renewal"]

@@ -51,23 +51,27 @@ class Observed:
     """(N, L) nearest prototypes, for dpdl_core.drift."""
 
 
-def observe(model: Dpdl, source: ImagesWithRows, device: torch.device | str = "cpu") -> Observed:
+def chosen_device(wanted: str) -> str:
+    """The device that was asked for; with "", a GPU where this process has one."""
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def observe(model: Dpdl, source: ImagesWithRows) -> Observed:
     """Scores every image of a source."""
-    return observe_each([model], source, device)[0]
+    return observe_each([model], source)[0]
 
 
 @torch.inference_mode()
-def observe_each(
-    models: Sequence[Dpdl], source: ImagesWithRows, device: torch.device | str = "cpu"
-) -> list[Observed]:
-    """What each model says of every image; models with the same trunk look through it once."""
+def observe_each(models: Sequence[Dpdl], source: ImagesWithRows) -> list[Observed]:
+    """What each model says of every image, on the models' device; models with the same trunk look
+    through it once."""
     first = [
         next(j for j in range(i + 1) if _same(models[j].trunk, model.trunk))
         for i, model in enumerate(models)
     ]
     rows: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in models]
     for images in source.batches(SCORE_BATCH):
-        maps = {i: models[i].trunk(images.to(device)) for i in set(first)}
+        maps = {i: models[i].trunk(images.to(models[i].weights.device)) for i in set(first)}
         for model, i, seen in zip(models, first, rows, strict=True):
             found = model.judge(pool(maps[i]), maps[i])
             seen.append((found.score.double(), found.energy.double(), found.winners.int()))
@@ -82,11 +86,6 @@ def observe_each(
 def _same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     a, b = one.state_dict(), other.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def score_images(model: Dpdl, source: ImagesWithRows, device: torch.device | str = "cpu") -> Scores:
-    """Anomaly scores (N,) in the order of source.rows."""
-    return observe(model, source, device).score
 
 
 def drift_reference(

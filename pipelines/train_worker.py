@@ -220,7 +220,7 @@ class _Worker:
         seen of them, in the same order."""
         self.progress(stage, 0.0, {})
         source = self._shard(groups, keep)
-        seen = observe(model, source, self.device)
+        seen = observe(model, source)
         rows = [(float(s), r.label, r.camera) for s, r in zip(seen.score, source.rows, strict=True)]
         everyone = gather((rows, seen))
         self.progress(stage, 1.0, {"images": sum(len(rows) for rows, _ in everyone)})

@@ -10,6 +10,7 @@ import typer
 from cluster.commands.shared import (
     Report,
     Sets,
+    check_device,
     err,
     key_values,
     out,
@@ -30,6 +31,7 @@ def bench_score(
     report: Report = None,
 ) -> None:
     """Scoring against the bare trunk, in turns, at the same batch size."""
+    check_device(device)
     from pipelines.bench_score import BenchScoreOptions
     from pipelines.bench_score import bench_score as run
 

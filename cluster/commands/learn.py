@@ -12,6 +12,7 @@ from cluster.commands.shared import (
     Model,
     Report,
     Sets,
+    check_device,
     duration,
     err,
     key_values,
@@ -82,6 +83,9 @@ def refresh(
         bool, typer.Option("--watch", help="Refresh as soon as new normals are in S3.")
     ] = False,
     min_new: Annotated[int, typer.Option(min=1, help="Fewer new images than this wait.")] = 16,
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda. Default: a GPU where there is one.")
+    ] = "",
     report: Report = None,
 ) -> None:
     """Renew the current version on the new normals in S3; the gate decides.
@@ -89,6 +93,7 @@ def refresh(
     With --every and --watch it goes on until Ctrl-C or SIGTERM, and --report holds the last
     refresh that came to a decision. Killed at any moment, the next run takes up what was left.
     """
+    check_device(device)
     from infra.errors import DpdlError
     from infra.settings import load_settings
     from pipelines.refresh import RefreshOptions, RefreshReport, refresh_once
@@ -96,7 +101,8 @@ def refresh(
 
     if once + (every is not None) + watch > 1:
         raise ValueError("--once, --every and --watch: choose one")
-    settings, chosen = load_settings(), RefreshOptions(model_name=model, min_new=min_new)
+    settings = load_settings()
+    chosen = RefreshOptions(model_name=model, min_new=min_new, device=device)
     said: list[str] = []
 
     def say(line: str) -> None:

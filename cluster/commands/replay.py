@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.commands.shared import Report, out, progress_line, write_report
+from cluster.commands.shared import Report, check_device, out, progress_line, write_report
 
 app = typer.Typer()
 
@@ -34,6 +34,7 @@ def replay_command(
     report: Report = None,
 ) -> None:
     """Score the past in Kafka again with another version, beside the live stream; compare."""
+    check_device(device)
     from infra.settings import load_settings
     from serving.replay import Place, ReplayOptions, replay
 

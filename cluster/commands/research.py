@@ -9,6 +9,7 @@ import typer
 from cluster.commands.shared import (
     Report,
     Sets,
+    check_device,
     key_values,
     numbers,
     out,
@@ -33,6 +34,7 @@ def evaluate(
     report: Report = None,
 ) -> None:
     """Train and test by the paper's protocol, seed by seed; with --report it resumes."""
+    check_device(device)
     from pipelines.evaluate import EvaluateOptions
     from pipelines.evaluate import evaluate as run
 

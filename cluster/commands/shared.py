@@ -52,6 +52,20 @@ def duration(text: str) -> float:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
+def check_device(text: str) -> None:
+    """Raises ValueError for anything but "", cpu, and cuda or cuda:N as PyTorch will find it."""
+    if text in ("", "cpu"):
+        return
+    found = re.fullmatch(r"cuda(?::(\d+))?", text)
+    if found is None:
+        raise ValueError(f"--device {text}: wanted cpu, cuda or cuda:N")
+    import torch
+
+    count = torch.cuda.device_count()
+    if int(found[1] or 0) >= count:
+        raise ValueError(f"--device {text}: PyTorch finds {count} GPUs here, take --device cpu")
+
+
 def numbers(text: str) -> list[int]:
     """ "0,1,2" as integers. Raises ValueError for anything else."""
     try:

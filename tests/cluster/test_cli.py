@@ -8,7 +8,7 @@ import sys
 import pytest
 import typer
 
-from cluster.commands.shared import duration, key_values, write_report
+from cluster.commands.shared import check_device, duration, key_values, write_report
 
 
 def dpdl(*args, cwd, **env):
@@ -43,6 +43,19 @@ def test_refresh_takes_one_of_once_every_and_watch(tmp_path):
     done = dpdl("refresh", "--every", "6h", "--watch", cwd=tmp_path)
     assert done.returncode == 1
     assert "choose one" in done.stderr
+
+
+def test_a_device_that_is_not_there_is_told_before_any_work(tmp_path):
+    for text in ("", "cpu"):
+        check_device(text)
+    with pytest.raises(ValueError, match="--device foo: wanted cpu, cuda or cuda:N"):
+        check_device("foo")
+    with pytest.raises(ValueError, match="--device cuda:999: PyTorch finds"):
+        check_device("cuda:999")
+    for command in (["evaluate", "--data", "elpv"], ["bench", "score"], ["refresh", "--once"]):
+        done = dpdl(*command, "--device", "foo", cwd=tmp_path)
+        assert (done.returncode, len(done.stderr.strip().splitlines())) == (1, 1)
+        assert "wanted cpu, cuda" in done.stderr
 
 
 def test_a_report_is_whole_or_not_there(tmp_path):

@@ -94,6 +94,13 @@ def test_weights_of_another_network_are_refused(tmp_path: Path):
         load_network("test_resnet", str(tmp_path / "w.pth"))
 
 
+def test_a_transformer_is_looked_at_in_the_size_of_the_images():
+    assert Trunk("vit_tiny_patch16_224", image_size=224).channels == [192] * 12
+    assert Trunk("vit_tiny_patch16_224").channels == [192] * 12
+    with pytest.raises(ValueError, match=r"no images of 448 px .* set image_size=224"):
+        Trunk("vit_tiny_patch16_224", image_size=448)
+
+
 def test_an_unknown_trunk_is_named():
     with pytest.raises(ValueError, match="no_such_net"):
         Trunk("no_such_net")

@@ -13,6 +13,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 from small import SIZE, anomalies, normals, tiny_config
 
+import dpdl_core.fit as fit_module
 from dpdl_core import artifact
 from dpdl_core.fit import fit, renew
 from dpdl_core.images import ArraySource
@@ -172,6 +173,24 @@ def test_a_tuned_trunk_is_tuned_again_after_a_shift_only():
         weights = [k for k in a if k.endswith("weight")]
         assert torch.equal(a[weights[0]], b[weights[0]])
         assert torch.equal(a[weights[-1]], b[weights[-1]]) != shifted
+
+
+class Looked(Exception):
+    pass
+
+
+def test_a_refresh_looks_at_new_normals_on_the_device(model, monkeypatch):
+    """No GPU is at hand: that it is not the CPU shows on the device without memory."""
+
+    def look_over(there, *args, **kwargs):
+        assert {p.device.type for p in there.state_dict().values()} == {"meta"}
+        raise Looked
+
+    monkeypatch.setattr(fit_module, "look_over", look_over)
+    sources = (ArraySource(normals(n, seed=n)) for n in (20, 10))
+    with pytest.raises(Looked):
+        renew(model, *sources, anomalies(0), seed=0, device="meta")
+    assert model.weights.device.type == "cpu"
 
 
 def test_a_refresh_leaves_the_given_model_alone(model):

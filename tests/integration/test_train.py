@@ -34,7 +34,7 @@ from pipelines.datasets import NewImage, import_dataset, put_incoming
 from pipelines.held_out import HELD_OUT_OF, images
 from pipelines.promotion import load
 from pipelines.run_record import list_runs
-from pipelines.scoring import calibrate, score_images
+from pipelines.scoring import calibrate, observe
 from pipelines.sources import stack
 from pipelines.train import TrainOptions, resume, train
 
@@ -289,7 +289,7 @@ def first_version(settings, dataset):
     defects = stack(images(settings, dataset.keys("train", 1), 64))
     model = fit(override(recipe("edge"), FROZEN), normals, defects, seed=1)
     held_out = images(settings, dataset.keys("calibration"), 64)
-    thresholds, _ = calibrate(score_images(model, held_out), [""] * held_out.num_images, 0.1)
+    thresholds, _ = calibrate(observe(model, held_out).score, [""] * held_out.num_images, 0.1)
     manifest = {"kind": "train", "parent": None, "line": [], "data": snapshot(dataset)}
     store = ModelStore(settings)
     files = artifact.pack(model, thresholds=thresholds, metrics={})

@@ -32,7 +32,7 @@ from infra.errors import DataError, PointerConflict
 from infra.messages import FrameResult
 from infra.model_store import ModelStore
 from infra.s3_client import make_minio
-from pipelines import candidate, refresh_loop
+from pipelines import candidate, promotion, refresh_loop
 from pipelines.dataset_index import SCHEMA, incoming, load_index, snapshot
 from pipelines.datasets import NewImage, import_dataset, put_incoming
 from pipelines.held_out import HeldOut, images, is_held_out, usable
@@ -40,7 +40,7 @@ from pipelines.promotion import consider, load, who
 from pipelines.refresh import RefreshOptions, refresh_once
 from pipelines.refresh_loop import refresh_every
 from pipelines.registry import Registry
-from pipelines.scoring import calibrate, score_images
+from pipelines.scoring import calibrate, observe
 from pipelines.sources import RowRef, stack
 from pipelines.train_keeper import WorkerKeeper
 
@@ -106,7 +106,7 @@ def deployed(settings, dataset, fitted):
         defects = stack(images(settings, dataset.keys("train", 1), 64))
         model = fit(config, normals, defects, seed=0)
         held_out = images(settings, dataset.keys("calibration"), 64)
-        thresholds, _ = calibrate(score_images(model, held_out), [""] * held_out.num_images, RATE)
+        thresholds, _ = calibrate(observe(model, held_out).score, [""] * held_out.num_images, RATE)
         fitted.update(artifact.pack(model, thresholds=thresholds, metrics={}))
     manifest = {
         "kind": "train",
@@ -496,6 +496,27 @@ def test_after_an_import_with_another_split_a_refresh_is_refused_and_a_training_
     again = snapshot(load_index(settings, "plates"))
     found = HeldOut(settings, again, snapshot(dataset)).at(64)
     assert [sum(part.num_images for part in found[k]) for k in ("defects", "old", "new")] == [0] * 3
+
+
+def test_the_device_reaches_all_that_looks_at_images(settings, deployed, monkeypatch):
+    """A GPU is asked for; there is none here, so the CPU is what they get."""
+    asked = []
+
+    def on_the_cpu(owner, name):
+        real = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            asked.append((name, kwargs.pop("device", None) or args[-1]))
+            return real(*(args if name == "renew" else args[:1]), **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    on_the_cpu(promotion, "unpack")
+    on_the_cpu(candidate, "renew")
+    put_incoming(settings, "plates", new_plates(20))
+    refresh_once(settings, replace(OPTIONS, device="cuda"))
+    # For the sieve and the renewal, then both for the gate.
+    assert asked == [("unpack", "cuda"), ("renew", "cuda"), *[("unpack", "cuda")] * 2]
 
 
 def test_a_shift_makes_the_heads_be_learnt_anew(settings, deployed):
