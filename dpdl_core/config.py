@@ -106,20 +106,44 @@ class DpdlConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: need at least {low}")
         if not 0 < self.patch_worst <= 1:
             raise ValueError(f"patch_worst={self.patch_worst}: need a share above 0, at most 1")
-        if not self.tuned_stages and (self.renew_every_epochs or self.renew_min_new):
-            raise ValueError(
-                "tuned_stages=0: renew_every_epochs and renew_min_new act between epochs of tuning,"
-                " and there are none; `dpdl refresh` renews a version"
-            )
         if self.tune_batch % 3:
             raise ValueError(f"tune_batch={self.tune_batch}: need a multiple of 3")
         for name in ("eps", "kappa", "tune_learning_rate", "head_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: need a number above 0")
+        if not self.tuned_stages:
+            idle = [f"{name}={getattr(self, name)}" for name in _idle(self)]
+            if idle:
+                raise ValueError(
+                    f"tuned_stages=0: {', '.join(idle)} would do nothing, since no stage of the "
+                    "trunk is tuned; set tuned_stages, or leave them as they come"
+                )
         for space in self.pooled_spaces:
             stage_numbers(space.removesuffix("q"))
         for space in self.patch_spaces:
             stage_numbers(space.removesuffix("s"))
+
+
+_TUNING = (
+    "tune_epochs",
+    "tune_iterations",
+    "tune_batch",
+    "tune_learning_rate",
+    "tune_prototypes",
+    "dispersion_weight",
+    "kappa",
+    "rotate",
+    "renew_every_epochs",
+    "renew_min_new",
+    "literal_loss",
+)
+"""What acts in tuning only."""
+_AS_THEY_COME = {f.name: f.default for f in fields(DpdlConfig) if f.name in _TUNING}
+
+
+def _idle(config: DpdlConfig) -> list[str]:
+    """Settings of tuning that are not as they come."""
+    return [name for name, value in _AS_THEY_COME.items() if getattr(config, name) != value]
 
 
 _AT_LEAST = {
@@ -209,6 +233,9 @@ def from_json(text: str) -> DpdlConfig:
         lists: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
+        if not lists.get("tuned_stages", 0):
+            # Earlier programs let settings pass that did nothing, and saved them.
+            lists |= _AS_THEY_COME
         return DpdlConfig(**lists)
     except (TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"not a config: {error}") from error

@@ -94,6 +94,10 @@ def fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # modules draw their first weights from the global generator
         trunk = Trunk(config.trunk, config.weights, config.image_size).to(device)
+        if config.tuned_stages > len(trunk.stages):
+            raise ValueError(
+                f"tuned_stages={config.tuned_stages}: {config.trunk} has {len(trunk.stages)}"
+            )
         if config.tuned_stages and len(anomalies):
             normals = tune(
                 config,

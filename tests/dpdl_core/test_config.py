@@ -1,5 +1,7 @@
 """Configs: overrides from text, refusals that help, JSON there and back."""
 
+import json
+
 import pytest
 
 from dpdl_core.config import from_json, override, recipe, stage_numbers, to_json
@@ -9,7 +11,7 @@ def test_overrides_are_typed():
     config = override(recipe("edge"), {"eps": "0.01", "folds": "3", "patch_spaces": "5+7, 3-7s"})
     assert (config.eps, config.folds) == (0.01, 3)
     assert config.patch_spaces == ("5+7", "3-7s")
-    assert override(config, {"rotate": "true"}).rotate is True
+    assert override(config, {"rotate": "true", "tuned_stages": "2"}).rotate is True
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,10 @@ def test_overrides_are_typed():
         ("patch_spaces", "7-5", "7-5"),
         ("pooled_spaces", "zero", "zero"),
         ("tune_batch", "16", "multiple of 3"),
-        ("renew_every_epochs", "5", "tuned_stages=0"),
+        ("renew_every_epochs", "5", "tuned_stages=0: renew_every_epochs=5 would do nothing"),
+        ("kappa", "5", "tuned_stages=0: kappa=5.0 would do nothing"),
+        ("literal_loss", "true", "tuned_stages=0: literal_loss=True would do nothing"),
+        ("tune_epochs", "9", "set tuned_stages"),
     ],
 )
 def test_what_cannot_be_is_told(key, value, told):
@@ -35,6 +40,19 @@ def test_what_cannot_be_is_told(key, value, told):
 @pytest.mark.parametrize("name", ["edge", "paper"])
 def test_json_there_and_back(name):
     assert from_json(to_json(recipe(name))) == recipe(name)
+
+
+def test_a_saved_config_with_settings_that_did_nothing_is_read():
+    saved = json.loads(to_json(recipe("edge"))) | {"kappa": 5.0, "rotate": True, "eps": 0.01}
+    assert from_json(json.dumps(saved)) == override(recipe("edge"), {"eps": "0.01"})
+    tuned = saved | {"tuned_stages": 2}
+    assert from_json(json.dumps(tuned)).kappa == 5.0
+
+
+def test_a_recipe_that_tunes_needs_all_of_it_undone():
+    with pytest.raises(ValueError, match="rotate=True would do nothing"):
+        override(recipe("paper"), {"tuned_stages": "0"})
+    override(recipe("paper"), {"tuned_stages": "0", "rotate": "false"})
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"later": 1}', '{"folds": "x"}'])

@@ -82,6 +82,11 @@ def test_too_few_normals_and_wrong_anomalies_are_told():
         fit(tiny_config(pooled_spaces="9"), ArraySource(NORMALS), SEEN, seed=0)
 
 
+def test_no_more_stages_are_tuned_than_there_are():
+    with pytest.raises(ValueError, match="tuned_stages=99: test_efficientnet has 5"):
+        fit(tiny_config(tuned_stages="99"), ArraySource(NORMALS), SEEN, seed=0)
+
+
 def test_tuning_moves_the_tuned_stages_only():
     told = []
     changes = {"tuned_stages": "1", "tune_epochs": "1", "tune_iterations": "3"}
