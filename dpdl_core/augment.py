@@ -1,7 +1,7 @@
 """Pseudo anomalies by cut and paste, and turns: batched, on the images' device, seeded.
 
-Knows tensors only. Used by fit.py. Paper: DPDL section 5.3 (CutMix for pseudo anomalies);
-CutPaste, arXiv:2104.04015, for the sizes; rotation as in DRA.
+Knows tensors only. Used by tune.py and baselines/dra.py. Papers: DPDL section 5.3 (CutMix for
+pseudo anomalies); CutPaste, arXiv:2104.04015, for the sizes; rotation as in DRA.
 Shapes: images (B, 3, H, W), floating point in [0, 1], before any normalisation.
 
 Every random number comes from `generator`, drawn on its own device: a CPU generator gives the

@@ -1,6 +1,6 @@
 """Multi-Gaussian prototypes and the Schroedinger bridge to them, in exact closed form.
 
-Knows tensors only. Used by losses.py and model.py.
+Knows tensors only. Used by parts.py, estimate.py, losses.py and the tuning.
 Papers: DPDL (eqs. 3, 8-14); Light Schroedinger Bridge, arXiv:2310.01174v3 (eqs. 8-11).
 Letters: B batch, C prototypes, D features. Natural logs; eps in squared feature units.
 

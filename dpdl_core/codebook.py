@@ -1,7 +1,7 @@
 """Vector quantisation of normal features: k-means, a moving codebook, and its refresh.
 
-Knows tensors and ranks only (distributed.py). Used by losses.py, model.py, fit.py and the
-refresh pipeline. Paper: DPDL eq. 15 and section 4.2.
+Knows tensors and ranks only (distributed.py). Used by estimate.py, and in tuning by tune.py,
+tune_network.py and renewal.py. Paper: DPDL eq. 15 and section 4.2.
 Letters: N vectors (this rank's shard), C codes, D features; distances are squared Euclidean.
 
 Every function is collective under torch.distributed: ranks pass their own rows and end with the

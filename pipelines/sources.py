@@ -228,10 +228,6 @@ class StreamedImages:
         self.num_images = len(self.rows)
         self.waited_s += time.perf_counter() - started
 
-    @property
-    def cached(self) -> bool:
-        return self._cache is not None
-
     def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
         """uint8 (B, S, S, 3); every batch full but the last."""
         if self._cache is not None:
