@@ -210,6 +210,16 @@ class ModelStore:
         """Complete versions, in the order of their ids."""
         return sorted(v for v, objects in self._objects(name).items() if MANIFEST in objects)
 
+    def remove_version(self, name: str, version: str) -> None:
+        """Delete a version; it does not exist any more as soon as its manifest is gone.
+
+        Who deletes knows that nothing leads to it: no look at the pointer here.
+        """
+        objects = self._objects(name).get(version, {})
+        with s3_errors(self._s3):
+            for file in sorted(objects, key=lambda file: file != MANIFEST):
+                self._client.remove_object(self._bucket, self._key(name, version, file))
+
     def remove_half_written(self, name: str, *, older_than: timedelta) -> list[str]:
         """Delete what killed writers left; returns the versions that were never complete.
 

@@ -1,4 +1,4 @@
-"""Model versions for people: list, show, promote, roll back.
+"""Model versions for people: list, show, promote, roll back, prune.
 
 The store itself is infra/model_store.py; here versions are verified before a person can point at
 them, and their manifests become something to read.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from infra import decisions
@@ -15,6 +16,10 @@ from infra.errors import DataError
 from infra.model_store import ModelStore, Pointer, version_before
 from infra.settings import Settings
 from pipelines.promotion import load, move
+from pipelines.run_record import list_runs, remove_run
+
+UNDECIDED_FOR = timedelta(days=1)
+"""A version that was stored so long ago and is not decided on was left by a process that died."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,35 @@ class Registry:
                 "promote one by name, `dpdl models list` shows them"
             )
         return self.promote(before, why)
+
+    def prune(self, keep: int) -> tuple[str, ...]:
+        """Delete what nothing leads to any more; the names of versions and runs that went.
+
+        Versions: all but the current one, those that rolling back goes through, and of the others
+        the `keep` newest. What no decision stands of yet is left alone for UNDECIDED_FOR, and so is
+        what a writer has begun. Runs: those whose version the gate has decided on; it has their
+        record, and only unfinished ones can be resumed.
+        """
+        store, name = self._store, self.model_name
+        pointer = store.current(name)
+        moves = [move.version for move in pointer.moves] if pointer else []
+        led_to = set(moves[: moves.index(moves[-1]) + 1]) if moves else set()
+        decided = {decision.candidate for decision in decisions.recorded(self._settings, name)}
+        limit = (datetime.now(UTC) - UNDECIDED_FOR).isoformat(timespec="milliseconds")
+        others: list[tuple[str, str]] = []
+        for version in store.list_versions(name):
+            stored_at = str(store.manifest(name, version)["stored_at"])
+            if version not in led_to and (version in decided or stored_at < limit):
+                others.append((stored_at, version))
+        gone = [version for _, version in sorted(others, reverse=True)[keep:]]
+        for version in gone:
+            store.remove_version(name, version)
+        gone += store.remove_half_written(name, older_than=UNDECIDED_FOR)
+        for run in list_runs(self._settings, name):
+            if run in decided:
+                remove_run(self._settings, name, run)
+                gone.append(f"runs/{run}")
+        return tuple(gone)
 
     def _current(self, pointer: Pointer | None) -> Pointer:
         if pointer is None:

@@ -78,11 +78,24 @@ def load_run(settings: Settings, model: str, run: str) -> RunRecord:
 
 def list_runs(settings: Settings, model: str) -> list[str]:
     """Names of a model's runs, oldest first."""
-    prefix = f"{model}/runs/"
+    prefix, end = f"{model}/runs/", f"/{RUN}"
     with s3_errors(settings.s3):
-        found = make_minio(settings).list_objects(settings.s3.models_bucket, prefix=prefix)
-        names = [str(item.object_name).removeprefix(prefix).strip("/") for item in found]
-    return sorted(name for name in names if name)
+        # By their record: a store may keep folders that are empty.
+        found = make_minio(settings).list_objects(
+            settings.s3.models_bucket, prefix=prefix, recursive=True
+        )
+        keys = [str(item.object_name).removeprefix(prefix) for item in found]
+    return sorted(key.removesuffix(end) for key in keys if key.count("/") == 1 and end in key)
+
+
+def remove_run(settings: Settings, model: str, run: str) -> None:
+    """Delete a run with its checkpoints, run.json last; its version is not touched."""
+    client, bucket = make_minio(settings), settings.s3.models_bucket
+    with s3_errors(settings.s3):
+        found = client.list_objects(bucket, prefix=f"{model}/runs/{run}/", recursive=True)
+        keys = [str(item.object_name) for item in found]
+        for key in sorted(keys, key=lambda key: key == _key(model, run)):
+            client.remove_object(bucket, key)
 
 
 def _key(model: str, run: str) -> str:

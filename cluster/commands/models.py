@@ -12,7 +12,9 @@ from rich.table import Table
 
 from cluster.commands.shared import Model, out
 
-app = typer.Typer(help="Model versions: list, show, promote, roll back.", no_args_is_help=True)
+app = typer.Typer(
+    help="Model versions: list, show, promote, roll back, prune.", no_args_is_help=True
+)
 
 
 @app.command("list")
@@ -118,3 +120,21 @@ def models_rollback(
 
     pointer = Registry(load_settings(), model).rollback(why)
     out.print(f"current: {pointer.version}, before: {pointer.previous}", markup=False)
+
+
+@app.command("prune")
+def models_prune(
+    keep: Annotated[int, typer.Option(min=0, help="So many of the others stay, the newest.")],
+    model: Model = "default",
+) -> None:
+    """Delete versions that nothing leads to, and the checkpoints of finished trainings.
+
+    The current version stays, and so do those that `rollback` goes through.
+    """
+    from infra.settings import load_settings
+    from pipelines.registry import Registry
+
+    gone = Registry(load_settings(), model).prune(keep)
+    for name in gone:
+        out.print(name, markup=False, highlight=False)
+    out.print(f"{len(gone)} deleted", markup=False)
