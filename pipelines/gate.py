@@ -83,7 +83,7 @@ def judge(
         if before - after > limits.max_auroc_drop:
             reasons.append(f"AUROC falls by more than {limits.max_auroc_drop:g}")
     else:
-        figures.append("no known defects, AUROC not compared")
+        figures.append("no known defects that both have learnt, AUROC not compared")
     alarmed_before = alarms(_normals(current), cameras, current_thresholds)
     if candidate_thresholds is None:
         alarmed_after, rate = _cross_fitted(_normals(candidate), cameras, false_alarm_rate)
