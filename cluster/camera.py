@@ -16,12 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import DataError
-from infra.kafka_client import MAX_RECORD_BYTES, SIZE_ERRORS, kafka_errors, make_producer
+from infra.kafka_client import (
+    MAX_RECORD_BYTES,
+    SIZE_ERRORS,
+    close_producer,
+    kafka_errors,
+    make_producer,
+)
 from infra.messages import MAX_FRAME_BYTES, check_camera, frame_headers, frame_id
 from infra.settings import Settings
 
 IN_FLIGHT = 64
 ACK_TIMEOUT_S = 60.0
+CLOSE_S = 5.0
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 
@@ -65,23 +72,27 @@ def stream(
     stop: threading.Event,
     on_sent: Callable[[SentFrame], None],
     on_refused: Callable[[OutgoingFrame, str], None] = refuse,
+    on_lost: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Send frames until they end or `stop` is set, at a steady rate or, with None, as they come.
 
     on_sent is called in order, once a frame is acknowledged; on_refused(frame, why) for one that
-    is too large, for us or for the topic, and the stream goes on. Errors: those of make_producer.
+    is too large, for us or for the topic, and the stream goes on; on_lost(number) at the end, of
+    frames in flight that Kafka did not acknowledge. Errors: those of make_producer.
     """
     producer = make_producer(settings)
     waiting: deque[tuple[OutgoingFrame, Any]] = deque()
 
     def settle(down_to: int) -> None:
         while waiting and (len(waiting) > down_to or waiting[0][1].is_done):
-            frame, future = waiting.popleft()
+            frame, future = waiting[0]
             try:
                 sent = future.get(timeout=ACK_TIMEOUT_S)
             except SIZE_ERRORS:
+                waiting.popleft()
                 on_refused(frame, _refused_by(settings.kafka.topic, frame))
                 continue
+            waiting.popleft()
             on_sent(
                 SentFrame(
                     frame_id(sent.topic, sent.partition, sent.offset), frame.camera, frame.source
@@ -113,7 +124,8 @@ def stream(
                 settle(IN_FLIGHT)
             settle(0)
     finally:
-        producer.close(timeout=5)
+        close_producer(producer, CLOSE_S)
+        on_lost(len(waiting))
 
 
 def folder_frames(folder: Path, camera: str) -> Iterator[OutgoingFrame]:

@@ -242,6 +242,7 @@ def _run_live(
                 stop=threading.Event(),  # the buffer ends it: what was read is still sent
                 on_sent=lambda sent: _sent(count, sent),
                 on_refused=refused,
+                on_lost=lambda number: _dropped(count, number),
             )
             return
         except ServiceUnavailable as error:
@@ -314,6 +315,10 @@ def _read_until_lost(
 
 def _sent(count: CameraCount, sent: SentFrame) -> None:
     count.sent += 1
+
+
+def _dropped(count: CameraCount, number: int) -> None:
+    count.dropped += number
 
 
 # -- many cameras from one file ---------------------------------------------------------------

@@ -5,7 +5,9 @@ Key, value and headers are kept, and three headers added: `dead-reason`; `dead-f
 refuses as too large is written without its value, so that no record can stop the stream:
 `dead-size` tells it from an empty one, and retention keeps the bytes at `dead-frame` for a while.
 
-At least once: after a crash or a lost answer a letter may come twice; `dead-frame` tells.
+At least once: after a crash or a lost answer a letter may come twice; `dead-frame` tells. So the
+producer needs no idempotence, and must not have it: after a long absence of Kafka an idempotent one
+may never send again, and the stream would stand still behind it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from infra.kafka_client import SIZE_ERRORS, kafka_errors, make_producer
+from infra.kafka_client import SIZE_ERRORS, close_producer, kafka_errors, make_producer
 from infra.messages import KafkaRecord
 from infra.settings import Settings
 
@@ -35,7 +37,7 @@ class DeadLetters:
 
     def __init__(self, settings: Settings) -> None:
         self._kafka = settings.kafka
-        self._producer = make_producer(settings)
+        self._producer = make_producer(settings, idempotent=False)
 
     def put(self, letters: Sequence[tuple[KafkaRecord, str]]) -> None:
         """Keeps records, each with its reason. Returns when all are acknowledged.
@@ -56,7 +58,7 @@ class DeadLetters:
             )  # fmt: skip
 
     def close(self, timeout_s: float) -> None:
-        self._producer.close(timeout=timeout_s)
+        close_producer(self._producer, timeout_s)
 
     def _send(self, record: KafkaRecord, reason: str, *, cut: bool = False) -> Any:
         """kafka's future."""

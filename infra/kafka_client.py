@@ -38,6 +38,7 @@ _MAX_DEAD_BYTES = MAX_RECORD_BYTES + 2**20
 """A dead letter is a record with a few more headers."""
 BOOTSTRAP_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 15.0
+DELIVERY_TIMEOUT_S = 60.0
 
 _AUTH_ERRORS = (
     ke.SaslAuthenticationFailedError,
@@ -58,25 +59,37 @@ _REFUSALS = (
 """A broker that answers so has written nothing of the batch."""
 
 
-def make_producer(settings: Settings) -> KafkaProducer:
-    """A producer whose acknowledged records survive (all in-sync replicas), with no duplicates.
+def make_producer(settings: Settings, *, idempotent: bool = True) -> KafkaProducer:
+    """A producer whose acknowledged records survive: all in-sync replicas.
 
+    idempotent: no duplicates on retry. But one that has given up a record in flight, since Kafka
+    was away for so long, may never send again (kafka-python 3.0.12): close it, make another.
     A record that the broker refuses, as too large for instance, fails alone. kafka-python bounds
     no buffer memory: a sender of live frames must itself bound what is in flight. A record that is
-    not acknowledged in 60 s fails its future.
+    not acknowledged in DELIVERY_TIMEOUT_S fails its future. End it with close_producer().
     Errors: AuthFailed, ServiceUnavailable, SettingsError.
     """
     return _build(
         KafkaProducer,
         settings.kafka,
         acks="all",
-        enable_idempotence=True,
+        enable_idempotence=idempotent,
         max_request_size=_MAX_DEAD_BYTES,
         max_block_ms=int(BOOTSTRAP_TIMEOUT_S * 1000),
-        delivery_timeout_ms=60_000,
+        delivery_timeout_ms=int(DELIVERY_TIMEOUT_S * 1000),
         linger_ms=2,  # lets small frames of one poll share a request; JPEG gains no compression
         batch_size=2**20,  # kafka-python's 16 KiB would make every frame a request of its own
     )
+
+
+def close_producer(producer: KafkaProducer, timeout_s: float) -> None:
+    """End it with its I/O thread, whether or not what is in it could be sent in time."""
+    try:
+        producer.close(timeout=timeout_s)
+    except ke.KafkaError:  # kafka-python 3.0.12 gives up closing then
+        producer._sender.force_close()
+        with suppress(ke.KafkaError):
+            producer.close(timeout=timeout_s)
 
 
 def make_consumer(settings: Settings, *, group: str | None = None) -> KafkaConsumer:

@@ -210,6 +210,48 @@ def test_one_cameras_end_is_not_anothers(settings, tmp_path):
     assert "no video that can be read" in counts[0].why
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_broker_that_is_away_for_longer_than_a_frame_waits(settings, stack, monkeypatch):
+    """Frames in flight are given up and counted; the camera goes on with another producer."""
+    ensure_topics(settings)
+    monkeypatch.setattr("infra.kafka_client.REQUEST_TIMEOUT_S", 4.0)
+    monkeypatch.setattr("infra.kafka_client.DELIVERY_TIMEOUT_S", 5.0)
+    monkeypatch.setattr("cluster.camera.IN_FLIGHT", 5)
+    images = [
+        bytes(cv2.imencode(".jpg", np.full((48, 64, 3), n % 256, np.uint8))[1]) + b"%d" % n
+        for n in range(2000)
+    ]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HttpCamera) as server:
+        server.images = images
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = Address(f"http://127.0.0.1:{server.server_address[1]}/video")
+        specs = [CameraSpec(camera=f"http-{n}", source=source) for n in range(2)]
+        with running(settings, *specs) as (counts, said):
+            wait_until(lambda: all(c.sent >= 5 for c in counts), 30, "frames")
+            stack.pause("kafka")
+            try:
+                wait_until(lambda: all(c.dropped >= 10 for c in counts), 60, "frames given up")
+            finally:
+                stack.resume("kafka")
+            held = [c.sent for c in counts]
+            wait_until(
+                lambda: all(c.sent >= h + 10 for c, h in zip(counts, held, strict=True)),
+                60,
+                "frames after the pause",
+            )
+        server.shutdown()
+    assert not [each for each in threading.enumerate() if "network-thread" in each.name]
+    assert [c.state for c in counts] == ["ended"] * 2
+    away = [line for line in said if "frames wait, the oldest are dropped" in line]
+    assert len(away) >= 2
+    records = frames_in_kafka(settings)
+    for count in counts:
+        mine = [record for record in records if record.key.decode() == count.camera]
+        # What was given up may have arrived all the same; nothing comes twice.
+        assert count.sent <= len(mine) <= count.sent + count.dropped
+        assert len({record.value for record in mine}) == len(mine)
+
+
 def topic_of_the_plant(settings, max_bytes):
     admin = make_admin(settings)
     configs = {"max.message.bytes": str(max_bytes)}
