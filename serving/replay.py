@@ -2,9 +2,9 @@
 
 Reads without a consumer group and writes below a prefix of its own, `<prefix>:replay:<id>`, which
 expires: the live stream's progress, alerts and cameras are read here and never written. The same
-code decodes, scores and debounces as in the stream, with the thresholds that hold today. Debounce
-begins anew at the first frame replayed. One process, no Ray; memory is one batch and a page of
-live results per camera, whatever the length of the past.
+code decodes, scores and debounces as in the stream, with the thresholds and the cameras' own
+debounce rules that hold today. Debounce begins anew at the first frame replayed. One process, no
+Ray; memory is one batch and a page of live results per camera, whatever the length of the past.
 """
 
 from __future__ import annotations
@@ -216,6 +216,7 @@ class _Run:
         self._at = {place: first for place, (first, _) in ranges.items()}
         self._alerts_then = self._alerts_of_then()
         self._last_alert = "0"
+        self._ruled: set[str] = set()
         self._then: dict[str, Iterator[FrameResult]] = {}
         self._ahead: dict[str, FrameResult | None] = {}
         self.bad: Counter[str] = Counter()
@@ -234,10 +235,11 @@ class _Run:
         dead = Counter(bad.reason for bad in decoded.bad)
         self.bad.update(dead)
         results = [each for batch in decoded.batches for each in self._results(batch)]
+        cameras = {result.camera for result in results}
+        self._copy_rules(cameras)
         first, self._at[place] = self._at[place], next_offset
         topic, number = place.topic, place.partition
         self._own.publish(GROUP, topic, number, first, next_offset, results, dead)
-        cameras = {result.camera for result in results}
         keep_s = int(self._options.keep_days * 86400)
         self._own.expire(keep_s, cameras, GROUP, topic, number)
         alerts_now = self._alerts_of_now()
@@ -276,6 +278,14 @@ class _Run:
             for row, frame in enumerate(batch.frames)
             if finite[row]
         ]
+
+    def _copy_rules(self, cameras: set[str]) -> None:
+        """A camera's own debounce rule is kept where publishing looks for it."""
+        for camera in cameras - self._ruled:
+            state = self._live.camera(camera)
+            if state and (rule := state.debounce):
+                self._own.set_debounce(camera, (rule.k, rule.n), by=rule.by)
+        self._ruled |= cameras
 
     def _alerts_of_then(self) -> set[str]:
         """Frames in the range that the stream alerted for."""

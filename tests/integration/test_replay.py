@@ -176,6 +176,26 @@ def test_a_replay_scores_compares_and_touches_nothing(past, tmp_path):
     assert "only now" in ran.output
 
     _check_ranges(settings, scores)
+    _check_debounce(settings, scores, threshold, done)
+
+
+def _check_debounce(settings, scores, threshold, without):
+    """cam-1 has its own rule, counted here by hand; the other cameras' alerts stay as they were."""
+    ResultStore(settings).set_debounce("cam-1", (3, 5), by="test")
+    chosen = ReplayOptions(model="default", version="v2", start=Place(offset=0))
+    found = replay(settings, chosen, lambda *_: None)["cameras"]
+    mine = sorted(
+        (int(frame.rsplit("/", 1)[1]), score > threshold, kept)
+        for frame, (camera, score, kept) in scores.items()
+        if camera == "cam-1"
+    )
+    over = [is_over for _, is_over, _ in mine]
+    alerts = [over[i] and sum(over[max(0, i - 4) : i + 1]) >= 3 for i in range(len(over))]
+    wanted = {name: each["alerts_now"] for name, each in without["cameras"].items()}
+    plain = wanted["cam-1"]
+    wanted["cam-1"] = sum(alert and kept for alert, (_, _, kept) in zip(alerts, mine, strict=True))
+    assert wanted["cam-1"] < plain
+    assert {name: each["alerts_now"] for name, each in found.items()} == wanted
 
 
 def _check_ranges(settings, scores):
