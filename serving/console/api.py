@@ -15,7 +15,6 @@ from typing import Annotated, Any
 from urllib.parse import parse_qs
 
 from fastapi import FastAPI, HTTPException, Path, Query, Request, Response
-from fastapi.middleware.gzip import GZipMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -57,8 +56,6 @@ log = logging.getLogger("dpdl.console")
 MAX_CAMERAS = 2_000
 MAX_BODY_BYTES = 4_096
 STATUS_S = 5.0
-GZIP_LEVEL = 2
-"""Makes a sixth of 1,000 cameras; level 6 makes a seventh, in three times the time."""
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -81,10 +78,6 @@ api = FastAPI(
     redoc_url=None,
     openapi_url="/api/v1/openapi.json",
 )
-
-
-# Before the guard, whose answers are streams to it, and small. Pictures pass as they are.
-api.add_middleware(GZipMiddleware, compresslevel=GZIP_LEVEL)
 
 
 @api.middleware("http")
