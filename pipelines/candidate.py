@@ -26,7 +26,7 @@ from infra.errors import DataError, VersionExists
 from infra.model_store import ModelStore
 from infra.settings import Settings
 from pipelines.dataset_index import DatasetIndex, Progress, incoming, snapshot
-from pipelines.held_out import HeldOut, images, is_held_out, usable
+from pipelines.held_out import HeldOut, enough, images, is_held_out, usable
 from pipelines.people import said
 from pipelines.promotion import code_version
 from pipelines.scoring import calibrate
@@ -190,7 +190,7 @@ def build(
     suspects = [new.rows[i] for i in report.set_aside]
     suspects += [unseen.rows[i] for i in doubtful if not is_answer(unseen.rows[i].key)]
     data["set_aside"] = sorted({*inputs.set_aside, *(row.digest for row in suspects)})
-    held_out = HeldOut(settings, data, parent["data"])
+    held_out = HeldOut(settings, data, parent["data"], at_most=enough(parent))
     # The gate will ask for both.
     held_out.score_each({inputs.parent: current.model, inputs.candidate: model})
     held = held_out.score(inputs.candidate, model)

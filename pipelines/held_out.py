@@ -15,6 +15,7 @@ was imported anew between them, all of the import.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,8 @@ from pipelines.sources import (
 
 AT_MOST = 1024
 """Held-out normals looked at of the calibration split, and as many of those accepted earlier: whole
-row groups, evenly from all, so that a refresh costs the same however much there is."""
+row groups, evenly from all, so that a refresh costs the same however much there is. More where
+cameras would lose thresholds of their own (enough())."""
 HELD_OUT_OF = 5
 """One in so many new normals is held out, the share that an import holds out by default."""
 
@@ -99,6 +101,13 @@ def evenly(groups: Sequence[RowGroup], at_most: int) -> list[RowGroup]:
     return chosen
 
 
+def enough(manifest: Mapping[str, Any]) -> int:
+    """Held-out normals to look at after the version of this manifest: AT_MOST, or for each camera
+    with a threshold of its own twice what the false-alarm rate needs, since they are not even."""
+    rate: float = manifest["false_alarm_rate"]
+    return max(AT_MOST, 2 * math.ceil(1 / rate) * len(manifest["thresholds"]["cameras"]))
+
+
 _Part = tuple[list[str], Keep | None, int | None]
 """Objects, which of their rows, and at most how many rows are read."""
 
@@ -106,11 +115,17 @@ _Part = tuple[list[str], Keep | None, int | None]
 class HeldOut:
     """Held-out images for a candidate and the current version, scored once per version.
 
-    data, current: "data" of their manifests. Raises DataError when the data set is gone.
+    data, current: "data" of their manifests; at_most: see AT_MOST. Raises DataError when the data
+    set is gone.
     """
 
     def __init__(
-        self, settings: Settings, data: Mapping[str, Any], current: Mapping[str, Any]
+        self,
+        settings: Settings,
+        data: Mapping[str, Any],
+        current: Mapping[str, Any],
+        *,
+        at_most: int = AT_MOST,
     ) -> None:
         index = load_index(settings, data["dataset"])
         new, may_use = data.get("new", {}), usable(data)
@@ -134,12 +149,12 @@ class HeldOut:
         ]
         earlier = [key for key in data["incoming"] if key not in new]
         self._parts: dict[str, list[_Part]] = {
-            "old": [(calibration, None, AT_MOST), (earlier, held_out, AT_MOST * HELD_OUT_OF)],
+            "old": [(calibration, None, at_most), (earlier, held_out, at_most * HELD_OUT_OF)],
             "new": [(list(new), held_out, None)],
         }
         if same_dataset:
             keys, keep = _accepted(settings, index, data, current)
-            self._parts["new"].append((keys, keep, AT_MOST * HELD_OUT_OF))
+            self._parts["new"].append((keys, keep, at_most * HELD_OUT_OF))
         self._by_size: dict[int, dict[str, list[StreamedImages]]] = {}
         self._scored: dict[str, Held] = {}
         self._normals: dict[str, list[Observed]] = {}

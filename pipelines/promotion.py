@@ -18,7 +18,7 @@ from infra.model_store import ModelStore, Pointer
 from infra.settings import Settings
 from pipelines.dataset_index import Progress
 from pipelines.gate import GateLimits, Verdict, judge
-from pipelines.held_out import HeldOut
+from pipelines.held_out import HeldOut, enough
 from pipelines.scoring import chosen_device
 
 
@@ -56,8 +56,8 @@ def consider(
         )
     else:
         if held_out is None:
-            of_current = store.manifest(name, pointer.version)["data"]
-            held_out = HeldOut(settings, manifest["data"], of_current)
+            current = store.manifest(name, pointer.version)
+            held_out = HeldOut(settings, manifest["data"], current["data"], at_most=enough(current))
         verdict = _against_current(
             store, name, version, manifest, pointer, held_out, limits, device, progress
         )

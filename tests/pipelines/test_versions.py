@@ -9,7 +9,7 @@ from ray.train import WorkerGroupError
 
 from infra.settings import load_settings
 from pipelines.candidate import Inputs
-from pipelines.held_out import HELD_OUT_OF, evenly, is_held_out, usable
+from pipelines.held_out import AT_MOST, HELD_OUT_OF, enough, evenly, is_held_out, usable
 from pipelines.ray_run import cause
 from pipelines.registry import version_before
 from pipelines.sources import RowGroup, RowRef, task_environment, task_settings
@@ -149,3 +149,10 @@ def test_a_row_set_aside_repeated_or_labelled_is_not_used():
     assert not usable(data | {"repeated": {"new": [3]}})(row)
     assert usable(data | {"repeated": {"new": [4], "old": [3]}})(row)
     assert not usable(data)(dataclasses.replace(row, label=1))
+
+
+@pytest.mark.parametrize(("cameras", "rate", "wanted"), [(3, 0.01, AT_MOST), (50, 0.01, 10_000)])
+def test_many_cameras_keep_enough_normals_for_thresholds_of_their_own(cameras, rate, wanted):
+    """99 of each are needed at .01."""
+    own = {f"camera-{i}": 1.0 for i in range(cameras)}
+    assert enough({"false_alarm_rate": rate, "thresholds": {"cameras": own}}) == wanted
