@@ -141,6 +141,11 @@ _TUNING = (
 _AS_THEY_COME = {f.name: f.default for f in fields(DpdlConfig) if f.name in _TUNING}
 
 
+def untuned(config: DpdlConfig) -> DpdlConfig:
+    """The same with its trunk left as it comes."""
+    return replace(config, tuned_stages=0, **_AS_THEY_COME)
+
+
 def _idle(config: DpdlConfig) -> list[str]:
     """Settings of tuning that are not as they come."""
     return [name for name, value in _AS_THEY_COME.items() if getattr(config, name) != value]

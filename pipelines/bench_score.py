@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpdl_core.config import DpdlConfig, override, recipe, to_json
+from dpdl_core.config import DpdlConfig, override, recipe, to_json, untuned
 from dpdl_core.fit import fit
 from dpdl_core.images import ArraySource
 from dpdl_core.model import Dpdl
@@ -85,7 +85,7 @@ def bench_score(options: BenchScoreOptions, progress: Progress | None = None) ->
 
 def _any_model(config: DpdlConfig, device: str) -> Dpdl:
     # What training does more of changes the model's numbers, not the cost of using them.
-    config = replace(config, tuned_stages=0, head_iterations=1, folds=2, pseudo_normals=8)
+    config = replace(untuned(config), head_iterations=1, folds=2, pseudo_normals=8)
     generator = torch.Generator().manual_seed(0)
     normals = ArraySource(_noise(FIT_NORMALS, config.image_size, generator))
     return fit(config, normals, _noise(2, config.image_size, generator), seed=0, device=device)

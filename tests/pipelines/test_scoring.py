@@ -70,6 +70,7 @@ class Judge(torch.nn.Module):
         self.trunk, self.factor, self.passes = torch.nn.Linear(1, 1, bias=False), factor, 0
         self.trunk.weight.data.fill_(gain)
         self.trunk.forward = self.look
+        self.weights = torch.ones(1)
 
     def look(self, images):
         self.passes += 1
