@@ -138,7 +138,7 @@ _TUNING = (
     "literal_loss",
 )
 """What acts in tuning only."""
-_AS_THEY_COME = {f.name: f.default for f in fields(DpdlConfig) if f.name in _TUNING}
+_AS_THEY_COME: dict[str, Any] = {f.name: f.default for f in fields(DpdlConfig) if f.name in _TUNING}
 
 
 def untuned(config: DpdlConfig) -> DpdlConfig:

@@ -104,8 +104,12 @@ def evenly(groups: Sequence[RowGroup], at_most: int) -> list[RowGroup]:
 def enough(manifest: Mapping[str, Any]) -> int:
     """Held-out normals to look at after the version of this manifest: AT_MOST, or for each camera
     with a threshold of its own twice what the false-alarm rate needs, since they are not even."""
-    rate: float = manifest["false_alarm_rate"]
-    return max(AT_MOST, 2 * math.ceil(1 / rate) * len(manifest["thresholds"]["cameras"]))
+    thresholds: Mapping[str, Any] = manifest.get("thresholds", {})
+    own = thresholds.get("cameras", {})
+    if not own:
+        return AT_MOST
+    rate: float = thresholds["false_alarm_rate"]
+    return max(AT_MOST, 2 * math.ceil(1 / rate) * len(own))
 
 
 _Part = tuple[list[str], Keep | None, int | None]

@@ -155,4 +155,4 @@ def test_a_row_set_aside_repeated_or_labelled_is_not_used():
 def test_many_cameras_keep_enough_normals_for_thresholds_of_their_own(cameras, rate, wanted):
     """99 of each are needed at .01."""
     own = {f"camera-{i}": 1.0 for i in range(cameras)}
-    assert enough({"false_alarm_rate": rate, "thresholds": {"cameras": own}}) == wanted
+    assert enough({"thresholds": {"false_alarm_rate": rate, "cameras": own}}) == wanted
