@@ -181,9 +181,14 @@ def _run(
             if count.refused:
                 raise DataError(f"{count.refused} of its frames were too large")
         count.state = "ended"
-    except DpdlError as error:
-        count.state, count.why = "failed", str(error)
-        say(f"{spec.camera}: {error}")
+    except Exception as error:  # a thread that dies unsaid would leave its camera "live" for ever
+        count.state, count.why = "failed", _said(error)
+        say(f"{spec.camera}: {count.why}")
+
+
+def _said(error: Exception) -> str:
+    expected = isinstance(error, (DpdlError, CameraLost, OSError))
+    return str(error) if expected else f"{type(error).__name__}: {error}"
 
 
 def _run_file(
@@ -269,14 +274,14 @@ def _read_live(
         try:
             _read_until_lost(spec, address, buffer, count, stop, say, refused)
             break
-        except CameraLost as lost:
+        except Exception as lost:  # a picture that cannot be encoded is no reason to stay blind
             if stop.is_set():
                 break
             attempt = 0 if time.monotonic() - started > STEADY_S else attempt + 1
             pause = pause_s(attempt, jitter=random.random())
             count.losses += count.state == "live"
-            count.state, count.why = "lost", str(lost)
-            say(f"{spec.camera}: {address.shown}: {lost}; trying again in {pause:.1f} s")
+            count.state, count.why = "lost", _said(lost)
+            say(f"{spec.camera}: {address.shown}: {count.why}; trying again in {pause:.1f} s")
             stop.wait(pause)
     buffer.close()
 

@@ -197,17 +197,23 @@ def test_one_cameras_end_is_not_anothers(settings, tmp_path):
         (folder / f"{number}.jpg").write_bytes(b"\xff\xd8\xff" + bytes([number]))
     broken = tmp_path / "broken.avi"
     broken.write_bytes(b"no video")
+    unreadable = tmp_path / "unreadable"
+    unreadable.mkdir()
+    (unreadable / "0.jpg").symlink_to(tmp_path / "gone.jpg")
     specs = [
         CameraSpec(camera="broken", source=broken),
         CameraSpec(camera="folder", source=folder, fps=100),
+        CameraSpec(camera="unreadable", source=unreadable),
     ]
     counts, said = [], []
     run_cameras(settings, specs, stop=threading.Event(), say=said.append, counts=counts)
     assert [(c.camera, c.state, c.sent) for c in counts] == [
         ("broken", "failed", 0),
         ("folder", "ended", 5),
+        ("unreadable", "failed", 0),
     ]
     assert "no video that can be read" in counts[0].why
+    assert "0.jpg" in counts[2].why
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
