@@ -1,10 +1,11 @@
 """Cameras that run: from their sources into Kafka, one apart from the other.
 
-Delivery: a file or folder waits for the broker and loses nothing. A live camera cannot wait: at
-most BUFFER_FRAMES frames or BUFFER_BYTES bytes of it are kept; beyond that its oldest unsent frame
-is dropped and counted. A lost camera is tried again with a growing, jittered pause, for ever; so
-is a broker that is away, for live cameras. A frame that is too large is left out and counted. Each
-camera has a thread and a producer of its own, so none waits for another's trouble.
+Delivery: a file or folder waits for the broker, a minute for each frame, and then ends as failed;
+what it sent is counted. A live camera cannot wait: at most BUFFER_FRAMES frames or BUFFER_BYTES
+bytes of it are kept; beyond that its oldest unsent frame is dropped and counted. A lost camera is
+tried again with a growing, jittered pause, for ever; so is a broker that is away, for live cameras.
+A frame that is too large is left out and counted. Each camera has a thread and a producer of its
+own, so none waits for another's trouble.
 """
 
 from __future__ import annotations
