@@ -14,6 +14,7 @@ import yaml
 from minio import Minio
 
 from infra.embedded import Stack
+from infra.redis_client import ResultStore
 from infra.settings import Settings, load_settings
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -44,6 +45,13 @@ def settings(
     """Settings whose topics, group, buckets and Redis prefix no other test uses."""
     with make_settings(tmp_path, monkeypatch) as found:
         yield found
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[ResultStore]:
+    found = ResultStore(settings)
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session")
