@@ -2,14 +2,16 @@
 
 import io
 import time
+from dataclasses import replace
 
 import pytest
 from kafka import TopicPartition
+from results import result
 from rich.console import Console
 
 from cluster.status import show_status
 from infra.kafka_client import ensure_topics, make_admin, make_producer
-from infra.messages import FrameResult, frame_headers
+from infra.messages import frame_headers
 from infra.redis_client import ResultStore
 from infra.settings import load_settings
 
@@ -22,19 +24,12 @@ def shown(settings):
     return found, console.file.getvalue()
 
 
-def result(settings, camera, offset, scored_at_ns, captured_at_ns=None):
-    return FrameResult(
+def scored(settings, camera, offset, scored_at_ns, captured_at_ns=None):
+    return replace(
+        result(offset, camera),
         frame_id=f"{settings.kafka.topic}/0/{offset}",
-        camera=camera,
         captured_at_ns=captured_at_ns or scored_at_ns,
         scored_at_ns=scored_at_ns,
-        score=1.0,
-        threshold=2.0,
-        energy=0.5,
-        is_anomaly=False,
-        model="default",
-        version="v-1",
-        evidence_key="",
     )
 
 
@@ -51,14 +46,14 @@ def test_lag_and_cameras_are_those_of_the_stream(settings):
     store, now = ResultStore(settings), time.time_ns()
     group, topic = settings.kafka.group, settings.kafka.topic
     rows = [
-        result(settings, "line-1", 0, now),
-        result(settings, "[red]odd[/]", 1, now - 3600 * 10**9),
+        scored(settings, "line-1", 0, now),
+        scored(settings, "[red]odd[/]", 1, now - 3600 * 10**9),
     ]
     # Clocks that are wrong by a day, in either direction.
     day = 86400 * 10**9
     rows += [
-        result(settings, "late", 2, now, now - day),
-        result(settings, "early", 3, now - 3600 * 10**9, now + day),
+        scored(settings, "late", 2, now, now - day),
+        scored(settings, "early", 3, now - 3600 * 10**9, now + day),
     ]
     store.publish(group, topic, 0, 0, 4, rows)
     store.close()

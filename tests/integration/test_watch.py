@@ -1,9 +1,11 @@
 """How many frames wait, as the console and the metrics say it, on real Kafka and Redis."""
 
+from dataclasses import replace
+
 import pytest
+from results import put, result
 
 from infra.kafka_client import ensure_topics, make_producer
-from infra.messages import FrameResult
 from infra.metrics import WatchMetrics
 from infra.redis_client import ResultStore
 from serving.watch import Watch
@@ -44,20 +46,12 @@ def test_all_partitions_wait_whoever_reads_them(settings, watch):
 def test_a_camera_was_last_seen_when_its_frame_was_scored(watch, monkeypatch):
     """As `dpdl status` and the console have it: its own clock may be a day late."""
     scored_s = 1_800_000_000
-    late = FrameResult(
-        frame_id="frames/0/0",
-        camera="cam",
+    late = replace(
+        result(0, "cam"),
         captured_at_ns=(scored_s - 86400) * 10**9,
         scored_at_ns=scored_s * 10**9,
-        score=1.0,
-        threshold=2.0,
-        energy=0.5,
-        is_anomaly=False,
-        model="default",
-        version="v-1",
-        evidence_key="",
     )
-    watch._results.publish("g", "frames", 0, 0, 1, [late])
+    put(watch._results, 0, [late])
     shown = []
     monkeypatch.setattr(watch._metrics, "cameras", shown.extend)
     watch._look_at_cameras()
