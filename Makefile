@@ -9,8 +9,9 @@ ARGS ?=
 demo: setup  ## Run the main job end to end on this machine: services, training, stream, alerts, refresh
 	@$(BIN)/dpdl demo $(ARGS)
 
-test: setup  ## Run every test: units, then the real services over sockets, then the demo in short
-	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),tests)
+# Two thirds of the time is waiting for services: two files at a time, each with its own.
+test: setup  ## Run every test: units, the real services over sockets, the demo in short
+	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile tests)
 
 unit: setup  ## Run the unit tests only: no cluster, no network, about a minute
 	@$(BIN)/python -m pytest tests --ignore=tests/integration --ignore=tests/faults $(ARGS)
