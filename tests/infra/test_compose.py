@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import stat
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from minio import Minio
+from minio.error import MinioException
+from urllib3 import PoolManager
+from urllib3.exceptions import HTTPError
 
 from infra.dashboards.__main__ import FOLDER as GRAFANA
+from infra.embedded import ports
 from infra.settings import load_settings
 
 INFRA = GRAFANA.parent
@@ -147,3 +157,61 @@ def test_prometheus_finds_its_rules_and_targets() -> None:
     (job,) = config["scrape_configs"]
     (pattern,) = job["file_sd_configs"][0]["files"]
     assert f"/etc/prometheus/{Path(pattern).parent}" in mounted
+
+
+@pytest.fixture
+def s3(tmp_path) -> Iterator[Minio]:
+    """s3.sh as the container runs it, on paths and ports of this test."""
+    taken: set[int] = set()
+    for _ in range(4):
+        taken.add(ports.choose(taken))
+    s3_port, master, volume, filer = taken
+    script = (INFRA / "compose" / "s3.sh").read_text()
+    for there, here in (
+        ("/run/secrets/s3_", f"{tmp_path}/s3_"),
+        ("/tmp/s3.json", f"{tmp_path}/s3.json"),
+        ("-dir=/data", f"-dir={tmp_path}/data"),
+        ("-s3.port=8333", f"-s3.port={s3_port}"),
+        ("-s3.ip.bind=0.0.0.0", "-s3.ip.bind=127.0.0.1"),
+    ):
+        assert there in script
+        script = script.replace(there, here)
+    (tmp_path / "data").mkdir()
+    keys = {"access_key": "a" * 20, "secret_key": "s" * 40}
+    for name, value in keys.items():
+        (tmp_path / f"s3_{name}").write_text(value)
+    inner = f" -master.port={master} -volume.port={volume} -filer.port={filer}"
+    with (tmp_path / "log").open("w") as log:
+        weed = subprocess.Popen(
+            ["sh", "-c", script.rstrip() + inner],
+            env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            stdout=log,
+            stderr=log,
+        )
+    pool = PoolManager(timeout=20, retries=False)
+    try:
+        yield Minio(f"127.0.0.1:{s3_port}", secure=False, http_client=pool, **keys)
+    finally:
+        weed.kill()
+        weed.wait(10)
+        pool.clear()
+
+
+def test_each_of_the_three_buckets_of_its_s3_can_be_written_to(s3) -> None:
+    for bucket in ("data", "models", "evidence"):
+        deadline = time.monotonic() + 60
+        while failed := _put_in(s3, bucket):
+            if time.monotonic() > deadline:
+                pytest.fail(f"{bucket}: {failed}")
+            time.sleep(0.5)
+
+
+def _put_in(s3: Minio, bucket: str) -> Exception | None:
+    """Why nothing can be put into it; it may also still start."""
+    try:
+        if not s3.bucket_exists(bucket):
+            s3.make_bucket(bucket)
+        s3.put_object(bucket, "one", io.BytesIO(b"x"), 1)
+    except (MinioException, HTTPError) as error:
+        return error
+    return None
