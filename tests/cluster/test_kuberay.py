@@ -105,6 +105,42 @@ def test_secrets_are_files_and_every_variable_is_a_setting(tmp_path):
     assert policy["kind"] == "NetworkPolicy"
 
 
+def test_the_pods_that_submit_jobs_may_reach_the_dashboard_and_nothing_else():
+    """KubeRay 1.6.2 labels the Job (rayjob_controller.go); its pods have Kubernetes' own label."""
+    _, policy = yaml.safe_load_all((MANIFESTS / "settings.yaml").read_text())
+    allowed = [
+        [port["port"] for port in rule.get("ports", [])]
+        for rule in policy["spec"]["ingress"]
+        for peer in rule.get("from", [])
+        if selects(peer.get("podSelector", {}), {"batch.kubernetes.io/job-name": "dpdl-train-x"})
+    ]
+    assert allowed == [[8265]]
+
+
+def selects(selector, labels):
+    """Whether a label selector of Kubernetes chooses a pod with these labels."""
+    wanted = selector.get("matchLabels", {}).items() <= labels.items()
+    rules = selector.get("matchExpressions", [])
+    assert all(rule["operator"] == "Exists" for rule in rules)
+    return wanted and all(rule["key"] in labels for rule in rules)
+
+
+def test_no_bound_promises_pods_that_only_an_autoscaler_would_add():
+    for cluster in ray_clusters():
+        assert "enableInTreeAutoscaling" not in cluster
+        for group in cluster.get("workerGroupSpecs", []):
+            assert group["minReplicas"] == group["replicas"] == group["maxReplicas"]
+
+
+def test_a_cluster_has_somewhere_to_work():
+    """On its workers, or on the head where there are none; what is said of the head is so."""
+    for name, cluster in zip(RAY_KINDS, ray_clusters(), strict=True):
+        head = cluster["headGroupSpec"]["rayStartParams"]["num-cpus"]
+        assert (head == "0") == bool(cluster.get("workerGroupSpecs")), name
+        text = (MANIFESTS / name).read_text()
+        assert ("No tasks on the head" in text) == (head == "0"), name
+
+
 def test_serve_deploys_what_serve_config_says():
     ours = yaml.safe_load((ROOT / "serving" / "serve_config.yaml").read_text())
     theirs = yaml.safe_load(load("serve.yaml")["spec"]["serveConfigV2"])
