@@ -2,8 +2,9 @@
 
 One run is one seed (and, in the hard setting, one seen class). Each run's scores are written
 beside the report as soon as they are there, under a hash of all that they depend on: the split,
-the pixels, the method's settings, the seed and the source of dpdl_core. A second call with the
-same options goes on where the first was stopped, and a changed option starts anew.
+the pixels, the method's settings, its weights, the device, the seed and the source of dpdl_core.
+A second call with the same options goes on where the first was stopped, and a changed option
+starts anew.
 Letters: N images of the data set, S side in pixels.
 """
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,7 +40,8 @@ class Method(Protocol):
     image_size: int
     batch_size: int
     settings: str
-    """JSON of all that the result depends on, the method's name included."""
+    """JSON of all that the result depends on, the method's name, the weights' content and the
+    device included."""
 
     def fit(
         self,
@@ -80,7 +83,8 @@ class _Dpdl:
     def __init__(self, config: DpdlConfig, device: str) -> None:
         self._config, self._device = config, device
         self.image_size, self.batch_size = config.image_size, config.batch_size
-        self.settings = json.dumps({"method": "dpdl", **json.loads(to_json(config))})
+        where = {"device": device, "weights_sha256": _weights_sha256(config.weights)}
+        self.settings = json.dumps({"method": "dpdl", **json.loads(to_json(config)), **where})
 
     def fit(
         self,
@@ -107,8 +111,17 @@ class _Dpdl:
         return Fitted(time.perf_counter() - started, judge)
 
 
+def _weights_sha256(weights: str) -> str:
+    """Of the file that weights=PATH names; "" for a name, and where there is no such file."""
+    path = Path(weights)
+    if weights in ("package", "hub", "random") or not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @functools.lru_cache(maxsize=1)
-def _frozen_trunk(name: str, weights: str, device: str) -> FrozenTrunk:
+def _frozen_trunk(name: str, weights: str, weights_sha256: str, device: str) -> FrozenTrunk:
     """One for all baselines that a process compares: they look at the same images."""
     return FrozenTrunk(name, weights, device=device)
 
@@ -116,9 +129,11 @@ def _frozen_trunk(name: str, weights: str, device: str) -> FrozenTrunk:
 class _Baseline:
     def __init__(self, name: str, config: BaselineConfig, device: str) -> None:
         self._name, self._config = name, config
-        self._trunk = _frozen_trunk(config.trunk, config.weights, device)
+        found = _weights_sha256(config.weights)
+        self._trunk = _frozen_trunk(config.trunk, config.weights, found, device)
         self.image_size, self.batch_size = config.image_size, self._trunk.batch_size
-        self.settings = json.dumps({"method": name, **asdict(config)})
+        where = {"device": device, "weights_sha256": found}
+        self.settings = json.dumps({"method": name, **asdict(config), **where})
 
     def fit(
         self,

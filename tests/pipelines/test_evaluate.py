@@ -1,10 +1,13 @@
 """The harness end to end on a tiny generated set: figures, resumption, files, refusals."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
 import pipelines.evaluate
@@ -103,7 +106,13 @@ def test_a_stopped_evaluation_goes_on(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [{"overrides": {**SMALL, "image_size": "48"}}, {"shots": 3}, {"method": "knn"}]
+    "change",
+    [
+        {"overrides": {**SMALL, "image_size": "48"}},
+        {"shots": 3},
+        {"method": "knn"},
+        {"device": "cpu:0"},  # another name, and here the same machine
+    ],
 )
 def test_another_question_is_not_answered_from_the_old_runs(data, tmp_path, monkeypatch, change):
     path = tmp_path / "report.json"
@@ -130,6 +139,38 @@ def test_changed_pixels_under_the_same_names_are_seen(data, tmp_path, monkeypatc
     Image.new("RGB", (64, 64), (9, 9, 9)).save(copy / "normal" / "3.png")
     evaluate(options(copy, report=path, seeds=(0,)))
     assert len(fits) == 2
+
+
+@pytest.mark.parametrize("method", ["mahalanobis-all", "dpdl"])
+def test_changed_weights_under_the_same_path_are_seen(data, tmp_path, method):
+    weights, path = tmp_path / "weights.pth", tmp_path / "report.json"
+    shared = {"trunk": "test_resnet", "image_size": "64", "weights": str(weights)}
+    small = {
+        "pooled_spaces": "4",
+        "patch_spaces": "3",
+        "patch_prototypes": "8",
+        "head_stages": "4",
+        "head_iterations": "1",
+        "pseudo_normals": "4",
+        "folds": "2",
+    }
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_resnet").state_dict(), weights)
+        report = evaluate(
+            options(
+                data,
+                report=path,
+                seeds=(0,),
+                method=method,
+                overrides=shared | (small if method == "dpdl" else {}),
+            )
+        )
+        want = hashlib.sha256(weights.read_bytes()).hexdigest()
+        assert report["settings"]["weights_sha256"] == want
+    runs = [p.with_suffix(".json") for p in path.with_suffix(".runs").glob("*.npz")]
+    first, second = (json.loads(run.read_text())["scores"] for run in runs)
+    assert first != second
 
 
 def test_broken_files_are_left_out_and_listed(data, tmp_path):
