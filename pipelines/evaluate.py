@@ -16,6 +16,7 @@ import os
 import platform
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ import dpdl_core
 from dpdl_core import protocol
 from dpdl_core.images import Pixels
 from dpdl_core.metrics import auroc, average_precision
-from dpdl_core.protocol import Dataset, Rejected, Sample, Setting, Split
+from dpdl_core.protocol import Dataset, DatasetError, Rejected, Sample, Setting, Split
 from pipelines.evaluate_methods import Method, make_method
 from pipelines.evaluate_report import RunPictures, draw_report
 
@@ -99,13 +100,17 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     tell: Progress = progress or (lambda stage, share, figures: None)
     method = make_method(options.method, options.recipe, options.overrides, options.device)
     dataset = protocol.load_dataset(options.data)
-    plan = _plan(dataset, options)  # before anything slow: too few images are said at once
+    plan, not_seen = _plan(dataset, options)  # before anything slow: what cannot be is said at once
     with tempfile.TemporaryFile() as file:
         images, dataset, rejected = _decode(dataset, method.image_size, file, tell)
         if rejected:
-            plan = _plan(dataset, options)
+            plan, not_seen = _plan(dataset, options)
+        if not_seen:
+            listed = ", ".join(f"{name} ({count})" for name, count in not_seen.items())
+            tell(f"tested but not seen, too few for {options.shots} shots: {listed}", 0.0, {})
         runs = _run_all(options, plan, images, dataset, method, tell)
     report = _summary(options, dataset, rejected, method, [run for run, _ in runs])
+    report["classes_not_seen"] = not_seen
     if options.report is not None:
         options.report.parent.mkdir(parents=True, exist_ok=True)
         picture = options.report.with_suffix(".png")
@@ -116,15 +121,32 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     return report
 
 
-def _plan(dataset: Dataset, options: EvaluateOptions) -> list[Split]:
-    classes = dataset.defects if options.protocol == "hard" else [None]
-    return [
+def _plan(dataset: Dataset, options: EvaluateOptions) -> tuple[list[Split], dict[str, int]]:
+    """Every run's split, and the classes that are too small to be seen, with their images.
+
+    In the hard setting each class of at least M images is seen once; the others are in the test
+    of every run.
+    """
+    sizes = Counter(sample.defect for sample in dataset.anomalies)
+    too_few: dict[str, int] = {}
+    classes: list[str | None] = [None]
+    if options.protocol == "hard" and len(sizes) > 1:
+        too_few = {c: n for c, n in sorted(sizes.items()) if n < options.shots}
+        classes = [c for c in dataset.defects if c not in too_few]
+        if not classes:
+            name, most = max(sizes.items(), key=lambda item: item[1])
+            raise DatasetError(
+                f"{dataset.name}: no class has the {options.shots} anomalies that shots="
+                f"{options.shots} asks for; the largest, {name}, has {most} anomalies: lower it"
+            )
+    splits = [
         protocol.split(
             dataset, setting=options.protocol, shots=options.shots, seed=seed, seen_class=seen
         )
         for seed in options.seeds
-        for seen in classes or [None]
+        for seen in classes
     ]
+    return splits, too_few
 
 
 def _decode(

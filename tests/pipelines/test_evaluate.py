@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,22 @@ def test_a_stopped_evaluation_goes_on(data, tmp_path, monkeypatch):
     assert resumed["auroc"] == evaluate(options(data))["auroc"]
 
 
+def test_hard_setting_tests_the_classes_that_are_too_small_to_be_seen(data, tmp_path):
+    copy = tmp_path / "tiles"
+    shutil.copytree(data, copy)
+    for i in range(2, 6):
+        (copy / "anomaly" / "dot" / f"{i}.png").unlink()
+    stages = []
+    report = evaluate(
+        options(copy, protocol="hard", shots=3, seeds=(0,)), lambda stage, *_: stages.append(stage)
+    )
+    assert report["classes_not_seen"] == {"dot": 2}
+    assert any("dot (2)" in stage for stage in stages)
+    assert set(report["by_seen_class"]) == {"blot"}
+    assert len(report["by_defect"]["dot"]["per_seed"]) == 1  # in the test of the run with blot
+    assert evaluate(options(copy, shots=3, seeds=(0,)))["classes_not_seen"] == {}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -127,8 +144,6 @@ def test_another_question_is_not_answered_from_the_old_runs(data, tmp_path, monk
 
 
 def test_changed_pixels_under_the_same_names_are_seen(data, tmp_path, monkeypatch):
-    import shutil
-
     copy = tmp_path / "tiles"
     shutil.copytree(data, copy)
     path = tmp_path / "report.json"
@@ -174,8 +189,6 @@ def test_changed_weights_under_the_same_path_are_seen(data, tmp_path, method):
 
 
 def test_broken_files_are_left_out_and_listed(data, tmp_path):
-    import shutil
-
     copy = tmp_path / "tiles"
     shutil.copytree(data, copy)
     (copy / "normal" / "2.png").write_bytes(b"scratched disk")
@@ -215,8 +228,6 @@ def test_refusals_come_in_one_line(data, changes, message):
 
 
 def test_too_few_classes_for_the_hard_setting(data, tmp_path):
-    import shutil
-
     copy = tmp_path / "tiles"
     shutil.copytree(data, copy)
     shutil.rmtree(copy / "anomaly" / "dot")
