@@ -166,6 +166,11 @@ def split(
         if len(normals) < 4:
             raise DatasetError(f"{dataset.name}: {len(normals)} normals, 4 are needed to test")
         normals, test_normals = train_test_split(normals, test_size=0.25, random_state=42)
+    if not test_normals:
+        raise DatasetError(
+            f"{dataset.name}: its own split holds {len(normals)} normals to train on and none to "
+            "test on; put some into its folder of test normals (MVTec AD: test/good)"
+        )
     shuffled = list(candidates)
     random.Random(seed).shuffle(shuffled)
     seen = shuffled[:shots]

@@ -81,6 +81,7 @@ def test_a_data_set_with_its_own_split_keeps_it():
         (made(), {"setting": "general", "shots": 21}, "no anomaly for the test"),
         (made(), {"setting": "hard", "seen_class": "hole"}, "9 anomalies to see in hole"),
         (made(normals=3), {"setting": "general"}, "3 normals"),
+        (made(test_normals=0), {"setting": "general"}, "none to test on.*test/good"),
     ],
 )
 def test_splits_that_cannot_be(data, options, message):
