@@ -13,7 +13,8 @@ What is done to an image, always and in this order:
    Pillow's conversion, and EXIF orientation is ignored: a camera does not turn its head between
    frames, and turning pixels by a tag would let a tag change a score (TIFF's own orientation says
    how its rows are stored, and is followed);
-4. it is squashed to S x S without a crop: linear up to a factor of 2, area means above it.
+4. it is squashed to S x S without a crop: linear up to a factor of 2, area means above it, and a
+   side that grows while the other shrinks so far is linear after it.
 """
 
 from __future__ import annotations
@@ -118,6 +119,12 @@ def _resize(pixels: Pixels, size: int) -> Pixels:
         return np.ascontiguousarray(pixels)
     # Linear looks at 2x2 pixels: beyond a factor of 2 it would skip some, and alias.
     shrinks = max(height, width) > 2 * size
+    if shrinks and min(height, width) < size:
+        # OpenCV takes means only where no side grows, and else is linear in both.
+        pixels = cv2.resize(
+            pixels, (min(width, size), min(height, size)), interpolation=cv2.INTER_AREA
+        )  # type: ignore[assignment]
+        shrinks = False
     return cv2.resize(  # type: ignore[return-value]
         pixels, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     )
