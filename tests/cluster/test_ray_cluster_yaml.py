@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.autoscaler._private.providers import _get_node_provider_cls
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from infra.ray_runtime import ENVIRONMENT
@@ -28,6 +29,12 @@ def test_ray_accepts_the_cloud():
     config = prepare_config(load(CLOUD))
     validate_config(config)
     assert config["available_node_types"]["gpu"]["resources"]["GPU"] == 1
+
+
+@BOTH
+def test_what_make_setup_installs_is_enough_for_rays_provider(path):
+    """Ray imports boto3 for EC2 when `ray up` begins, and again in the head's autoscaler."""
+    assert _get_node_provider_cls(load(path)["provider"])
 
 
 @BOTH
