@@ -89,6 +89,42 @@ def test_16_bit_is_scaled_and_not_cut_off():
         assert np.array_equal(got[:, :, 0], got[:, :, 2])
 
 
+def pnm(kind: str, white: int, values: np.ndarray) -> bytes:
+    """A PGM (P2, P5) or PPM (P3, P6) as its specification has it."""
+    head = f"{kind} {values.shape[1]} {values.shape[0]} {white}\n".encode()
+    if kind in ("P2", "P3"):
+        return head + " ".join(map(str, values.ravel())).encode()
+    return head + values.astype(">u2" if white > 255 else "u1").tobytes()
+
+
+@pytest.mark.parametrize("white", [1, 100, 254, 255, 256, 1023, 4095, 65534, 65535])
+@pytest.mark.parametrize("kind", ["P2", "P3", "P5", "P6"])
+def test_portable_maps_of_any_white(kind, white):
+    """Oracle: the grey level of v is 255 v / white, to within the rounding."""
+    values = np.linspace(0, white, 64 * 64).round().astype(int).reshape(64, 64)
+    if kind in ("P3", "P6"):
+        values = np.stack([values, white - values, values.T], 2)
+    got = decode_image(pnm(kind, white, values), 64)
+    want = values * 255 / white
+    want = want if want.ndim == 3 else np.stack([want] * 3, 2)
+    assert np.abs(got - want).max() < 0.51  # P2 above 255 is rounded twice
+
+
+def test_portable_maps_of_12_bit_take_no_seconds():
+    data, began_s = pnm("P5", 4095, np.full((2048, 2448), 4095)), time.process_time()
+    assert decode_image(data, 64).min() == 255
+    assert time.process_time() - began_s < 2  # Pillow takes ten
+
+
+def test_portable_maps_that_are_cut_short_or_exceed_their_white():
+    whole = pnm("P5", 4095, np.full((8, 8), 4095))
+    for data in (whole[:-1], whole[:20], pnm("P6", 99, np.zeros((8, 8, 3)))[:-1]):
+        with pytest.raises(ImageRejected) as rejected:
+            decode_image(data, 8)
+        assert rejected.value.reason == "truncated"
+    assert decode_image(pnm("P5", 4095, np.full((8, 8), 65535)), 8).min() == 255
+
+
 def test_transparent_pixels_keep_their_colour():
     rgba = np.zeros((16, 16, 4), np.uint8)
     rgba[:, :, 0] = 200
@@ -205,6 +241,8 @@ def huge_bmp(width: int, height: int) -> bytes:
     ("data", "reason"),
     [
         (b"", "empty"),
+        (b"PyRGBA 2 2 99\n" + bytes(16), "unsupported"),
+        (b"Pf 2 2 -1\n" + bytes(16), "unsupported"),
         (b"a letter to the editor" * 10, "not-an-image"),
         (b"\x00" * 5000, "not-an-image"),
         (b"%PDF-1.7 ....", "not-an-image"),
