@@ -156,7 +156,7 @@ def _read_elpv(root: Path) -> Dataset | None:
         return None
     normals: list[Sample] = []
     anomalies: list[Sample] = []
-    for number, line in enumerate(labels.read_text().splitlines(), start=1):
+    for number, line in enumerate(labels.read_text(encoding="utf-8-sig").splitlines(), start=1):
         fields = line.split()
         if not fields:
             continue
@@ -213,7 +213,9 @@ def _read_head_ct(root: Path) -> Dataset | None:
     files = {path.stem: path for path in (root / "head_ct").rglob("*") if _is_image(path)}
     normals: list[Sample] = []
     anomalies: list[Sample] = []
-    for row in csv.DictReader(labels.read_text().splitlines(), skipinitialspace=True):
+    for row in csv.DictReader(
+        labels.read_text(encoding="utf-8-sig").splitlines(), skipinitialspace=True
+    ):
         cells = {(key or "").strip(): (value or "").strip() for key, value in row.items()}
         if "id" not in cells or cells.get("hemorrhage") not in ("0", "1"):
             raise DatasetError(f"{labels}: found {row}, wanted columns id and hemorrhage (0 or 1)")

@@ -210,6 +210,22 @@ def test_head_ct(tmp_path, nested):
     assert [r.source for r in rejected] == ["head_ct/004.png"]  # named in the list, not on disk
 
 
+def test_labels_that_excel_has_saved_are_read(tmp_path):
+    """A spreadsheet writes the byte order mark EF BB BF in front."""
+    head, elpv = tmp_path / "head", tmp_path / "elpv"
+    for i in range(2):
+        draw(head / "head_ct" / f"{i:03}.png")
+        draw(elpv / "images" / f"{i}.png")
+    (head / "labels.csv").write_bytes(b"\xef\xbb\xbfid,hemorrhage\r\n0,1\r\n1,0\r\n")
+    (elpv / "labels.csv").write_bytes(
+        b"\xef\xbb\xbfimages/0.png 0.0 mono\r\nimages/1.png 1.0 poly\r\n"
+    )
+    for root in (head, elpv):
+        data = load_dataset(root)
+        assert (len(data.normals), len(data.anomalies)) == (1, 1)
+        all_decode(data)
+
+
 def test_what_is_no_data_set(tmp_path):
     with pytest.raises(DatasetError, match="no such folder"):
         load_dataset(tmp_path / "nowhere")
