@@ -243,7 +243,9 @@ _READERS: tuple[Callable[[Path], Dataset | None], ...] = (
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    if not root.is_dir():
+        return []
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _is_image(path: Path) -> bool:
@@ -261,8 +263,27 @@ def _sample(root: Path, path: Path, defect: str = "", box: Box | None = None) ->
     return Sample(int(bool(defect)), defect, name, path=path, crop=box)
 
 
+def _flat(root: Path, folder: Path) -> list[Path]:
+    """Images of a folder that holds none further down.
+
+    Raises DatasetError that names a deeper one: which label it would have is a guess, and left
+    out it would vanish.
+    """
+    below = _folders(folder)
+    while below:
+        inner = below.pop()
+        if found := _files(inner):
+            raise DatasetError(
+                f"{root}: {inner.relative_to(root).as_posix()}/ holds {len(found)} images where "
+                f"none are looked for; put them directly into "
+                f"{folder.relative_to(root).as_posix()}/, or elsewhere"
+            )
+        below += _folders(inner)
+    return _files(folder)
+
+
 def _normals(root: Path, folder: Path) -> list[Sample]:
-    return [_sample(root, path) for path in _files(folder)]
+    return [_sample(root, path) for path in _flat(root, folder)]
 
 
 def _by_class(
@@ -274,7 +295,7 @@ def _by_class(
         _sample(root, path, sub.name)
         for sub in _folders(folder)
         if sub.name not in skip
-        for path in _files(sub)
+        for path in _flat(root, sub)
     ]
 
 

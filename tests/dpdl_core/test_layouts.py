@@ -45,6 +45,28 @@ def test_plain_folders(tmp_path):
     all_decode(data)
 
 
+@pytest.mark.parametrize(
+    ("nested", "inner", "outer"),
+    [
+        ("normal/monday/b.png", "normal/monday/", "normal/"),
+        ("normal/monday/cam1/b.png", "normal/monday/cam1/", "normal/"),
+        ("anomaly/tile/crack/d.png", "anomaly/tile/crack/", "anomaly/tile/"),
+    ],
+)
+def test_images_deeper_than_the_layout_are_named(tmp_path, nested, inner, outer):
+    draw(tmp_path / "normal" / "a.png")
+    draw(tmp_path / "anomaly" / "tile" / "c.png")
+    (tmp_path / "normal" / "empty" / "notes").mkdir(parents=True)
+    draw(tmp_path / "normal" / ".ipynb_checkpoints" / "a.png")
+    draw(tmp_path / "anomaly" / ".ipynb_checkpoints" / "c.png")
+    assert counts(load_dataset(tmp_path)) == (1, None, 1, ["tile"])
+    draw(tmp_path / nested)
+    with pytest.raises(DatasetError) as error:
+        load_dataset(tmp_path)
+    assert f"{inner} holds 1 images" in str(error.value)
+    assert f"directly into {outer}," in str(error.value)
+
+
 def test_mvtec_category(tmp_path):
     for i in range(4):
         draw(tmp_path / "carpet" / "train" / "good" / f"{i:03}.png")
