@@ -118,6 +118,14 @@ class DpdlConfig:
                     f"tuned_stages=0: {', '.join(idle)} would do nothing, since no stage of the "
                     "trunk is tuned; set tuned_stages, or leave them as they come"
                 )
+        if not self.patch_spaces:
+            raise ValueError(
+                "patch_spaces is empty: need at least one, which the heat map and M_r look at"
+            )
+        for name in ("pooled_spaces", "patch_spaces"):
+            spaces = getattr(self, name)
+            if len(set(spaces)) < len(spaces):
+                raise ValueError(f"{name}={','.join(spaces)}: need each space once")
         for space in self.pooled_spaces:
             stage_numbers(space.removesuffix("q"))
         for space in self.patch_spaces:

@@ -11,6 +11,7 @@ def test_overrides_are_typed():
     config = override(recipe("edge"), {"eps": "0.01", "folds": "3", "patch_spaces": "5+7, 3-7s"})
     assert (config.eps, config.folds) == (0.01, 3)
     assert config.patch_spaces == ("5+7", "3-7s")
+    assert override(config, {"pooled_spaces": ""}).pooled_spaces == ()
     assert override(config, {"rotate": "true", "tuned_stages": "2"}).rotate is True
 
 
@@ -25,6 +26,9 @@ def test_overrides_are_typed():
         ("patch_worst", "1.5", "at most 1"),
         ("patch_spaces", "7-5", "7-5"),
         ("pooled_spaces", "zero", "zero"),
+        ("patch_spaces", "", "at least one"),
+        ("patch_spaces", "5s, 3-7, 5s", "patch_spaces=5s,3-7,5s: need each space once"),
+        ("pooled_spaces", "7,7", "pooled_spaces=7,7: need each space once"),
         ("tune_batch", "16", "multiple of 3"),
         ("renew_every_epochs", "5", "tuned_stages=0: renew_every_epochs=5 would do nothing"),
         ("kappa", "5", "tuned_stages=0: kappa=5.0 would do nothing"),
