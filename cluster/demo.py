@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +95,8 @@ def run_demo(options: DemoOptions, write: Callable[[dict[str, Any]], None]) -> N
                     f"Other commands see this run with DPDL_STATE_DIR={settings.state_dir}",
                     style="dim",
                 )
-                threading.Event().wait()
+                with suppress(KeyboardInterrupt):
+                    threading.Event().wait()
         finally:
             _end_ray()
 

@@ -44,8 +44,18 @@ def open_stack(
 
 @contextlib.contextmanager
 def own_state_folder(name: str) -> Iterator[Settings]:
-    """<state>/<name>, emptied, for this process and its children; one process at a time."""
-    folder = load_settings().state_dir / name
+    """<state>/<name>, emptied, for this process and its children; one process at a time.
+
+    SettingsError where a service is configured elsewhere: frames that are made up must not come
+    among a plant's own.
+    """
+    outer = load_settings()
+    if sources := {outer.configured_by(one) for one in SERVICE_NAMES} - {""}:
+        raise SettingsError(
+            f"the {name} has services of its own, and {', '.join(sorted(sources))} leads to "
+            "others: leave that out for this command"
+        )
+    folder = outer.state_dir / name
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (folder / f".{name}.lock").open("w") as lock:
         try:

@@ -24,6 +24,8 @@ from infra.errors import AuthFailed, ServiceUnavailable
 OBJECT_STORE_BYTES = 1 << 30
 """Of a cluster started here. Decoded batches pass through it, whole data sets never do."""
 ANSWER_S = 5.0
+SCORER_GPU_SHARE, TRAINING_GPU_SHARE = 0.25, 0.75
+"""Of a card: a scorer of the stream fits beside a training worker, two workers do not."""
 _TEMP = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
 _ADDRESS_FILE = Path(_TEMP) / "ray" / "ray_current_cluster"
 """Where `ray start` leaves it, for Ray to join."""

@@ -28,6 +28,7 @@ Works on Redis 6.2 or newer and Valkey; one primary, no cluster mode. A user of 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -303,7 +304,12 @@ class ResultStore:
             return int(cast("str | None", self._redis.get(self._key("unlisted"))) or 0)
 
     def set_threshold(self, camera: str, threshold: float | None, *, by: str) -> None:
-        """Set a person's threshold for a camera, or take it back with None."""
+        """Set a person's threshold for a camera, or take it back with None.
+
+        ValueError for NaN and infinity: no score lies above them, so nothing would ever alert.
+        """
+        if threshold is not None and not math.isfinite(threshold):
+            raise ValueError(f"threshold {threshold}: wanted a finite number")
         value = None if threshold is None else repr(float(threshold))
         self._set(camera, "threshold", {"threshold": value}, by)
 

@@ -33,6 +33,7 @@ from infra.settings import S3Settings, Settings
 CONNECT_TIMEOUT_S = 10.0
 """urllib3 also sends a request's body under it: two seconds cut 30 MB uploads on a busy machine."""
 READ_TIMEOUT_S = 30.0
+EVIDENCE_RULE = "evidence"
 
 _AUTH_CODES = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccountProblem"}
 # pyarrow raises OSError with AWS's own words.
@@ -123,23 +124,32 @@ def _secret(s3: S3Settings) -> str:
 
 
 def ensure_buckets(settings: Settings) -> None:
-    """Create the three buckets where missing; evidence expires after stream.evidence_days.
-
-    Errors: AuthFailed, ServiceUnavailable, SettingsError.
-    """
+    """Create the three buckets where missing. Errors: AuthFailed, ServiceUnavailable,
+    SettingsError."""
     client, s3 = make_minio(settings), settings.s3
     with s3_errors(s3):
         for bucket in (s3.data_bucket, s3.models_bucket, s3.evidence_bucket):
             if not client.bucket_exists(bucket):
                 _make_bucket(client, bucket)
-        days = settings.stream.evidence_days
-        rule = Rule(
-            ENABLED,
-            rule_filter=Filter(prefix=""),
-            rule_id="evidence",
-            expiration=Expiration(days=days),
-        )
-        client.set_bucket_lifecycle(s3.evidence_bucket, LifecycleConfig([rule]))
+
+
+def expire_evidence(settings: Settings) -> None:
+    """Let evidence, old and new, expire after stream.evidence_days. Errors: as ensure_buckets.
+
+    For the stream alone to call: what some laptop's settings say must not delete a plant's alerts.
+    Rules that others have set on the bucket stay.
+    """
+    client, bucket = make_minio(settings), settings.s3.evidence_bucket
+    rule = Rule(
+        ENABLED,
+        rule_filter=Filter(prefix=""),
+        rule_id=EVIDENCE_RULE,
+        expiration=Expiration(days=settings.stream.evidence_days),
+    )
+    with s3_errors(settings.s3):
+        found = client.get_bucket_lifecycle(bucket)
+        others = [each for each in found.rules if each.rule_id != EVIDENCE_RULE] if found else []
+        client.set_bucket_lifecycle(bucket, LifecycleConfig([*others, rule]))
 
 
 def _make_bucket(client: Minio, bucket: str) -> None:

@@ -123,6 +123,16 @@ class S3Settings(_Group):
             raise ValueError("HOST:PORT is wanted, with no scheme and no path; https is s3.secure")
         return value
 
+    @model_validator(mode="after")
+    def _apart(self) -> S3Settings:
+        names = {self.data_bucket, self.models_bucket, self.evidence_bucket}
+        if len(names) < 3:
+            raise ValueError(
+                "data_bucket, models_bucket and evidence_bucket must be three: what lies in the "
+                "last expires"
+            )
+        return self
+
 
 class StreamSettings(_Group):
     max_batch: int = Field(default=32, ge=1, le=1024)
@@ -217,8 +227,13 @@ class Settings(_Group):
 
     def is_external(self, service: Literal["kafka", "redis", "s3"]) -> bool:
         """True where a person configured this service, so that no embedded one is wanted."""
+        return bool(self.configured_by(service))
+
+    def configured_by(self, service: Literal["kafka", "redis", "s3"]) -> str:
+        """The variable or file by which a person did so; "" where none did."""
         ours = {"default", str(services_file(self.state_dir))}
-        return any(self.origin(f"{service}.{field}") not in ours for field in _ENDPOINTS[service])
+        found = (self.origin(f"{service}.{field}") for field in _ENDPOINTS[service])
+        return next((origin for origin in found if origin not in ours), "")
 
     def redacted(self) -> dict[str, Any]:
         """Plain data for people and logs: secrets that are set show as "***"."""

@@ -62,6 +62,9 @@ MIN_GROUPS = 8
 _CHECK_SIDE = 64
 """Images are decoded once at import, at this size, to find those that are none."""
 
+_Group = list[dict[str, Any]]
+"""Rows of one row group."""
+
 
 @dataclass(frozen=True)
 class ImportReport:
@@ -87,8 +90,8 @@ class NewImage:
 
 @dataclass(frozen=True)
 class IncomingReport:
-    key: str | None
-    """None when no image was usable."""
+    keys: list[str]
+    """Objects that hold the images; none when no image was usable."""
     images: int
     skipped: list[dict[str, str]]
 
@@ -167,25 +170,29 @@ def import_dataset(
 def put_incoming(
     settings: Settings, name: str, images: Iterable[NewImage | bytes], *, camera: str = ""
 ) -> IncomingReport:
-    """Put normal images where the next refresh finds them, as one object.
+    """Put normal images where the next refresh finds them; memory holds one part.
 
-    The same images again are the same object, so sending twice is harmless. Images that do not
+    The same images again are the same objects, so sending twice is harmless. Images that do not
     decode are left out and listed. DataError where there is no such data set.
     """
     load_index(settings, name)
     tally = _Tally(0, None)
-    rows = []
-    for position, item in enumerate(images):
-        new = item if isinstance(item, NewImage) else NewImage(item, camera)
-        source = new.source or f"incoming-{position}"
-        if tally.check(source, new.image):
-            rows.append(_row(new.image, 0, "", new.camera or camera, new.captured_at_ns, source))
-    if not rows:
-        return IncomingReport(None, 0, tally.skipped)
-    data = _parquet([rows[i : i + GROUP_ROWS] for i in range(0, len(rows), GROUP_ROWS)])
-    key = f"{name}/incoming/part-{hashlib.sha256(data).hexdigest()[:32]}.parquet"
-    _put(settings, key, data)
-    return IncomingReport(key, len(rows), tally.skipped)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for position, item in enumerate(images):
+            new = item if isinstance(item, NewImage) else NewImage(item, camera)
+            source = new.source or f"incoming-{position}"
+            if tally.check(source, new.image):
+                yield _row(new.image, 0, "", new.camera or camera, new.captured_at_ns, source)
+
+    keys, num_images = [], 0
+    for groups in _in_parts(rows(), GROUP_ROWS):
+        data = _parquet(groups)
+        key = f"{name}/incoming/part-{hashlib.sha256(data).hexdigest()[:32]}.parquet"
+        _put(settings, key, data)
+        keys.append(key)
+        num_images += sum(map(len, groups))
+    return IncomingReport(keys, num_images, tally.skipped)
 
 
 def iter_images(settings: Settings, name: str, split: Split) -> Iterator[tuple[str, bytes]]:
@@ -290,37 +297,38 @@ def _write_parts(
 ) -> Iterator[Part]:
     """Write rows of one label; memory holds one part. Yields what stands in S3 afterwards."""
     group_rows = min(GROUP_ROWS, max(1, math.ceil(expected / MIN_GROUPS)))
-    groups: list[list[dict[str, Any]]] = [[]]
-    number = 0
-
-    def flush() -> Part:
-        data = _parquet([group for group in groups if group])
+    for number, groups in enumerate(_in_parts(rows, group_rows)):
+        data = _parquet(groups)
         digest = hashlib.sha256(data).hexdigest()
         key = f"{prefix}/part-{label}{number:04d}-{digest[:16]}.parquet"
-        return Part(key, _put(settings, key, data), sum(map(len, groups)), len(data), label)
+        yield Part(key, _put(settings, key, data), sum(map(len, groups)), len(data), label)
 
+
+def _in_parts(rows: Iterable[dict[str, Any]], group_rows: int) -> Iterator[list[_Group]]:
+    """Rows in row groups, row groups in parts, as they come: one part at a time."""
+    groups: list[_Group] = [[]]
     for row in rows:
         if len(groups[-1]) >= group_rows or _size(groups[-1]) >= GROUP_BYTES:
             groups.append([])
         groups[-1].append(row)
         if sum(map(len, groups)) >= PART_ROWS or sum(map(_size, groups)) >= PART_BYTES:
-            yield flush()
-            groups, number = [[]], number + 1
+            yield groups
+            groups = [[]]
     if groups[0]:
-        yield flush()
+        yield groups
 
 
-def _size(group: Sequence[dict[str, Any]]) -> int:
+def _size(group: _Group) -> int:
     return sum(len(row["image"]) for row in group)
 
 
-def _parquet(groups: Sequence[Sequence[dict[str, Any]]]) -> bytes:
+def _parquet(groups: Sequence[_Group]) -> bytes:
     """The same rows give the same bytes: no time, no name in the file."""
     out = io.BytesIO()
     # Images are compressed already, and no two are alike.
     with pq.ParquetWriter(out, SCHEMA, compression="none", use_dictionary=["defect"]) as writer:
         for group in groups:
-            writer.write_table(pa.Table.from_pylist(list(group), SCHEMA), row_group_size=len(group))
+            writer.write_table(pa.Table.from_pylist(group, SCHEMA), row_group_size=len(group))
     return out.getvalue()
 
 

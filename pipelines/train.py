@@ -30,7 +30,7 @@ from dpdl_core.config import DpdlConfig, override, recipe, to_json
 from infra.answers import is_answer
 from infra.errors import DataError, ServiceUnavailable
 from infra.model_store import ModelStore, new_version_id
-from infra.ray_runtime import connect
+from infra.ray_runtime import TRAINING_GPU_SHARE, connect
 from infra.s3_client import ensure_buckets
 from infra.settings import Settings
 from pipelines.dataset_index import (
@@ -73,6 +73,9 @@ class TrainOptions:
     """DpdlConfig fields over the recipe's."""
     workers: Workers = None
     """None: one per GPU, else two where there are two cores."""
+    device: str = ""
+    """cuda: a GPU for each worker, waited for where the cluster has not so many yet; cpu: none;
+    with "", GPUs where the cluster has as many as workers."""
     seed: int = 0
     false_alarm_rate: float = 0.01
     """Share of normal images that may alert; thresholds are set for it."""
@@ -81,6 +84,8 @@ class TrainOptions:
         low, high = _bounds(self.workers)
         if not 1 <= low <= high:
             raise ValueError(f"workers={self.workers}: need at least 1, and no less than the least")
+        if self.device not in ("", "cpu", "cuda"):
+            raise ValueError(f"device={self.device}: wanted cpu or cuda")
         if not 0 < self.false_alarm_rate < 1:
             raise ValueError(f"false_alarm_rate={self.false_alarm_rate}: need it in (0, 1)")
 
@@ -188,14 +193,19 @@ def _carry_out(
     if progress is not None:
         progress("start", 0.0, {"run": record.run})
     connect()
-    job, workers = _job(settings, options, record, index)
-    trainer = _trainer(settings, record, job, workers)
-    needed, free = _bounds(workers)[0] * WORKER_CPUS, cluster_free("CPU")
-    if free < needed and progress is not None:
-        because = (
-            f"{free:g} CPUs of the Ray cluster are free, {needed:g} are needed: others hold them"
-        )
-        progress("waiting for workers", 0.0, {"because": because})
+    job, workers, each = _job(settings, options, record, index)
+    trainer = _trainer(settings, record, job, workers, each)
+    if progress is not None:
+        low, high = _bounds(workers)
+        device = "cuda" if "GPU" in each else "cpu"
+        figures = {"workers": low if low == high else f"{low}:{high}", "device": device}
+        progress("workers", 0.0, figures)
+        for kind, share in each.items():
+            if (free := cluster_free(kind)) < low * share:
+                because = (
+                    f"{free:g} {kind}s of the Ray cluster are free, {low * share:g} are needed"
+                )
+                progress("waiting for workers", 0.0, {"because": because})
     with RayRun(trainer, job.board) as run:
         told = run.follow(progress)
     files = files_of(run.result().checkpoint)
@@ -301,17 +311,11 @@ def _bounds(workers: Workers) -> tuple[int, int]:
 
 def _job(
     settings: Settings, options: TrainOptions, record: RunRecord, index: DatasetIndex
-) -> tuple[TrainJob, int | tuple[int, int]]:
+) -> tuple[TrainJob, int | tuple[int, int], dict[str, float]]:
+    """The job, how many workers have it, and what each takes of the cluster."""
     normals = row_groups(settings, index.keys("train", 0))
     cpus, gpus = cluster_total("CPU"), int(cluster_total("GPU"))
-    chosen = options.workers or gpus or min(2, int(cpus))
-    # A worker with no data would have no part in the fit.
-    low, high = (min(bound, len(normals)) for bound in _bounds(chosen))
-    if low * WORKER_CPUS > cpus:
-        raise DataError(
-            f"workers={low} need {low * WORKER_CPUS:g} CPUs, the Ray cluster has {cpus:g}: "
-            "lower --workers"
-        )
+    low, high, each = share_out(options, len(normals), cpus, gpus)
     job = TrainJob(
         environment=task_environment(settings),
         config=json.dumps(record.config),
@@ -326,7 +330,29 @@ def _job(
         decode_tasks=max(1, int(cpus / high) - 1),
         board=_board(),
     )
-    return job, low if low == high else (low, high)
+    return job, low if low == high else (low, high), each
+
+
+def share_out(
+    options: TrainOptions, row_groups: int, cpus: float, gpus: int
+) -> tuple[int, int, dict[str, float]]:
+    """Least and most workers, and what each takes, of a Ray cluster with these CPUs and GPUs.
+
+    DataError where CPUs are what they take and will not do. GPUs are waited for, as an autoscaler
+    brings machines only for what somebody waits for.
+    """
+    wanted = {"cpu": 0, "cuda": max(1, gpus), "": gpus}[options.device]
+    chosen = options.workers or wanted or max(1, min(2, int(cpus)))
+    # A worker with no data would have no part in the fit.
+    low, high = (min(bound, row_groups) for bound in _bounds(chosen))
+    if options.device == "cuda" or low <= wanted:
+        return low, high, {"CPU": WORKER_CPUS, "GPU": TRAINING_GPU_SHARE}
+    if low * WORKER_CPUS > cpus:
+        raise DataError(
+            f"workers={low} need {low * WORKER_CPUS:g} CPUs, the Ray cluster has {cpus:g}: "
+            "lower --workers, or --device cuda to wait for machines with GPUs"
+        )
+    return low, high, {"CPU": WORKER_CPUS}
 
 
 def _board() -> Any:
@@ -337,9 +363,12 @@ def _board() -> Any:
 
 
 def _trainer(
-    settings: Settings, record: RunRecord, job: TrainJob, workers: int | tuple[int, int]
+    settings: Settings,
+    record: RunRecord,
+    job: TrainJob,
+    workers: int | tuple[int, int],
+    each: dict[str, float],
 ) -> TorchTrainer:
-    use_gpu = _bounds(workers)[0] <= int(cluster_total("GPU"))
     # Ray's annotations are those of its first version.
     elastic: Any = workers
     callbacks: list[Any] = [Introduce(job.board)]
@@ -348,8 +377,8 @@ def _trainer(
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
             num_workers=elastic,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": WORKER_CPUS} | ({"GPU": 1} if use_gpu else {}),
+            use_gpu="GPU" in each,
+            resources_per_worker=each,
             # Each on a machine of its own where there are several: decoding wants their cores.
             placement_strategy="SPREAD",
         ),

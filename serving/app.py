@@ -28,7 +28,7 @@ from infra.errors import DataError, ServiceUnavailable, SettingsError
 from infra.kafka_client import ensure_topics
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
-from infra.s3_client import ensure_buckets
+from infra.s3_client import ensure_buckets, expire_evidence
 from infra.settings import Settings, load_settings
 from serving.console.api import Console
 from serving.consume import CLOSE_S, DRAIN_S, Consumer
@@ -38,8 +38,6 @@ APP_NAME = "dpdl"
 CONSUMER, SCORER, CONSOLE = "Consumer", "Scorer", "Console"
 BIG_MACHINE_CPUS = 8
 """From here on replicas reserve whole CPUs; below, they must fit beside training on two cores."""
-SCORER_GPU_SHARE = 0.25
-"""Training and its refreshes want the rest of the same card."""
 LAG_POLICY = "serving.scaling:LagPolicy"
 LOOK_BACK_S = 20.0
 UP_DELAY_S, DOWN_DELAY_S = 5.0, 300.0
@@ -93,7 +91,7 @@ def application(
     in_flight = settings.stream.max_in_flight
     scorer = serve.deployment(
         name=SCORER,
-        ray_actor_options=actor(1, SCORER_GPU_SHARE if on_gpu else 0),
+        ray_actor_options=actor(1, ray_runtime.SCORER_GPU_SHARE if on_gpu else 0),
         # A queue before the device, never a refusal: the consumers bound what is in flight.
         max_ongoing_requests=consumers[1] * in_flight * settings.stream.max_models + 4,
         health_check_period_s=5,
@@ -244,6 +242,7 @@ def _prepare(settings: Settings, model_name: str) -> None:
     ResultStore(settings).close()
     ensure_topics(settings)
     ensure_buckets(settings)
+    expire_evidence(settings)
     if ModelStore(settings).current(model_name) is None:
         raise DataError(
             f"model {model_name!r} has no current version: train one with `dpdl train`, or "

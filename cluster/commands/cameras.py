@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
@@ -83,6 +84,8 @@ def camera_set(
     ):
         if given is not None and clear:
             raise ValueError(f"--{name} and --clear-{name} are both given: keep one")
+    if threshold is not None and not math.isfinite(threshold):
+        raise ValueError(f"--threshold {threshold}: wanted a finite number")
     rule = _rule(alert) if alert is not None else None
     settings = load_settings()
     if model is not None and ModelStore(settings).current(model) is None:
@@ -146,10 +149,14 @@ def camera_forget(
 
 
 def _rule(text: str) -> tuple[int, int]:
+    from infra.redis_client import MAX_ALERT_N
+
     try:
         k, n = (int(part) for part in text.split("/"))
     except ValueError:
         raise ValueError(f"--alert {text}: wanted K/N, such as 3/5") from None
+    if not 1 <= k <= n <= MAX_ALERT_N:
+        raise ValueError(f"--alert {text}: wanted K/N with 1 <= K <= N <= {MAX_ALERT_N}")
     return k, n
 
 

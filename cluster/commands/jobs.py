@@ -77,7 +77,7 @@ def _run(
     request = JobRequest(
         command=command,
         arguments=arguments,
-        variables=key_values(env),
+        variables=key_values(env, "--env"),
         upload=upload,
         cpus=cpus,
     )
@@ -103,4 +103,5 @@ def _run(
 def _check(command: str, arguments: list[str]) -> None:
     """Refuse here what the command would refuse on the cluster, minutes later."""
     group = typer.main.get_group(learn.app)
-    group.commands[command].make_context(f"dpdl {command}", list(arguments))
+    context = group.commands[command].make_context(f"dpdl {command}", list(arguments))
+    learn.CHECKS[command](context)

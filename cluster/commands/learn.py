@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,8 +24,34 @@ from cluster.commands.shared import (
 app = typer.Typer()
 
 
+def _given(context: Any) -> set[str]:
+    """Names of the options that somebody wrote. Typer's contexts share no public type."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+def _check_train(context: Any) -> None:
+    given = _given(context)
+    if ("dataset" in given) == ("resume" in given):
+        raise ValueError("wanted either --dataset NAME, or --resume RUN of a run that was cut off")
+    idle = sorted(given - {"resume", "model", "report"})
+    if "resume" in given and idle:
+        names = ", ".join(f"--{name.replace('_', '-').replace('sets', 'set')}" for name in idle)
+        raise ValueError(f"--resume goes on with the run's own options: leave out {names}")
+
+
+def _check_refresh(context: Any) -> None:
+    if len(_given(context) & {"once", "every", "watch"}) > 1:
+        raise ValueError("--once, --every and --watch: choose one")
+
+
+CHECKS = {"train": _check_train, "refresh": _check_refresh}
+"""Raise ValueError for options that do not go together."""
+
+
 @app.command()
 def train(
+    context: typer.Context,
     dataset: Annotated[
         str | None, typer.Option(help="Name of an imported data set; elpv is imported if need be.")
     ] = None,
@@ -34,6 +60,10 @@ def train(
     workers: Annotated[
         str | None, typer.Option(help="Training processes: a number, or LEAST:MOST as in 1:4.")
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, or cuda: wait for GPUs. Default: GPUs where there are enough."),
+    ] = "",
     seed: int = 0,
     false_alarm_rate: Annotated[
         float, typer.Option(help="Share of normal images that may alert.")
@@ -45,8 +75,7 @@ def train(
     report: Report = None,
 ) -> None:
     """Train with Ray Train and register a version; the gate decides whether it becomes current."""
-    if (dataset is None) == (resume is None):
-        raise ValueError("wanted either --dataset NAME, or --resume RUN of a run that was cut off")
+    _check_train(context)
     from infra.settings import load_settings
     from pipelines import train as training
 
@@ -61,6 +90,7 @@ def train(
                 recipe=recipe,
                 overrides=key_values(sets),
                 workers=training.parse_workers(workers) if workers else None,
+                device=device,
                 seed=seed,
                 false_alarm_rate=false_alarm_rate,
             )
@@ -73,6 +103,7 @@ def train(
 
 @app.command()
 def refresh(
+    context: typer.Context,
     model: Model = "default",
     once: Annotated[bool, typer.Option("--once", help="Look once: the default.")] = False,
     every: Annotated[
@@ -93,14 +124,13 @@ def refresh(
     With --every and --watch it goes on until Ctrl-C or SIGTERM, and --report holds the last
     refresh that came to a decision. Killed at any moment, the next run takes up what was left.
     """
+    _check_refresh(context)
     check_device(device)
     from infra.errors import DpdlError
     from infra.settings import load_settings
     from pipelines.refresh import RefreshOptions, RefreshReport, refresh_once
     from pipelines.refresh_loop import refresh_every, refresh_on_arrival
 
-    if once + (every is not None) + watch > 1:
-        raise ValueError("--once, --every and --watch: choose one")
     settings = load_settings()
     chosen = RefreshOptions(model_name=model, min_new=min_new, device=device)
     said: list[str] = []

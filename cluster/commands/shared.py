@@ -33,13 +33,13 @@ def write_report(path: Path | None, report: dict[str, Any]) -> None:
     err.print(f"report: {path}", style="dim", markup=False)
 
 
-def key_values(pairs: list[str] | None) -> dict[str, str]:
+def key_values(pairs: list[str] | None, option: str = "--set") -> dict[str, str]:
     """`--set key=value` as a dictionary. Raises ValueError for one without "="."""
     found = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"--set {pair}: wanted key=value")
+            raise ValueError(f"{option} {pair}: wanted key=value")
         found[key.strip()] = value.strip()
     return found
 
@@ -74,8 +74,8 @@ def numbers(text: str) -> list[int]:
         raise ValueError(f"{text}: wanted whole numbers with commas between") from None
 
 
-EVENTS = ("start", "tuning", "renewal")
-"""Stages of which every report is a line that stays: a run's name, its epochs, its renewals."""
+EVENTS = ("start", "workers", "tuning", "renewal")
+"""Stages of which every report is a line that stays: a run's name, workers, epochs, renewals."""
 
 
 @contextmanager

@@ -103,3 +103,15 @@ def test_train_wants_a_data_set_or_a_run_to_resume(tmp_path):
         done = dpdl("train", *wrong, cwd=tmp_path)
         assert done.returncode == 1
         assert "either --dataset NAME, or --resume RUN" in done.stderr
+    idle = ["--resume", "train-0", "--seed", "0", "--set", "eps=1", "--false-alarm-rate", ".1"]
+    done = dpdl("train", *idle, "--model", "m", cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "leave out --false-alarm-rate, --seed, --set" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["demo", "--exit"], ["bench", "stream"]])
+def test_what_has_services_of_its_own_never_runs_on_a_plants(words, tmp_path):
+    (tmp_path / "dpdl.yaml").write_text("s3: {endpoint: '127.0.0.1:9'}\n")
+    done = dpdl(*words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "dpdl.yaml leads to others" in done.stderr

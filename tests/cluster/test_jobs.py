@@ -89,3 +89,15 @@ def test_a_misspelt_option_of_the_command_is_refused_before_it_is_sent():
     done = dpdl("train", "--dataset", "x", "--wrokers", "2")
     assert done.returncode == 2
     assert "--wrokers" in done.stderr
+
+
+def test_what_the_command_would_refuse_is_refused_before_it_is_sent():
+    for words, says in [
+        (["train"], "either --dataset NAME"),
+        (["train", "--resume", "train-0", "--workers", "2"], "leave out --workers"),
+        (["refresh", "--once", "--watch"], "choose one"),
+        (["train", "--dataset", "d", "--env", "DPDL_X"], "--env DPDL_X: wanted key=value"),
+    ]:
+        done = dpdl(*words, "--address", "http://127.0.0.1:9")
+        assert done.returncode == 1
+        assert says in done.stderr

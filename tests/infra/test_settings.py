@@ -149,6 +149,12 @@ def test_a_wrong_value_names_its_key_and_source(
     assert "\n" not in str(raised.value)
 
 
+def test_what_expires_has_a_bucket_of_its_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPDL_S3_EVIDENCE_BUCKET", "dpdl-models")
+    with pytest.raises(SettingsError, match="must be three"):
+        load_settings()
+
+
 def test_a_secret_comes_from_a_file(home: Path) -> None:
     secret = write(home / "pw", "hunter2\n", mode=0o640)
     settings = load_settings({"DPDL_REDIS_PASSWORD_FILE": str(secret)})

@@ -108,7 +108,9 @@ def test_what_cannot_be_forgotten_says_so(settings):
     [
         (["--model", "ghost"], NotFound, "no current version"),
         (["--alert", "3"], ValueError, "wanted K/N"),
-        (["--alert", "5/3"], ValueError, "k <= n"),
+        (["--threshold", "3", "--alert", "5/3"], ValueError, "K <= N"),
+        (["--threshold", "nan"], ValueError, "finite"),
+        (["--threshold", "inf"], ValueError, "finite"),
         (["--threshold", "1", "--clear-threshold"], ValueError, "keep one"),
         ([], ValueError, "nothing to set"),
     ],

@@ -12,6 +12,7 @@ from PIL import Image
 from dpdl_core.images import decode_image
 from infra.errors import DataError
 from infra.s3_client import make_filesystem, make_minio
+from pipelines import datasets
 from pipelines.dataset_index import check_snapshot, incoming, list_objects, load_index
 from pipelines.datasets import NewImage, import_dataset, iter_images, labels, put_incoming
 from pipelines.held_out import images
@@ -129,12 +130,32 @@ def test_incoming_images_are_checked_and_sending_twice_is_one_object(settings, f
     first = put_incoming(settings, "plates", batch)
     assert first.images == 2
     assert first.skipped == [{"source": "incoming-2", "reason": "not-an-image"}]
-    assert put_incoming(settings, "plates", batch).key == first.key
+    assert put_incoming(settings, "plates", batch).keys == first.keys
     stored = incoming(settings, "plates")
-    assert [o.key for o in stored] == [first.key]
-    source = images(settings, [first.key], 32)
+    assert [o.key for o in stored] == first.keys
+    source = images(settings, first.keys, 32)
     assert [row.camera for row in source.rows] == ["cam-1", "cam-2"]
-    assert put_incoming(settings, "plates", [b""]).key is None
+    assert put_incoming(settings, "plates", [b""]).keys == []
+
+
+def test_a_large_folder_arrives_in_parts_and_is_never_held_as_a_whole(
+    settings, folder, monkeypatch
+):
+    import_dataset(settings, folder, "plates", shots=4)
+    monkeypatch.setattr(datasets, "PART_ROWS", 4)
+    stored = []
+
+    def camera():
+        for i in range(10):
+            stored.append(len(incoming(settings, "plates")))
+            yield NewImage(texture(i), source=f"{i}")
+
+    report = put_incoming(settings, "plates", camera())
+    assert (len(report.keys), report.images, report.skipped) == (3, 10, [])
+    assert stored == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    assert {o.key for o in incoming(settings, "plates")} == set(report.keys)
+    source = images(settings, report.keys, 32)
+    assert sorted(row.source for row in source.rows) == [f"{i}" for i in range(10)]
 
 
 def test_a_data_set_that_is_not_there_says_how_to_import(settings):

@@ -10,12 +10,15 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+from minio.commonconfig import ENABLED, Filter
+from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 from pydantic import SecretStr
 
 from infra.errors import AuthFailed, NotFound, PointerConflict, ServiceUnavailable, SettingsError
 from infra.s3_client import (
     conditional_put,
     ensure_buckets,
+    expire_evidence,
     get,
     make_filesystem,
     make_minio,
@@ -36,10 +39,28 @@ def test_buckets_are_made_once_and_evidence_expires(settings: Settings) -> None:
     client, s3 = make_minio(settings), settings.s3
     for bucket in (s3.data_bucket, s3.models_bucket, s3.evidence_bucket):
         assert client.bucket_exists(bucket)
-    lifecycle = client.get_bucket_lifecycle(s3.evidence_bucket)
-    assert lifecycle is not None
-    assert [rule.expiration.days for rule in lifecycle.rules if rule.expiration] == [30]
-    assert client.get_bucket_lifecycle(s3.models_bucket) is None
+        assert client.get_bucket_lifecycle(bucket) is None
+
+
+def test_evidence_expires_by_the_streams_settings_and_others_rules_stay(settings: Settings) -> None:
+    ensure_buckets(settings)
+    client, bucket = make_minio(settings), settings.s3.evidence_bucket
+    own = Rule(
+        ENABLED, rule_filter=Filter(prefix="old/"), rule_id="own", expiration=Expiration(days=3)
+    )
+    client.set_bucket_lifecycle(bucket, LifecycleConfig([own]))
+
+    def days() -> dict[str | None, int | None]:
+        found = client.get_bucket_lifecycle(bucket)
+        assert found is not None
+        return {rule.rule_id: rule.expiration and rule.expiration.days for rule in found.rules}
+
+    expire_evidence(settings)
+    assert days() == {"own": 3, "evidence": 30}
+    stream = settings.stream.model_copy(update={"evidence_days": 365})
+    expire_evidence(settings.model_copy(update={"stream": stream}))
+    ensure_buckets(settings)  # as an import or a training does, with what its own settings say
+    assert days() == {"own": 3, "evidence": 365}
 
 
 def test_two_processes_may_make_the_buckets(settings: Settings) -> None:

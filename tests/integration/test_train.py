@@ -227,7 +227,7 @@ def test_after_kill_9_of_the_driver_and_of_a_worker_the_run_ends_as_an_unharmed_
 
 def test_new_normals_join_an_elastic_run_and_all_is_recorded(settings, dataset, ray_here):
     new = [NewImage(plate(5000 + i), "cam-1") for i in range(30)]
-    key = put_incoming(settings, "plates", new).key
+    (key,) = put_incoming(settings, "plates", new).keys
     overrides = TUNED | {"renew_every_epochs": "0", "renew_min_new": "20"}
     answers = {}
 

@@ -468,7 +468,7 @@ def test_what_is_no_data_of_ours_joins_no_running_training(settings, dataset):
 def test_the_gate_uses_only_what_both_or_neither_have_learnt(settings, dataset):
     """Confirmed defects and accepted normals that one side knows; held out by digest."""
     answer(settings, 1, "defect", plate(9000, spot=True))
-    key = put_incoming(settings, "plates", new_plates(40)).key
+    (key,) = put_incoming(settings, "plates", new_plates(40)).keys
     index = load_index(settings, "plates")
     current = snapshot(dataset) | {
         "incoming": {o.key: o.etag for o in incoming(settings, "plates")}
