@@ -28,6 +28,7 @@ import torch
 
 import dpdl_core
 from dpdl_core import protocol
+from dpdl_core.baselines import check_shots
 from dpdl_core.images import Pixels
 from dpdl_core.metrics import auroc, average_precision
 from dpdl_core.protocol import Dataset, DatasetError, Rejected, Sample, Setting, Split
@@ -63,6 +64,7 @@ class EvaluateOptions:
             raise ValueError(f"seeds={self.seeds}: need one or more, each once")
         if self.protocol not in ("general", "hard"):
             raise ValueError(f"protocol={self.protocol!r}: general or hard")
+        check_shots(self.method, self.shots)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,18 @@ from dpdl_core.baselines.dra import Dra
 from dpdl_core.baselines.frozen import BaselineConfig, FrozenTrunk
 from dpdl_core.baselines.knn import NearestPatches
 from dpdl_core.baselines.mahalanobis import Mahalanobis
+from dpdl_core.baselines.supervised import check_seen
 from dpdl_core.baselines.tails import Tails
 
-__all__ = ["BASELINES", "Baseline", "BaselineConfig", "FrozenTrunk", "Judgement", "make"]
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "BaselineConfig",
+    "FrozenTrunk",
+    "Judgement",
+    "check_shots",
+    "make",
+]
 
 _MAKERS: dict[str, Callable[[FrozenTrunk, BaselineConfig], Baseline]] = {
     "mahalanobis": lambda trunk, config: Mahalanobis(trunk, all_stages=False),
@@ -26,6 +35,12 @@ _MAKERS: dict[str, Callable[[FrozenTrunk, BaselineConfig], Baseline]] = {
     "dra": Dra,
 }
 BASELINES = tuple(_MAKERS)
+
+
+def check_shots(name: str, shots: int) -> None:
+    """Raises ValueError where a method cannot learn from so few anomalies, before any is read."""
+    if name in ("devnet", "dra"):
+        check_seen(name, shots)
 
 
 def make(name: str, trunk: FrozenTrunk, config: BaselineConfig) -> Baseline:

@@ -16,6 +16,7 @@ from dpdl_core.baselines.supervised import (
     STEPS_PER_EPOCH,
     Maps,
     TopKHead,
+    check_seen,
     deviation_loss,
     draw,
     rows,
@@ -36,6 +37,7 @@ class DevNet:
         self, normals: ImageSource, anomalies: Tensor, *, seed: int, progress: Progress
     ) -> None:
         """anomalies uint8 (M, S, S, 3), M >= 1."""
+        check_seen("devnet", len(anomalies))
         with seeded(seed) as generator:
             pool = sample_images(normals, self._config.max_pool, generator)
             normal = two_scales(self._trunk, pool)

@@ -20,6 +20,7 @@ from dpdl_core.baselines.supervised import (
     STEPS_PER_EPOCH,
     Maps,
     TopKHead,
+    check_seen,
     deviation_loss,
     draw,
     rows,
@@ -77,6 +78,7 @@ class Dra:
         self, normals: ImageSource, anomalies: Tensor, *, seed: int, progress: Progress
     ) -> None:
         """anomalies uint8 (M, S, S, 3), M >= 1."""
+        check_seen("dra", len(anomalies))
         with seeded(seed) as generator:
             images = sample_images(normals, self._config.max_pool, generator)
             kinds = [

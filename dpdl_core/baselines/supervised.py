@@ -31,6 +31,15 @@ Maps = list[Tensor]
 """One (B, c, h, w) per scale: full size and half size."""
 
 
+def check_seen(method: str, num_anomalies: int) -> None:
+    """Raises ValueError where a method that learns from seen anomalies is given none."""
+    if num_anomalies < 1:
+        raise ValueError(
+            f"{method} learns from seen anomalies and M={num_anomalies}: need at least 1; "
+            "dpdl and the floors do without"
+        )
+
+
 class TopKHead(nn.Module):
     """1x1 convolution, |.|, mean of the top tenth: the multiple-instance score of DevNet."""
 

@@ -81,6 +81,22 @@ def test_a_seed_repeats_and_the_callers_numbers_go_on(name, trunk):
     assert torch.equal(first, run())
 
 
+@pytest.mark.parametrize("name", BASELINES)
+def test_without_anomalies_a_method_judges_or_says_that_it_needs_one(name, trunk):
+    method = make(name, trunk, CONFIG)
+
+    def fit() -> None:
+        nothing = torch.zeros(0, SIDE, SIDE, 3, dtype=torch.uint8)
+        method.fit(ArraySource(textures(12, 0)), nothing, seed=0, progress=lambda s: None)
+
+    if name in ("devnet", "dra"):
+        with pytest.raises(ValueError, match=f"{name} .* M=0: need at least 1"):
+            fit()
+    else:
+        fit()
+        assert torch.isfinite(method.score(textures(2, 2)).score).all()
+
+
 def test_unknown_names_are_listed(trunk):
     with pytest.raises(ValueError, match="one of mahalanobis"):
         make("magic", trunk, CONFIG)

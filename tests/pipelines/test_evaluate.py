@@ -242,6 +242,10 @@ def test_options_that_cannot_be():
         EvaluateOptions(data="elpv", seeds=(1, 1))
     with pytest.raises(ValueError, match="general or hard"):
         EvaluateOptions(data="elpv", protocol="soft")
+    for method in ("devnet", "dra"):
+        with pytest.raises(ValueError, match=f"{method} .* M=0: need at least 1"):
+            EvaluateOptions(data="elpv", method=method, shots=0)
+    EvaluateOptions(data="elpv", method="tails", shots=0)
 
 
 def test_pictures_are_of_the_best_and_the_worst():
