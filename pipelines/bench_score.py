@@ -8,6 +8,7 @@ slows down slows both; rates are of the median turn.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -21,14 +22,15 @@ import torch
 from torch import Tensor
 
 from dpdl_core.config import DpdlConfig, override, recipe, to_json, untuned
+from dpdl_core.estimate import PATCH_SAMPLE
 from dpdl_core.fit import fit
 from dpdl_core.images import ArraySource
 from dpdl_core.model import Dpdl
 
 Progress = Callable[[str, float, dict[str, Any]], None]
 FIT_NORMALS = 64
-"""Images of noise that the measured model is fitted on; what it costs does not depend on them as
-long as they give the recipe's number of prototypes."""
+"""Images of noise that the measured model is fitted on, at least; what it costs does not depend on
+them as long as they give the settings' number of prototypes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ def bench_score(options: BenchScoreOptions, progress: Progress | None = None) ->
         "trunk_seconds": trunk_s,
         "score_seconds": score_s,
         "settings": json.loads(to_json(config)),
+        "prototypes": model.parts.energies.sizes,
         "machine": {
             "processor": platform.machine(),
             "cores": os.cpu_count(),
@@ -87,8 +90,15 @@ def _any_model(config: DpdlConfig, device: str) -> Dpdl:
     # What training does more of changes the model's numbers, not the cost of using them.
     config = replace(untuned(config), head_iterations=1, folds=2, pseudo_normals=8)
     generator = torch.Generator().manual_seed(0)
-    normals = ArraySource(_noise(FIT_NORMALS, config.image_size, generator))
+    normals = ArraySource(_noise(_num_normals(config), config.image_size, generator))
     return fit(config, normals, _noise(2, config.image_size, generator), seed=0, device=device)
+
+
+def _num_normals(config: DpdlConfig) -> int:
+    """Images that give as many prototypes as a training on plenty of them."""
+    patches = min(3 * config.patch_prototypes, PATCH_SAMPLE)  # fit_codes caps C at a third
+    images = min(math.ceil(patches / config.patch_side**2), config.max_maps)
+    return max(FIT_NORMALS, images, 10 * config.pooled_prototypes)  # fit_pooled caps at a tenth
 
 
 def _noise(count: int, size: int, generator: torch.Generator) -> Tensor:

@@ -37,6 +37,14 @@ def test_report_is_what_was_timed(tmp_path):
     assert calls[-1][1] == 1
 
 
+def test_the_model_measured_has_the_prototypes_that_were_asked_for():
+    """64 images of 4 x 4 patches would give 341 of them, and 6 of pooled features."""
+    asked = {**SMALL, "patch_prototypes": "400", "pooled_prototypes": "8"}
+    options = BenchScoreOptions(recipe="paper", overrides=asked, batch_size=4, repetitions=1)
+    sizes = bench_score(options)["prototypes"]
+    assert {name.split()[0]: size for name, size in sizes.items()} == {"patch": 400, "pooled": 8}
+
+
 @pytest.mark.parametrize("change", [{"batch_size": 0}, {"repetitions": 0}])
 def test_options_that_cannot_be(change):
     with pytest.raises(ValueError, match="at least 1"):
