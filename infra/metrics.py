@@ -226,6 +226,11 @@ class WatchMetrics:
             "When the gate last decided so (Unix seconds), 0 for never.",
             ("model", "decision"),
         )
+        self._moved = Gauge(
+            "dpdl_pointer_moved_timestamp_seconds",
+            "When the gate or a person last made a version current (Unix seconds), 0 for never.",
+            ("model",),
+        )
 
     def store(self, store: str, *, up: bool) -> None:
         self._up.set(int(up), {"store": store})
@@ -273,3 +278,6 @@ class WatchMetrics:
         tags = {"model": model, "decision": decision}
         self._decisions.set(number, tags)
         self._decided.set(last_s, tags)
+
+    def pointer(self, model: str, moved_s: float) -> None:
+        self._moved.set(moved_s, {"model": model})

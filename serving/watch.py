@@ -18,9 +18,10 @@ from datetime import datetime
 from kafka import KafkaConsumer
 
 from infra.decisions import Decision, Recorded
-from infra.errors import DpdlError
+from infra.errors import DpdlError, VersionBroken
 from infra.kafka_client import behind, bounds_of, kafka_errors, make_consumer
 from infra.metrics import GAUGES_S, CameraFacts, ReplicaMetrics, WatchMetrics
+from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
 from infra.settings import Settings
 
@@ -45,9 +46,10 @@ class Watch:
         self._models, self._replica = {model_name}, replica
         self._metrics = WatchMetrics()
         self._kafka: KafkaConsumer | None = None
+        self._store = ModelStore(settings)
         self._decisions: dict[str, Recorded] = {}
-        self._listed: dict[str, tuple[float, list[Decision]]] = {}
-        """Model -> when its decisions were listed, and what there was."""
+        self._listed: dict[str, tuple[float, list[Decision], float | None]] = {}
+        """Model -> when its decisions were listed, what there was, and _moved_s()."""
         self._trouble: dict[str, str | None] = {}
         """Store -> why it cannot be looked at; None for one that answers."""
         self.waiting: dict[int, int] = {}
@@ -124,12 +126,27 @@ class Watch:
     def _look_at_decisions(self) -> None:
         for model in sorted(self._models):
             known = self._decisions.setdefault(model, Recorded(self._settings, model))
-            listed_s, found = self._listed.get(model, (float("-inf"), []))
+            listed_s, found, moved_s = self._listed.get(model, (float("-inf"), [], None))
             if time.monotonic() - listed_s > DECISIONS_S:
-                found = known.all()
-                self._listed[model] = (time.monotonic(), found)
+                found, moved_s = known.all(), self._moved_s(model)
+                self._listed[model] = (time.monotonic(), found, moved_s)
+            if moved_s is not None:
+                self._metrics.pointer(model, moved_s)
             for decision in DECISIONS:
                 such = [each.at for each in found if each.decision == decision]
                 last = max(such, default="")
-                at_s = datetime.fromisoformat(last).timestamp() if last else 0.0
-                self._metrics.refreshes(model, decision, len(such), at_s)
+                self._metrics.refreshes(model, decision, len(such), _unix_s(last))
+
+    def _moved_s(self, model: str) -> float | None:
+        """When the pointer last moved. None for one that cannot be read: S3 answers, and scorers
+        say what is wrong with it."""
+        try:
+            pointer = self._store.current(model)
+        except VersionBroken:
+            return None
+        return _unix_s(pointer.promoted_at if pointer else "")
+
+
+def _unix_s(moment: str) -> float:
+    """Of ISO 8601; 0 for never."""
+    return datetime.fromisoformat(moment).timestamp() if moment else 0.0

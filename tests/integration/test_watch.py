@@ -1,13 +1,17 @@
-"""How many frames wait, as the console and the metrics say it, on real Kafka and Redis."""
+"""What the console and the metrics say of the stream, on real Kafka, Redis and S3."""
 
+import io
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 from results import put, result
 
 from infra.kafka_client import ensure_topics, make_producer
 from infra.metrics import WatchMetrics
+from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
+from infra.s3_client import ensure_buckets, make_minio
 from serving.watch import Watch
 
 pytestmark = pytest.mark.integration
@@ -19,7 +23,8 @@ def watch(settings):
     made = Watch.__new__(Watch)
     made._settings, made._results = settings, ResultStore(settings)
     made._metrics, made._kafka, made.waiting = WatchMetrics(), None, {}
-    made._models = {"default"}
+    made._models, made._store = {"default"}, ModelStore(settings)
+    made._decisions, made._listed = {}, {}
     yield made
     if made._kafka is not None:
         made._kafka.close()
@@ -56,3 +61,22 @@ def test_a_camera_was_last_seen_when_its_frame_was_scored(watch, monkeypatch):
     monkeypatch.setattr(watch._metrics, "cameras", shown.extend)
     watch._look_at_cameras()
     assert [(each.camera, each.last_frame_s) for each in shown] == [("cam", scored_s)]
+
+
+def test_when_the_pointer_moved_and_that_a_broken_one_is_not_taken_for_s3_away(
+    settings, watch, monkeypatch
+):
+    ensure_buckets(settings)
+    shown = []
+    monkeypatch.setattr(watch._metrics, "pointer", lambda *found: shown.append(found))
+    monkeypatch.setattr("serving.watch.DECISIONS_S", 0.0)
+    watch._look_at_decisions()
+    watch._store.put_version("default", "v-1", {"a": b"x"}, {})
+    moved = watch._store.move_pointer("default", "v-1", None, by="someone", why="overruled")
+    watch._look_at_decisions()
+    at_s = datetime.fromisoformat(moved.promoted_at).timestamp()
+    assert shown == [("default", 0.0), ("default", at_s)]
+    bucket = settings.s3.models_bucket
+    make_minio(settings).put_object(bucket, "default/current.json", io.BytesIO(b"{}"), 2)
+    watch._look_at_decisions()
+    assert len(shown) == 2

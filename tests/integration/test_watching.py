@@ -223,12 +223,12 @@ def system(settings, monkeypatch, tmp_path):
     for version in ("v1", "v2"):
         store.put_version(MODEL, version, files, {})
     pointer = store.move_pointer(MODEL, "v1", None, by="test", why="test")
-    decision = decisions.Decision("v2", "v1", "held", "AUROC down", {}, {})
-    decisions.record(settings, MODEL, decision)
     try:
         app.deploy(settings, model_name=MODEL, device="cpu")
         _break(settings, "v2")
         store.move_pointer(MODEL, "v2", pointer, by="test", why="test")
+        decision = decisions.Decision("v2", "v1", "held", "AUROC down", {}, {})
+        decisions.record(settings, MODEL, decision)
         yield settings
     finally:
         app.shutdown()
@@ -248,10 +248,11 @@ def _break(settings, version):
 def test_the_real_system_is_watched(system, stack, tmp_path):
     settings, rng = system, np.random.default_rng(1)
     normal, defect = jpeg(rng), jpeg(rng, defect=True)
-    send(settings, [(DRIFTING, jpeg(rng)) for _ in range(200)])
+    send(settings, [(DRIFTING, jpeg(rng)) for _ in range(200)] + [(DRIFTING, None)])
     ray_runtime.write_scrape_targets(tmp_path / "targets" / "ray.json")
     with prometheus(tmp_path) as prom:
-        until(partial(_check_scraped, prom))  # from now on this camera has its own series
+        # From now on this camera and this reason have their own series.
+        until(partial(_check_scraped, prom))
         send(settings, [(f"camera-{i}", normal) for i in range(NUM_CAMERAS)])
         wait_scored(settings)
         send(settings, [(DRIFTING, jpeg(rng, defect=i % 2 > 0)) for i in range(24)])
@@ -279,6 +280,7 @@ def _check_scraped(prom):
     (target,) = prom.get("targets")["activeTargets"]
     assert (target["health"], target["lastError"]) == ("up", "")
     assert prom.instant(f'ray_dpdl_frames_total{{camera="{DRIFTING}"}}')
+    assert prom.instant("ray_dpdl_dead_letters_total")
 
 
 def _check_counts(prom, settings):
