@@ -52,8 +52,8 @@ class Bridge(nn.Module):
     not sum to one. Energies, plans and losses do not see their sum, so no softmax is needed.
 
     Computes in float32 or wider, the wider of its parameters' and x's type, outside autocast.
-    Features whose norm's square would overflow are drawn in along their ray to a norm whose
-    costs are still finite: values saturate there, choices of prototype keep their direction.
+    Finite features whose norm's square would overflow are drawn in along their ray to a norm whose
+    costs are finite: values saturate there, choices keep their direction. Others give NaN.
     """
 
     def __init__(self, means: Tensor, variances: Tensor, log_weights: Tensor, eps: float) -> None:
