@@ -30,8 +30,11 @@ from infra.ray_runtime import refused
 from infra.settings import is_secret, is_setting
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-NOT_UPLOADED = ["dpdl.yaml", ".dpdl", ".venv", ".git", "tests", "docs", "reports"]
-"""dpdl.yaml may hold secrets; the rest is of no use to a job."""
+CODE = ("cluster", "dpdl_core", "infra", "pipelines", "serving", "pyproject.toml")
+NOT_UPLOADED = ["/*", "!/.", *(f"!/{name}" for name in CODE), ".[!.]*", "*.token", "__pycache__"]
+"""All but the code, whatever else people keep in a checkout; "/." is the checkout itself. Patterns
+of .gitignore: the last one that matches decides. infra/.env holds Compose's passwords.
+"""
 RECONNECT_S = 60.0
 """A cluster that cannot be reached for so long is reported; its job goes on."""
 POLL_S = 1.0
@@ -70,7 +73,7 @@ class Jobs:
         """Start a job; its id. It runs on whatever becomes of this process."""
         environment: dict[str, Any] = {"env_vars": dict(request.variables)}
         if request.upload:
-            environment |= {"working_dir": str(_checkout()), "excludes": NOT_UPLOADED}
+            environment |= code_of(CHECKOUT)
         with self._in_one_line():
             return str(
                 self._client.submit_job(
@@ -159,13 +162,14 @@ def _check_variable(name: str) -> None:
         raise SettingsError(f"{name} is not a setting: `dpdl config` lists them")
 
 
-def _checkout() -> Path:
-    if not (CHECKOUT / "pyproject.toml").is_file():
+def code_of(checkout: Path) -> dict[str, Any]:
+    """A runtime environment with a checkout's code. DataError for a folder that is none."""
+    if not (checkout / "pyproject.toml").is_file():
         raise DataError(
-            f"--upload wants a checkout, and {CHECKOUT} is an installation: call dpdl from a "
+            f"--upload wants a checkout, and {checkout} is an installation: call dpdl from a "
             "checkout's .venv, or leave --upload out"
         )
-    return CHECKOUT
+    return {"working_dir": str(checkout), "excludes": NOT_UPLOADED}
 
 
 def _last_line(text: str | None) -> str:
