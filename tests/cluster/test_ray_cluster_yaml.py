@@ -57,6 +57,15 @@ def test_it_holds_no_secret_and_starts_ray_as_this_machine_would(path):
     assert "~/.ray/auth_token" in config["file_mounts"]
 
 
+def test_a_new_machine_gets_what_the_documented_commands_call():
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    needs = page[page.index("Each needs") : page.index("No root.")]
+    (install,) = load(CLOUD)["initialization_commands"]
+    for package in ("make", "rsync", "tmux"):
+        assert package in needs.replace(",", "").split()
+        assert package in install.split()
+
+
 @BOTH
 def test_ray_down_finds_ray(path):
     """It calls a bare `ray stop` in a login shell: the environment must be on that shell's PATH."""
