@@ -45,7 +45,7 @@ class DpdlConfig:
     kappa: float = 10.0
     """Concentration of eqs. 18-19."""
     rotate: bool = False
-    """Turn training images by any angle; for objects without an upright pose."""
+    """Turn and mirror training images; for objects without an upright pose."""
     renew_every_epochs: int = 0
     """Prototypes are re-initialised after every so many epochs of tuning; 0: never by the clock."""
     renew_min_new: int = 0
@@ -96,7 +96,8 @@ class DpdlConfig:
 
     # bounds
     max_maps: int = 2048
-    """Training normals whose feature maps are kept for prototypes (141 kB each in Lite0)."""
+    """Training normals whose feature maps are kept for prototypes (141 kB each in `edge`, 1.4 MB
+    in `paper`)."""
     batch_size: int = 32
     """Images per forward pass in fitting."""
 

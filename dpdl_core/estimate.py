@@ -18,6 +18,7 @@ from dpdl_core.codebook import Codebook, assign, kmeans, refresh
 from dpdl_core.config import DpdlConfig, stage_numbers
 from dpdl_core.observe import Features
 from dpdl_core.parts import Energies, PatchEnergy, PatchSpace, PooledEnergy, whitening
+from dpdl_core.seeding import count_distinct
 
 PATCH_SAMPLE = 40_000
 """Most patches, over all ranks, that prototypes are fitted to."""
@@ -127,6 +128,7 @@ def fit_pooled(
     if codes > 1:
         white = part.whiten(pooled)
         shard = white.tensor_split(distributed.world_size())[distributed.rank()]
+        codes = min(codes, count_distinct(shard, codes))
         book = kmeans(shard, codes, iterations=20, generator=generator)
         part.bridge = Bridge(book.means, torch.ones(1, len(columns)), book.log_weights, eps=1.0)
     return part
@@ -179,9 +181,11 @@ def fit_codes(
     iterations: int,
     generator: torch.Generator,
 ) -> Codebook:
-    """k-means on this rank's rows; never more codes than a third of all rows."""
+    """k-means on this rank's rows; never more codes than a third of all rows, nor than distinct
+    ones: a camera that saw the same picture again and again has few."""
     total = sum(distributed.row_counts(rows))
     num_codes = min(num_codes if init is None else len(init), max(1, total // 3))
+    num_codes = min(num_codes, count_distinct(rows, num_codes))
     init = None if init is None else init[:num_codes]
     book = kmeans(
         rows, num_codes, restarts=1, iterations=iterations, init=init, generator=generator
@@ -226,6 +230,12 @@ def renew_energies(
         old = before.patches[space]
         assert isinstance(old, PatchEnergy)
         rows = sample_patches(old.space, features, generator)
+        num_codes = len(old.bridge.means)
+        if count_distinct(rows, num_codes) < num_codes:
+            patches[space] = old  # too little to place them anew
+            counts["prototypes"] += num_codes
+            counts["kept"] += num_codes
+            continue
         new = refresh(
             rows,
             old.bridge.means,
@@ -236,7 +246,7 @@ def renew_energies(
         )
         patches[space] = PatchEnergy(old.space, len(new.means), config.eps, config.patch_worst)
         patches[space].bridge = Bridge(new.means, new.variances, old.bridge.log_weights, config.eps)
-        counts["prototypes"] += len(new.means)
+        counts["prototypes"] += num_codes
         for name in ("kept", "replaced", "revived"):
             counts[name] += int(getattr(new, name).sum())
     pooled_parts = {
@@ -279,6 +289,14 @@ def map_stages(config: DpdlConfig) -> list[int]:
     """All stages whose maps a patch space or a head looks at, from 0."""
     spaces = [space.removesuffix("s") for space in config.patch_spaces]
     return sorted({s for space in [*spaces, config.head_stages] for s in stage_numbers(space)})
+
+
+def check_spaces(config: DpdlConfig, channels: list[int]) -> None:
+    """Raises ValueError where a space asks for a stage that a trunk with these channels has not."""
+    for space in config.pooled_spaces:
+        pooled_columns(channels, space)
+    for space in config.patch_spaces:
+        _stages(channels, space.removesuffix("s"))
 
 
 def _stages(channels: list[int], space: str) -> list[int]:

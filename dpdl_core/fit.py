@@ -6,7 +6,8 @@ passes and patches stay where the images are, sums and bounded samples travel, a
 ends with the same model.
 
 Held in memory: pooled vectors of all normals (11 kB each in Lite0), the maps of at most
-config.max_maps of them (half precision, 141 kB each), the anomalies. Never the normals' pixels.
+config.max_maps of them (half precision: 141 kB each in `edge`, 1.4 MB in `paper`), the anomalies.
+Never the normals' pixels.
 Letters: N normals, K of them with maps kept, M anomalies, P pooled features, V parts.
 """
 
@@ -25,12 +26,13 @@ import torch
 from torch import Tensor
 
 from dpdl_core import calibrate, distributed
-from dpdl_core.config import DpdlConfig
-from dpdl_core.estimate import fit_energies, map_stages, renew_energies
+from dpdl_core.config import DpdlConfig, untuned
+from dpdl_core.estimate import check_spaces, fit_energies, map_stages, renew_energies
 from dpdl_core.features import Trunk
 from dpdl_core.images import ImageSource
+from dpdl_core.learn import blank_heads
 from dpdl_core.model import Dpdl
-from dpdl_core.observe import Features, Normals, look_at_all, observe
+from dpdl_core.observe import Features, Normals, check_images, look_at_all, observe
 from dpdl_core.parts import Energies
 from dpdl_core.shard import Shard
 from dpdl_core.sieve import look_over, see, with_new
@@ -86,11 +88,16 @@ def fit(
     Under torch.distributed every rank calls it with its shard of the normals and the same
     anomalies; the data set is the shards in rank order. A Shard says itself which numbers its
     images have: then tuning is the same on any number of ranks. `keeper` keeps the state of a
-    tuning after every epoch and brings it new normals. Raises ValueError for too few or wrong
-    images, WeightsUnavailable without a trunk.
+    tuning after every epoch and brings it new normals. Without anomalies nothing is tuned. Raises
+    ValueError for too few or wrong images and for settings that the trunk cannot meet, both before
+    any long work; WeightsUnavailable without a trunk.
     """
     tell = progress or _silent
     generator = torch.Generator().manual_seed(seed)
+    _check_enough(sum(distributed.row_counts(_rows(normals))))
+    known = _as_images(config, anomalies)
+    if not len(known):
+        config = untuned(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # modules draw their first weights from the global generator
         trunk = Trunk(config.trunk, config.weights, config.image_size).to(device)
@@ -98,20 +105,21 @@ def fit(
             raise ValueError(
                 f"tuned_stages={config.tuned_stages}: {config.trunk} has {len(trunk.stages)}"
             )
-        if config.tuned_stages and len(anomalies):
+        check_spaces(config, trunk.channels)
+        blank_heads(config, trunk.channels)
+        if config.tuned_stages:
             normals = tune(
                 config,
                 trunk,
                 Shard.of(normals),
-                _as_images(config, anomalies),
+                known,
                 generator=generator,
                 tell=tell,
                 keeper=keeper,
             )
     trunk.fuse()
-    _check_enough(sum(distributed.row_counts(_rows(normals))))
     found = _observe(config, trunk, normals, seed, generator, tell)
-    seen = _look_at_anomalies(config, trunk, anomalies)
+    seen = _look_at_anomalies(config, trunk, known)
     tell("prototypes", 0.0, {})
     energies = fit_energies(
         config, trunk.channels, found.pooled, found.features, generator=generator
@@ -245,6 +253,7 @@ def _observe(
     return observe(
         trunk,
         source,
+        size=config.image_size,
         stages=map_stages(config),
         max_kept=config.max_maps,
         max_spoiled=config.pseudo_normals,
@@ -267,10 +276,7 @@ def _as_images(config: DpdlConfig, anomalies: Tensor | npt.NDArray[np.uint8]) ->
     size = config.image_size
     if len(images) == 0:
         return torch.zeros(0, size, size, 3, dtype=torch.uint8)
-    if images.dtype != torch.uint8 or images.shape[1:] != (size, size, 3):
-        raise ValueError(
-            f"anomalies are {images.dtype} {tuple(images.shape)}: need uint8 (M, {size}, {size}, 3)"
-        )
+    check_images(images, size, "anomalies")
     return images
 
 
@@ -316,7 +322,9 @@ def _calibrated(
 def _calibrate_maps(model: Dpdl, normals: Normals) -> None:
     """Heat maps: 0 at the median patch of normals, 1 at their 99th percentile."""
     sample = normals.features.take(torch.arange(min(256, len(normals.features))))
-    grids = [model.parts(pooled, maps)[1] for pooled, maps in sample.batches(128)]
+    spaces, side = len(model.config.patch_spaces), model.config.patch_side
+    grids = [torch.zeros(0, spaces, side, side)]
+    grids += [model.parts(pooled, maps)[1] for pooled, maps in sample.batches(128)]
     flat = distributed.gather_rows(torch.cat(grids).transpose(0, 1).flatten(1).T.contiguous())
     ordered = flat.sort(0).values
     median, high = ordered[len(ordered) // 2], ordered[int(0.99 * (len(ordered) - 1))]
@@ -361,7 +369,8 @@ def _score_shift(before: Dpdl, after: Dpdl, normals: Normals) -> float:
         device = model.weights.device
         return model.judge(pooled.to(device), [m.to(device) for m in maps]).score.cpu()
 
-    pairs = [
+    pairs = [torch.zeros(0, 2)]
+    pairs += [
         torch.stack([score(before, *batch), score(after, *batch)], 1) for batch in some.batches(128)
     ]
     old, new = distributed.gather_rows(torch.cat(pairs)).T

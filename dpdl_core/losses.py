@@ -20,19 +20,26 @@ from dpdl_core.distributed import gather_rows, gather_with_grad
 # Bridge, anchored: eqs. 16 and 17 as they must be -------------------------------------------
 
 
-def targets(
-    codes: Tensor, nearest: Tensor, noise: float = 0.0, *, generator: torch.Generator | None = None
-) -> Tensor:
-    """y_i = e_k(i) + noise * xi, detached: samples of a fixed target law p1, (B, D).
+def targets(codes: Tensor, nearest: Tensor, deviation: Tensor, noise: Tensor) -> Tensor:
+    """y_i = e_k(i) + tau_k(i) * xi_i, detached: samples of a fixed target law p1, (B, D).
 
-    codes (C, D) of the codebook, nearest (B,) the code of each normal vector. Eq. 16 takes the
-    mixture's own means for samples of p1, and then nothing anchors the mixture.
+    codes (C, D) of the codebook, nearest (B,) the code of each normal vector, deviation (C, D) tau,
+    noise (B, D) xi, standard normal. Eq. 16 takes the mixture's own means for samples of p1, and
+    then nothing anchors the mixture; without noise the codes are points, and so become the
+    prototypes.
     """
-    y = codes.detach()[nearest]
-    if noise == 0:
-        return y
-    device = y.device if generator is None else generator.device
-    return y + noise * torch.randn(y.shape, generator=generator, device=device).to(y)
+    return codes.detach()[nearest] + deviation.detach()[nearest] * noise
+
+
+def target_deviation(bridge: Bridge) -> Tensor:
+    """tau (C, D) with which the bridge's variances stay as they are: that of its own plan's ends.
+
+    From normals within a cluster, of variance Gam about p, the plan ends with variance
+    S^2 Gam + eps S. A target law of that variance is met as it is, so S moves as clusters do, and
+    not to zero as towards points.
+    """
+    shrink = bridge.shrink.detach()
+    return (shrink.square() * bridge.variances.detach() + bridge.eps * shrink).sqrt()
 
 
 def transport_loss(bridge: Bridge, x: Tensor, y: Tensor) -> Tensor:

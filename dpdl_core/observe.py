@@ -59,10 +59,19 @@ class Normals:
     """Rows of `features` that every level's variants were made of."""
 
 
+def check_images(images: Tensor, size: int, what: str) -> None:
+    """Raises ValueError for anything but uint8 (n, size, size, 3)."""
+    if images.dtype != torch.uint8 or images.shape[1:] != (size, size, 3):
+        raise ValueError(
+            f"{what} are {images.dtype} {tuple(images.shape)}: need uint8 (n, {size}, {size}, 3)"
+        )
+
+
 def observe(
     trunk: Trunk,
     source: ImageSource,
     *,
+    size: int,
     stages: list[int],
     max_kept: int,
     max_spoiled: int,
@@ -71,7 +80,8 @@ def observe(
     generator: torch.Generator,
     tell: Callable[[float], None],
 ) -> Normals:
-    """Read this rank's shard once. Maps of stages outside `stages` are dropped at once.
+    """Read this rank's shard once, of images of side `size`. Maps of stages outside `stages` are
+    dropped at once. Raises ValueError for images of another size or type.
 
     Which normals are kept and spoiled depends on N and the generator only, not on the shards.
     """
@@ -83,20 +93,23 @@ def observe(
     to_spoil = torch.zeros(total, dtype=torch.bool)
     to_spoil[order[: min(max_kept, max_spoiled)]] = True
 
-    pooled: list[Tensor] = []
-    kept: list[Features] = []
-    spoiled: list[list[Features]] = [[] for _ in spoilers]
+    # Of the right shapes also on a rank that has no image.
+    one = look(trunk, torch.zeros(1, size, size, 3, dtype=torch.uint8), stages)
+    nothing = one.take(torch.zeros(0, dtype=torch.long))
+    pooled, kept = [nothing.pooled], [nothing]
+    spoiled = [[nothing] for _ in spoilers] if bool(to_spoil.any()) else []
     at = start
     for images in source.batches(batch_size):
+        check_images(images, size, "normals")
         numbers = torch.arange(at, at + len(images))
         at += len(images)
         found = look(trunk, images, stages)
         pooled.append(found.pooled)
         kept.append(found.take(chosen[numbers].nonzero().squeeze(1)))
         rows = to_spoil[numbers].nonzero().squeeze(1)
-        for level, spoil in enumerate(spoilers):
-            if len(rows):
-                spoiled[level].append(look(trunk, spoil(images[rows], numbers[rows]), stages))
+        if len(rows):
+            for level, spoil in zip(spoiled, spoilers, strict=True):
+                level.append(look(trunk, spoil(images[rows], numbers[rows]), stages))
         tell((at - start) / max(1, source.num_images))
     everywhere = chosen.nonzero().squeeze(1)
     mine = ((everywhere >= start) & (everywhere < at)).nonzero().squeeze(1)
@@ -105,7 +118,7 @@ def observe(
         kept=everywhere,
         mine=mine,
         features=join(kept),
-        spoiled=[join(level) for level in spoiled if level],
+        spoiled=[join(level) for level in spoiled],
         spoiled_rows=to_spoil[everywhere[mine]].nonzero().squeeze(1),
     )
 

@@ -16,6 +16,9 @@ from dpdl_core.bridge import Bridge
 
 FIRST = 256
 """Prototypes that every patch is held against; the others see an image's worst patches only."""
+_CHUNK_ROWS = {"cpu": 512, "cuda": 1 << 15}
+"""Patches held against prototypes at a time: their costs stay in a CPU's cache between the product
+and the minimum; an accelerator wants few launches."""
 TAIL_KNOTS = 256
 TAIL_SHARE = 0.2
 """The upper share of normal values that the exponential beyond them is fitted to."""
@@ -257,8 +260,7 @@ def hard_nearest(bridge: Bridge, x: Tensor, first: int | None = None) -> tuple[T
     means = means - center
     offset = means.square().sum(1) / 2
     energies, winners = [], []
-    # A chunk's costs stay in the cache between the product and the minimum.
-    for rows in torch.split(x - center, 512):
+    for rows in torch.split(x - center, _CHUNK_ROWS.get(x.device.type, 512)):
         least = torch.addmm(offset, rows, means.T, alpha=-1).min(1)
         energies.append(rows.square().sum(1) / 2 + least.values)
         winners.append(least.indices)

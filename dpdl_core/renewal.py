@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dpdl_core import distributed
 from dpdl_core.codebook import Refreshed, refresh, reset_moments
+from dpdl_core.losses import target_deviation
 from dpdl_core.shard import Shard
 from dpdl_core.tune_network import TuneNetwork
 
@@ -107,6 +108,7 @@ def _take_over(network: TuneNetwork, optimizer: torch.optim.Optimizer, done: Ref
     bridge.log_ratio.copy_((done.variances / bridge.eps).log())
     bridge.log_weights.copy_(done.log_weights)
     bridge.project_()
+    network.deviation.copy_(target_deviation(bridge))
     for parameter in (bridge.means, bridge.log_ratio, bridge.log_weights):
         reset_moments(optimizer, parameter, done.replaced)
     codebook.means.copy_(done.means)

@@ -19,7 +19,7 @@ from dpdl_core.estimate import map_stages
 from dpdl_core.features import Trunk
 from dpdl_core.images import ImageSource
 from dpdl_core.model import Dpdl
-from dpdl_core.observe import Features, Normals, join, keep
+from dpdl_core.observe import Features, Normals, check_images, join, keep
 from dpdl_core.parts import pool
 
 
@@ -98,10 +98,12 @@ def see(
     kept: list[Features] = []
     at = 0
     for batch in images.batches(config.batch_size):
+        check_images(batch, config.image_size, "new normals")
         maps = trunk(batch.to(trunk.mean_255.device))
         meanwhile(maps)
         found = keep(maps, stages)
-        rows = torch.arange(-at % step, len(batch), step)[: max_maps - len(mapped)]
+        every = (at + torch.arange(len(batch))) % step == 0
+        rows = every.nonzero().squeeze(1)[: max_maps - len(mapped)]
         pooled.append(found.pooled)
         kept.append(found.take(rows))
         mapped += (at + rows).tolist()

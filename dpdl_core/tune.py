@@ -29,6 +29,7 @@ from dpdl_core.deal import Dealt, deal
 from dpdl_core.features import Trunk
 from dpdl_core.losses import LossTerms
 from dpdl_core.norms import narrow_norms, widen_norms
+from dpdl_core.observe import check_images
 from dpdl_core.renewal import renew_prototypes
 from dpdl_core.shard import Shard
 from dpdl_core.tune_network import Step, TuneNetwork, last_map
@@ -169,8 +170,7 @@ class _Training:
         }
 
     def _take_step(self) -> tuple[Step, Tensor]:
-        images, label = self._augmented(self.batch)
-        found: Step = self.model(images, label)
+        found: Step = self.model(*self._augmented(self.batch))
         loss = found.terms.total(self.config.dispersion_weight)
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -224,8 +224,9 @@ class _Training:
             return 0.0  # it had work all the while
         return waited
 
-    def _augmented(self, part: Dealt) -> tuple[Tensor, Tensor]:
-        """This rank's images, augmented, (B, S, S, 3) float in 0..255, and their labels (B,)."""
+    def _augmented(self, part: Dealt) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's images, augmented, (B, S, S, 3) float in 0..255, their labels (B,), and a
+        seed for each of the normals among them."""
         third, generator = self.third, self.generator
         picked = torch.randint(len(self.anomalies), (third,), generator=generator)
         seen = self.anomalies[picked[part.seen_places].to(self.device)]
@@ -233,6 +234,7 @@ class _Training:
         spoil = part.normal_places >= third
         clean, to_spoil = plain[: len(spoil)][~spoil], plain[: len(spoil)][spoil]
         pseudo_places = part.normal_places[spoil]
+        seeds = torch.randint(2**62, (third,), generator=generator)
         draws = Draws(generator, third, pseudo_places - third)
         pseudo, _ = cut_paste(to_spoil, generator=draws)
         together = torch.cat([clean, pseudo, plain[len(spoil) :]])
@@ -240,10 +242,11 @@ class _Training:
             [part.normal_places[~spoil], pseudo_places, 2 * third + part.seen_places]
         )
         draws = Draws(generator, 3 * third, places)
-        images = dihedral(together, generator=draws)
+        images = together
         if self.config.rotate:
-            images = rotate(images, generator=draws)
-        return images.permute(0, 2, 3, 1) * 255, (places >= third).float().to(self.device)
+            images = rotate(dihedral(together, generator=draws), generator=draws)
+        label = (places >= third).float().to(self.device)
+        return images.permute(0, 2, 3, 1) * 255, label, seeds[part.normal_places[~spoil]]
 
     # Renewal and state ------------------------------------------------------------------------
 
@@ -337,6 +340,7 @@ def _patches(config: DpdlConfig, trunk: Trunk, images: Shard) -> Tensor:
     """(n, places, F) of this rank's images, each of norm one."""
     parts = []
     for batch in images.batches(config.batch_size):
+        check_images(batch, config.image_size, "normals")
         maps = last_map(trunk, batch.to(trunk.mean_255.device))
         parts.append(nn.functional.normalize(maps.flatten(2).transpose(1, 2), dim=2).cpu())
     return torch.cat(parts) if parts else torch.zeros(0, 0, trunk.channels[-1])

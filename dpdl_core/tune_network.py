@@ -30,6 +30,7 @@ from dpdl_core.losses import (
     margin_loss,
     normal_head_loss,
     residual_head_loss,
+    target_deviation,
     targets,
     transport_loss,
 )
@@ -46,6 +47,8 @@ class Step(NamedTuple):
 class TuneNetwork(nn.Module):
     """Everything that a checkpoint must hold but the optimiser's memory."""
 
+    deviation: Tensor
+
     def __init__(
         self, config: DpdlConfig, trunk: Trunk, bridge: Bridge, codebook: EmaCodebook
     ) -> None:
@@ -53,13 +56,15 @@ class TuneNetwork(nn.Module):
         channels = trunk.channels[-1]
         self.config = config
         self.trunk, self.bridge, self.codebook = trunk, bridge, codebook
+        self.register_buffer("deviation", target_deviation(bridge))
         self.anomaly = AnomalyHead(channels)
         self.normal = NormalHead(channels)
         self.residual = ResidualHead(channels)
         self.margin = RunningMargin()
 
-    def forward(self, images: Tensor, label: Tensor) -> Step:
-        """images (B, S, S, 3) in 0..255, label (B,) 1 for anomalies. Collective."""
+    def forward(self, images: Tensor, label: Tensor, seeds: Tensor) -> Step:
+        """images (B, S, S, 3) in 0..255, label (B,) 1 for anomalies, seeds of the normals' noise
+        in the loss, one each. Collective."""
         features = self.features(images)
         batch, _, height, width = features.shape
         rows = normalize(to_rows(features), dim=1)
@@ -75,7 +80,8 @@ class TuneNetwork(nn.Module):
             margin = literal_anomaly_loss(self.bridge, rows[~on_normal])
         else:
             code, _ = assign(rows[on_normal].detach(), self.codebook.means)
-            goal = targets(self.codebook.means, code)
+            noise = _noise(seeds, height * width, rows)
+            goal = targets(self.codebook.means, code, self.deviation, noise)
             transport = transport_loss(self.bridge, rows[on_normal], goal)
             margin = margin_loss(image_energy[everyone != 0], self.margin.margin)
         self.codebook.update(rows[on_normal], energy[on_normal])
@@ -106,6 +112,15 @@ class TuneNetwork(nn.Module):
         rows = normalize(to_rows(features), dim=1)
         energy = self.bridge.energy(rows).view(batch, height, width)
         return rows.view(batch, height * width, channels), top_mean(energy)
+
+
+def _noise(seeds: Tensor, places: int, like: Tensor) -> Tensor:
+    """(n * places, F) standard normal, an image's by its own seed, whoever holds it."""
+    generator = torch.Generator(like.device)
+    shape, drawn = (places, like.shape[1]), [like.new_empty(0, like.shape[1])]
+    for seed in seeds.tolist():
+        drawn.append(torch.randn(shape, generator=generator.manual_seed(seed), device=like.device))
+    return torch.cat(drawn)
 
 
 def last_map(trunk: Trunk, images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-FORMAT = 1
+FORMAT = 2
 TENSORS, FACTS = "training.safetensors", "training.json"
 
 

@@ -19,7 +19,7 @@ from dpdl_core.fit import fit, renew
 from dpdl_core.images import ArraySource
 from dpdl_core.metrics import auroc
 from dpdl_core.model import Dpdl
-from dpdl_core.sieve import set_aside
+from dpdl_core.sieve import see, set_aside
 
 NORMALS, SEEN = normals(60), anomalies(4)
 
@@ -82,6 +82,61 @@ def test_too_few_normals_and_wrong_anomalies_are_told():
         fit(tiny_config(pooled_spaces="9"), ArraySource(NORMALS), SEEN, seed=0)
 
 
+def test_settings_and_images_that_will_not_do_are_told_before_any_long_work():
+    told = []
+
+    def attempt(source, **changes):
+        fit(tiny_config(**changes), source, SEEN, seed=0, progress=lambda *x: told.append(x))
+
+    everything = ArraySource(NORMALS)
+    tuned = {"tuned_stages": "1", "tune_epochs": "1", "tune_iterations": "3"}
+    with pytest.raises(ValueError, match="need at least 10"):
+        attempt(ArraySource(NORMALS[:5]), **tuned)
+    with pytest.raises(ValueError, match="stages 1-5"):
+        attempt(everything, head_stages="5-9", **tuned)
+    with pytest.raises(ValueError, match="stages 1-5"):
+        attempt(everything, patch_spaces="4-6s", **tuned)
+    larger = torch.zeros(20, SIZE + 32, SIZE + 32, 3, dtype=torch.uint8)
+    for changes in ({}, tuned):
+        with pytest.raises(ValueError, match=f"normals are .*, {SIZE}, {SIZE}, 3"):
+            attempt(ArraySource(larger), **changes)
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        NORMALS[:1].repeat(30, 1, 1, 1),
+        NORMALS[:3].repeat(10, 1, 1, 1),
+        torch.full((30, SIZE, SIZE, 3), 255, dtype=torch.uint8),
+    ],
+    ids=["one picture", "three pictures", "white"],
+)
+def test_the_same_pictures_again_and_again_are_learnt_and_renewed_on(images):
+    """A camera that stood still: fewer distinct patches than prototypes."""
+    found = fit(tiny_config(patch_prototypes="200"), ArraySource(images), SEEN, seed=0)
+    renewed, _ = renew(found, ArraySource(images), ArraySource(images[:12]), SEEN, seed=1)
+    for model in (found, renewed):
+        usual, defects = model.score(images[:3]).score, model.score(SEEN).score
+        assert usual.isfinite().all()
+        assert usual.max() < defects.min()
+
+
+def test_a_renewal_on_fewer_patches_than_prototypes_leaves_them_where_they_are(model):
+    still = NORMALS[:1].repeat(30, 1, 1, 1)
+    many = fit(tiny_config(patch_prototypes="200"), ArraySource(NORMALS), SEEN, seed=0)
+    renewed, report = renew(many, ArraySource(still), ArraySource(still[:12]), SEEN, seed=1)
+    assert (report.kept, report.replaced) == (report.prototypes, 0)
+    for space, part in many.parts.energies.patches.items():
+        assert torch.equal(renewed.parts.energies.patches[space].bridge.means, part.bridge.means)
+
+
+def test_without_anomalies_nothing_is_tuned_and_the_config_says_so():
+    config = tiny_config(tuned_stages="1", tune_epochs="1", kappa="3")
+    found = fit(config, ArraySource(NORMALS), SEEN[:0], seed=0)
+    assert (found.config.tuned_stages, found.config.kappa) == (0, tiny_config().kappa)
+
+
 def test_no_more_stages_are_tuned_than_there_are():
     with pytest.raises(ValueError, match="tuned_stages=99: test_efficientnet has 5"):
         fit(tiny_config(tuned_stages="99"), ArraySource(NORMALS), SEEN, seed=0)
@@ -141,6 +196,20 @@ def test_what_a_person_vouches_for_is_learnt_however_it_looks(model):
     assert not set(report.set_aside) & set(range(16, 20))
     sieved, _ = renew(model, ArraySource(NORMALS), ArraySource(new), SEEN, seed=1)
     assert renewed.score(new[16:]).score.mean() < sieved.score(new[16:]).score.mean()
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 9, 33])
+@pytest.mark.parametrize("most", [0, 2, 7, 50])
+def test_of_any_number_of_new_normals_some_are_mapped_evenly(model, count, most):
+    """Batches of 4: whole batches lie between two that are kept."""
+    config = tiny_config(batch_size="4")
+    found = see(config, model.trunk, ArraySource(NORMALS[:count]), most)
+    step = -(-count // most) if most else 0
+    assert found.mapped.tolist() == (list(range(0, count, step)) if most else [])
+    assert found.pooled.shape[0] == count
+    assert len(found.features) == len(found.mapped)
+    aside = set_aside(model, ArraySource(NORMALS[:count]))
+    assert aside.shape == (count,)
 
 
 def test_drift_is_learnt(model):
@@ -272,17 +341,19 @@ def test_two_ranks_end_with_the_model_of_one(model, tmp_path):
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     images = torch.cat([normals(10, seed=5), anomalies(10, seed=6)])
     want = model.score(images).score
-    first, second = (torch.load(f"{store}.{r}") for r in (0, 1))
-    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(first, want, rtol=0.02, atol=0.02)
+    for case in ("both", "one without an image"):
+        first, second = (torch.load(f"{store}.{r}")[case] for r in (0, 1))
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(first, want, rtol=0.02, atol=0.02)
 
 
 def _work(store: str, rank: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    shard = ArraySource(NORMALS, range(32) if rank == 0 else range(32, 60))
-    fitted = fit(tiny_config(), shard, SEEN, seed=0)
-    images = torch.cat([normals(10, seed=5), anomalies(10, seed=6)])
-    torch.save(fitted.score(images).score, f"{store}.{rank}")
+    images, found = torch.cat([normals(10, seed=5), anomalies(10, seed=6)]), {}
+    for case, split in (("both", 32), ("one without an image", 60)):
+        shard = ArraySource(NORMALS, range(split) if rank == 0 else range(split, 60))
+        found[case] = fit(tiny_config(), shard, SEEN, seed=0).score(images).score
+    torch.save(found, f"{store}.{rank}")
     dist.destroy_process_group()
 
 

@@ -11,7 +11,13 @@ from scipy.stats import norm
 
 from dpdl_core import losses
 from dpdl_core.bridge import Bridge
-from dpdl_core.losses import LossTerms, RunningMargin, dispersion_loss, targets
+from dpdl_core.losses import (
+    LossTerms,
+    RunningMargin,
+    dispersion_loss,
+    target_deviation,
+    targets,
+)
 
 CHECKS = {}
 EPS = 0.4
@@ -106,15 +112,56 @@ def test_transport_keeps_its_digits_at_the_papers_eps():
 
 
 def test_targets_are_fixed_samples():
-    codes = torch.randn(4, 3, requires_grad=True)
-    nearest = torch.tensor([2, 0, 2] * 2000)
-    assert torch.equal(targets(codes, nearest), codes[nearest])
-    assert not targets(codes, nearest).requires_grad
-    noisy = targets(codes, nearest, 0.1, generator=torch.Generator().manual_seed(0))
-    assert (noisy - codes[nearest]).std().item() == pytest.approx(0.1, rel=0.03)
-    assert torch.equal(
-        noisy, targets(codes, nearest, 0.1, generator=torch.Generator().manual_seed(0))
-    )
+    codes = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    deviation = torch.tensor([[0.1, 0.2], [0.3, 0.4]], requires_grad=True)
+    noise = torch.tensor([[1.0, -1.0], [2.0, 0.0], [0.0, 10.0]])
+    found = targets(codes, torch.tensor([1, 0, 1]), deviation, noise)
+    torch.testing.assert_close(found, torch.tensor([[3.3, 3.6], [1.2, 2.0], [3.0, 8.0]]))
+    assert not found.requires_grad
+
+
+def _clusters(count, generator):
+    """Normals about four codes far apart, of variance .7 eps and 2 eps by dimension."""
+    eps = 0.01
+    codes = 3 * torch.eye(4, 6, dtype=torch.float64)
+    variances = torch.tensor([0.7, 2.0] * 3, dtype=torch.float64).expand(4, 6) * eps
+    bridge = Bridge(codes, variances, torch.zeros(4, dtype=torch.float64), eps)
+    code = torch.randint(4, (count,), generator=generator)
+    noise = torch.randn(count, 6, generator=generator, dtype=torch.float64)
+    return bridge, codes, code, codes[code] + variances[code].sqrt() * noise
+
+
+def test_targets_spread_as_the_plan_ends_from_normals():
+    """Monte Carlo: x within a cluster, y drawn from the plan."""
+    generator = torch.Generator().manual_seed(0)
+    bridge, codes, code, x = _clusters(200_000, generator)
+    ends = bridge.sample(x, generator=generator) - codes[code]
+    for c in range(4):
+        got = ends[code == c].var(0, correction=0)
+        torch.testing.assert_close(
+            got, target_deviation(bridge)[c].square().detach(), rtol=0.03, atol=0
+        )
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.0])
+def test_variances_stay_towards_spread_targets_and_vanish_towards_points(spread):
+    generator = torch.Generator().manual_seed(0)
+    bridge, codes, _, _ = _clusters(1, generator)
+    deviation, start = spread * target_deviation(bridge), bridge.shrink.detach().clone()
+    optimizer = torch.optim.Adam(bridge.parameters(), lr=0.01)
+    for _ in range(600):
+        _, _, code, x = _clusters(256, generator)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        loss = losses.transport_loss(bridge, x, targets(codes, code, deviation, noise))
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        bridge.project_()
+    moved = bridge.shrink.detach() / start
+    if spread:
+        torch.testing.assert_close(moved, torch.ones_like(moved), rtol=0, atol=0.12)
+    else:
+        assert moved.max() < 0.4
 
 
 def test_a_margin_is_kept_with_the_model():

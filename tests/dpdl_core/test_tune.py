@@ -117,8 +117,9 @@ def test_renewals_come_by_the_clock_and_by_arrivals(alone):
     assert by_arrival["new_normals"] == 23
     assert by_clock["new_normals"] == 0
     assert by_clock["kept"] + by_clock["replaced"] == by_clock["prototypes"] == 6
-    assert by_clock["kept"] > 3  # little changed since the first
-    assert abs(by_clock["score_shift"]) < 3
+    # Little changed since the first.
+    assert by_clock["kept"] > 3
+    assert abs(by_clock["score_shift"]) < abs(by_arrival["score_shift"])
 
 
 def test_energies_beyond_the_old_and_the_bulk_of_the_new_stand_out():
@@ -271,7 +272,13 @@ def test_two_ranks_see_the_losses_take_the_steps_and_find_the_prototypes_of_one(
     finally:
         for rank in ranks:
             rank.kill()
-    want = work()
+    # As many threads as they have: another order of sums can turn a tie between two prototypes.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        want = work()
+    finally:
+        torch.set_num_threads(threads)
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))
     for name, tensor in want.items():
         assert torch.equal(first[name], second[name]), f"{name}: ranks disagree"
