@@ -125,9 +125,7 @@ class Registry:
         record, and only unfinished ones can be resumed.
         """
         store, name = self._store, self.model_name
-        pointer = store.current(name)
-        moves = [move.version for move in pointer.moves] if pointer else []
-        led_to = set(moves[: moves.index(moves[-1]) + 1]) if moves else set()
+        led_to = _led_to(store.current(name))
         decided = {decision.candidate for decision in decisions.recorded(self._settings, name)}
         limit = (datetime.now(UTC) - UNDECIDED_FOR).isoformat(timespec="milliseconds")
         others: list[tuple[str, str]] = []
@@ -135,9 +133,12 @@ class Registry:
             stored_at = str(store.manifest(name, version)["stored_at"])
             if version not in led_to and (version in decided or stored_at < limit):
                 others.append((stored_at, version))
-        gone = [version for _, version in sorted(others, reverse=True)[keep:]]
-        for version in gone:
-            store.remove_version(name, version)
+        gone = []
+        for _, version in sorted(others, reverse=True)[keep:]:
+            # Anew each time: somebody may have promoted it meanwhile.
+            if version not in _led_to(store.current(name)):
+                store.remove_version(name, version)
+                gone.append(version)
         gone += store.remove_half_written(name, older_than=UNDECIDED_FOR)
         for run in list_runs(self._settings, name):
             if run in decided:
@@ -151,3 +152,9 @@ class Registry:
                 f"model {self.model_name!r} has no current version: run `dpdl train` first"
             )
         return pointer
+
+
+def _led_to(pointer: Pointer | None) -> set[str]:
+    """The current version and those that rolling back goes through."""
+    moves = [move.version for move in pointer.moves] if pointer else []
+    return set(moves[: moves.index(moves[-1]) + 1]) if moves else set()

@@ -4,6 +4,7 @@ import io
 from datetime import timedelta
 
 import pytest
+from minio import Minio
 
 from infra import decisions
 from infra.model_store import ModelStore
@@ -58,3 +59,41 @@ def test_only_what_nothing_leads_to_is_deleted(settings, store, monkeypatch):
     assert Registry(settings, "lines").prune(keep=0) == ("train-9", "held-3", "held-2", "half")
     assert store.list_versions("lines") == ["v-1", "v-2", "v-3"]
     assert Registry(settings, "lines").prune(keep=0) == ()
+
+
+def test_what_is_promoted_while_others_go_stays_and_so_does_its_way_back(
+    settings, store, monkeypatch
+):
+    put(settings, store, "v-1", "promoted")
+    pointer = store.move_pointer("lines", "v-1", None, by="test", why="")
+    for version in ("held-1", "held-2", "held-3", "held-4"):
+        put(settings, store, version, "held")
+    remove, moves = ModelStore.remove_version, iter(("held-2", "held-1"))
+
+    def remove_and_promote(self, name, version):
+        nonlocal pointer
+        remove(self, name, version)
+        for promoted in moves:
+            pointer = store.move_pointer("lines", promoted, pointer, by="somebody", why="")
+
+    monkeypatch.setattr(ModelStore, "remove_version", remove_and_promote)
+    assert Registry(settings, "lines").prune(keep=0) == ("held-4", "held-3")
+    assert store.list_versions("lines") == ["held-1", "held-2", "v-1"]
+    assert store.fetch("lines", "held-1")
+
+
+def test_a_version_whose_removal_was_cut_off_does_not_exist(settings, store, monkeypatch):
+    """Killed after the first of its objects."""
+    store.put_version("lines", "held-1", {name: b"x" for name in ("a", "b", "z")}, {"data": {}})
+    remove = Minio.remove_object
+
+    def remove_and_die(self, *args):
+        remove(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Minio, "remove_object", remove_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            store.remove_version("lines", "held-1")
+    assert store.list_versions("lines") == []
+    assert store.remove_half_written("lines", older_than=timedelta(seconds=-5)) == ["held-1"]
