@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -14,14 +15,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.commands.shared import Model, Report, err, out, write_report
+from infra.errors import ServiceUnavailable
 
 if TYPE_CHECKING:
     from cluster.feeds import CameraCount
+    from infra.redis_client import ResultStore, StoredResult
 
 app = typer.Typer()
 
 TARGETS_S = 15.0
 """How often `dpdl serve` says anew where Prometheus finds the cluster's metrics."""
+AWAY_S = 1.0
+"""How often `dpdl alerts --follow` asks for a Redis that is away."""
 
 
 @app.command()
@@ -138,12 +143,24 @@ def alerts(
     from infra.settings import load_settings
 
     store = ResultStore(load_settings())
-    shown = store.latest_alerts(count)[::-1]
-    last = shown[-1].id if shown else "0"
+    past = store.latest_alerts(count)[::-1]
+    coming = _alerts_after(store, past[-1].id if past else "0") if follow else ()
+    for stored in itertools.chain(past, coming):
+        print(json.dumps({"id": stored.id, **asdict(stored.result)}), flush=True)
+
+
+def _alerts_after(store: ResultStore, last: str) -> Iterator[StoredResult]:
+    """Alerts as they come, without end: a Redis that is away is waited for, and said once."""
+    away = False
     while True:
-        for stored in shown:
-            print(json.dumps({"id": stored.id, **asdict(stored.result)}), flush=True)
+        try:
+            found = store.alerts(last, block_s=3.0)
+            away = False
+        except ServiceUnavailable as error:
+            if not away:
+                err.print(f"waiting: {error}", markup=False, highlight=False, soft_wrap=True)
+            away, found = True, []
+            time.sleep(AWAY_S)
+        for stored in found:
             last = stored.id
-        if not follow:
-            return
-        shown = store.alerts(last, block_s=3.0)
+            yield stored
