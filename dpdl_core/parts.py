@@ -6,6 +6,7 @@ Letters: B batch, P = 2 * all channels, D features of a space, V parts, K knots,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -153,8 +154,18 @@ class PatchEnergy(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Energy (B,) and its map (B, side, side)."""
-        energies, _ = self.nearest(self.space(maps))
+        patches = self.space(maps)
+        few = self._few
+        energies = hard_energy(self.bridge, patches.flatten(0, 1), few).view(patches.shape[:2])
+        if few is not None:
+            worst, rows = _worst(energies, patches)
+            energies = _with_fine(energies, worst, hard_energy(self.bridge, rows))
         return self.image_energy(energies), self.on_grid(energies)
+
+    @property
+    def _few(self) -> int | None:
+        """How many prototypes every patch is held against, where that is not all."""
+        return FIRST if self.bridge.num_prototypes > 2 * FIRST else None
 
     def residuals(self, patches: Tensor, winners: Tensor) -> Tensor:
         """Eq. 22 for patches (B, L, D) and their prototypes (B, L): (B, D, side, side)."""
@@ -184,24 +195,36 @@ class PatchEnergy(nn.Module):
         eighth of an image's patches that come out worst, against all of them. Patches that lie
         near a prototype of the first lot are normal enough as they stand.
         """
-        flat = patches.flatten(0, 1)
-        few = self.bridge.num_prototypes > 2 * FIRST
-        energies, winner = hard_nearest(self.bridge, flat, FIRST if few else None)
-        energies, winner = energies.view(patches.shape[:2]), winner.view(patches.shape[:2])
-        if not few:
+        found = hard_nearest(self.bridge, patches.flatten(0, 1), self._few)
+        energies, winner = (values.view(patches.shape[:2]) for values in found)
+        if self._few is None:
             return energies, winner
-        worst = energies.topk(max(1, patches.shape[1] // 8), dim=1).indices
-        rows = patches.gather(1, worst.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
-        fine, nearest = hard_nearest(self.bridge, rows.flatten(0, 1))
-        fine = fine.view(worst.shape)
-        # The others' energies are bounds only: none may pass for worse than those looked at.
-        energies = torch.minimum(energies, fine.amin(1, keepdim=True)).scatter(1, worst, fine)
-        return energies, winner.scatter(1, worst, nearest.view(worst.shape))
+        worst, rows = _worst(energies, patches)
+        fine, nearest = hard_nearest(self.bridge, rows)
+        winner = winner.scatter(1, worst, nearest.view(worst.shape))
+        return _with_fine(energies, worst, fine), winner
 
     def image_energy(self, energies: Tensor) -> Tensor:
         """(B, patches) -> (B,)."""
         worst = max(1, round(self.worst * energies.shape[1]))
         return energies.topk(worst, dim=1).values.mean(1)
+
+
+def _worst(energies: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Of energies (B, L) and patches (B, L, D) each image's worst eighth: places (B, l) and rows
+    (B * l, D)."""
+    worst = energies.topk(max(1, patches.shape[1] // 8), dim=1).indices
+    rows = patches.gather(1, worst.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
+    return worst, rows.flatten(0, 1)
+
+
+def _with_fine(energies: Tensor, worst: Tensor, fine: Tensor) -> Tensor:
+    """(B, L) with the worst places' energies as they are against all prototypes.
+
+    The others' are bounds only: none may pass for worse than those looked at.
+    """
+    fine = fine.view(worst.shape)
+    return torch.minimum(energies, fine.amin(1, keepdim=True)).scatter(1, worst, fine)
 
 
 class Energies(nn.Module):
@@ -254,17 +277,32 @@ def hard_nearest(bridge: Bridge, x: Tensor, first: int | None = None) -> tuple[T
     A ninth of the soft-min's time, which would cost half as much as the trunk. `first` looks at
     so many of the prototypes only.
     """
-    stiffness = (1 - bridge.shrink[0, 0]).to(x.dtype)
+    energies, winners = [], []
+    for norms, costs in _costs(bridge, x, first):
+        least = costs.min(1)
+        energies.append(norms + least.values)
+        winners.append(least.indices)
+    return _stiffness(bridge, x) * torch.cat(energies).clamp_min(0), torch.cat(winners)
+
+
+def hard_energy(bridge: Bridge, x: Tensor, first: int | None = None) -> Tensor:
+    """hard_nearest()'s energies without its prototypes, which cost half as much again."""
+    energies = [norms + costs.amin(1) for norms, costs in _costs(bridge, x, first)]
+    return _stiffness(bridge, x) * torch.cat(energies).clamp_min(0)
+
+
+def _costs(bridge: Bridge, x: Tensor, first: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """|x|^2 / 2 of some rows, |p|^2 / 2 - x'p of them and prototypes, about the latters' mean."""
     means = bridge.means[:first].to(x.dtype)
     center = means.mean(0)
     means = means - center
     offset = means.square().sum(1) / 2
-    energies, winners = [], []
     for rows in torch.split(x - center, _CHUNK_ROWS.get(x.device.type, 512)):
-        least = torch.addmm(offset, rows, means.T, alpha=-1).min(1)
-        energies.append(rows.square().sum(1) / 2 + least.values)
-        winners.append(least.indices)
-    return stiffness * torch.cat(energies).clamp_min(0), torch.cat(winners)
+        yield rows.square().sum(1) / 2, torch.addmm(offset, rows, means.T, alpha=-1)
+
+
+def _stiffness(bridge: Bridge, x: Tensor) -> Tensor:
+    return (1 - bridge.shrink[0, 0]).to(x.dtype)
 
 
 class Tails(nn.Module):

@@ -10,6 +10,7 @@ from cluster.commands.shared import (
     Report,
     Sets,
     check_device,
+    err,
     key_values,
     numbers,
     out,
@@ -51,5 +52,11 @@ def evaluate(
     )
     with progress_line("evaluate") as progress:
         done = run(chosen, progress)
+    for name, count in done["classes_not_seen"].items():
+        err.print(
+            f"{name}: {count} images, too few to see {shots} of; tested only",
+            style="yellow",
+            markup=False,
+        )
     for name in ("auroc", "ap"):
         out.print(f"{name}  {done[name]['mean']:.4f} +- {done[name]['sd']:.4f}")

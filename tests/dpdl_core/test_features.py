@@ -9,6 +9,7 @@ import cv2
 import pytest
 import timm
 import torch
+from timm.layers import Conv2dSame
 
 from dpdl_core import features
 from dpdl_core.features import PACKAGE_TRUNK, Trunk, WeightsUnavailable, load_network
@@ -31,14 +32,15 @@ def test_package_weights_classify_a_cat():
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "tf_efficientnet_lite0", "resnet18"])
-def test_folding_changes_speed_only(name):
+@pytest.mark.parametrize("side", [64, 75])
+def test_folding_changes_speed_only(name, side):
     torch.manual_seed(0)
     trunk = Trunk(name)
     for module in trunk.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # statistics that are not 0 and 1
             module.running_mean.normal_(0, 0.2)
             module.running_var.uniform_(0.5, 2)
-    images = torch.randint(256, (3, 64, 64, 3), dtype=torch.uint8)
+    images = torch.randint(256, (3, side, side, 3), dtype=torch.uint8)
     with torch.inference_mode():
         plain = trunk(images)
         folded = copy.deepcopy(trunk).fuse()
@@ -47,6 +49,7 @@ def test_folding_changes_speed_only(name):
     for a, b in zip(plain, fused, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    assert not any(type(m) is Conv2dSame for m in folded.modules())
 
 
 def test_stages_of_lite0_are_its_seven_blocks():

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import cdist
 from sklearn.covariance import LedoitWolf
 
 from dpdl_core import parts
@@ -12,7 +13,15 @@ from dpdl_core.bridge import Bridge
 from dpdl_core.calibrate import auroc, make_spoilers
 from dpdl_core.learn import Heads
 from dpdl_core.metrics import auroc as slow_auroc
-from dpdl_core.parts import PatchEnergy, PatchSpace, Tails, hard_nearest, pool, whitening
+from dpdl_core.parts import (
+    PatchEnergy,
+    PatchSpace,
+    Tails,
+    hard_energy,
+    hard_nearest,
+    pool,
+    whitening,
+)
 
 
 @pytest.mark.parametrize(("rows", "dims"), [(30, 50), (200, 12)])
@@ -36,6 +45,7 @@ def test_hard_energy_is_within_its_bound_of_the_bridges():
         hard, winner = hard_nearest(bridge, x)
         soft, want = bridge.nearest(x)
         assert torch.equal(winner, want)
+        assert torch.equal(hard_energy(bridge, x), hard)
         gap = (soft - hard).detach()
         assert gap.min() >= -1e-5
         assert gap.max() <= eps * math.log(64) + 1e-5
@@ -128,3 +138,32 @@ def test_projecting_before_spreading_changes_nothing(smooth):
     space.axes.copy_(torch.rand(20, 5, generator=generator))
     want = (space.join(maps) - space.center) @ space.axes
     torch.testing.assert_close(space(maps), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_prototypes", [40, 600])
+def test_an_images_energy_is_of_its_worst_patches_against_all_prototypes(num_prototypes):
+    """Oracle: SciPy's distances. Few prototypes and many take different ways; the worst patches
+    stand out, so that the many's first look finds them."""
+    generator = torch.Generator().manual_seed(0)
+    space = PatchSpace([0], 5, 5, side=8, smooth=False)
+    space.axes.copy_(torch.eye(5))
+    energy = PatchEnergy(space, num_prototypes, 0.1, 1 / 16)
+    means = torch.nn.functional.normalize(
+        torch.randn(num_prototypes, 5, generator=generator).abs(), dim=1
+    )
+    weights = torch.full((num_prototypes,), -math.log(num_prototypes))
+    energy.bridge = Bridge(means, torch.full((1, 5), 0.1), weights, 0.1)
+    maps = torch.rand(3, 5, 8, 8, generator=generator)
+    maps[:, :, 2, 1:5] *= -1
+    with torch.inference_mode():
+        found, grid = energy([maps])
+        patches = space([maps])
+        energies, winners = energy.nearest(patches)
+    distances = cdist(patches.flatten(0, 1).numpy(), means.numpy(), "sqeuclidean")
+    want = 0.5 * distances.min(1).reshape(3, 64) / 2  # 1 - S is a half
+    worst = np.sort(want, 1)[:, -4:]
+    np.testing.assert_allclose(found.numpy(), worst.mean(1), rtol=1e-4)
+    assert torch.equal(grid.flatten(1), energies)
+    top = energies.topk(4, 1).indices
+    nearest = distances.argmin(1).reshape(3, 64)
+    assert torch.equal(winners.gather(1, top), torch.from_numpy(nearest).gather(1, top))
