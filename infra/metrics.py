@@ -1,7 +1,7 @@
 """Every metric of the product, declared once: name, unit, help, tags.
 
 Ray exports them to Prometheus as ray_<name>, and adds tags for node, worker and session of its own.
-Units are seconds and frames, counters end in _total. Importing this starts no Ray, and outside a
+Units are seconds and frames, totals end in _total. Importing this starts no Ray, and outside a
 Ray worker recording does nothing. What shaped the rest (Ray 2.60, measured, docs/watching.md):
 
 - An instrument holds 2,000 combinations of tags per process; what comes later is lumped together,
@@ -10,6 +10,8 @@ Ray worker recording does nothing. What shaped the rest (Ray 2.60, measured, doc
   share the value "other".
 - A gauge that is not set again within 20 s is gone. So who owns gauges sets all of them every
   GAUGES_S, changed or not; and what is no longer true vanishes by itself.
+- A counter travels as increments, which a busy machine now and then sends twice or not at all. So
+  totals that must be right are gauges, which hold the total: Prometheus' rate() is the same.
 - A histogram's sum is rebuilt from the middles of its buckets: use quantiles, never sum / count.
 """
 
@@ -17,10 +19,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ray.util.metrics import Counter, Gauge, Histogram
+from ray.util.metrics import Gauge, Histogram
 
 CAMERAS = 500
 """Cameras with outcomes and drift of their own: three outcomes each stay below 2,000."""
@@ -31,6 +34,7 @@ SEEN_CAMERAS = 1_500
 VERSIONS = 100
 """Versions with a score histogram of their own, per replica and life of it."""
 OTHER = "other"
+DEAD = "dead"
 GAUGES_S = 5.0
 
 _STAGE_SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
@@ -182,22 +186,25 @@ class CameraFacts:
 class WatchMetrics:
     """What the stores say, whoever is alive to process it; for gauges see GAUGES_S.
 
-    Counters, set from one thread, follow totals that the stores keep: they begin at the total and
-    are never lowered, so that a restart is what Prometheus takes any restarted counter for.
+    Frames and dead letters follow the totals that the stores keep. They begin at the total, so that
+    a restart changes nothing, and are never lowered: a camera that is forgotten, or a store that is
+    emptied, takes nothing away, and what comes after adds up.
     """
 
     def __init__(self) -> None:
         self._counted, self._cameras = Names(CAMERAS), Names(SEEN_CAMERAS)
-        self._totals: dict[tuple[str, str], int] = {}
-        self._frames = Counter(
+        self._known: dict[tuple[str, str], int] = {}
+        """(camera or reason, outcome) -> its total at the last look."""
+        self._totals: Counter[tuple[str, str]] = Counter()
+        """(camera's own name or OTHER, outcome) -> what is shown."""
+        self._lock = threading.Lock()
+        self._frames = Gauge(
             "dpdl_frames_total",
             "Frames brought to their end, by camera and outcome: normal, anomaly (over the "
             "threshold, but no alert), alert, or dead (camera is empty).",
             ("camera", "outcome"),
         )
-        self._dead = Counter(
-            "dpdl_dead_letters_total", "Records put aside, by reason.", ("reason",)
-        )
+        self._dead = Gauge("dpdl_dead_letters_total", "Records put aside, by reason.", ("reason",))
         self._lag = Gauge(
             "dpdl_lag_frames",
             "Frames in Kafka whose result is not yet published.",
@@ -239,22 +246,34 @@ class WatchMetrics:
         """Totals of one camera, as Redis keeps them."""
         outcomes = {"normal": frames - anomalies, "anomaly": anomalies - alerts, "alert": alerts}
         name = self._counted.of(camera)
-        for outcome, total in outcomes.items():
-            if new := self._new(camera, outcome, total):
-                self._frames.inc(new, {"camera": name, "outcome": outcome})
+        with self._lock:
+            for outcome, total in outcomes.items():
+                self._totals[name, outcome] += self._new(camera, outcome, total)
 
     def dead_letters(self, by_reason: Mapping[str, int]) -> None:
         """Totals, as Redis keeps them."""
-        for reason, total in by_reason.items():
-            if new := self._new(reason, "dead", total):
-                self._dead.inc(new, {"reason": reason})
-                self._frames.inc(new, {"camera": "", "outcome": "dead"})
+        with self._lock:
+            for reason, total in by_reason.items():
+                self._totals[reason, DEAD] += self._new(reason, DEAD, total)
 
     def _new(self, name: str, outcome: str, total: int) -> int:
         """By how much a total has grown; all of it where the store has begun anew."""
-        before = self._totals.get((name, outcome), 0)
-        self._totals[name, outcome] = total
+        before = self._known.get((name, outcome), 0)
+        self._known[name, outcome] = total
         return total - before if total >= before else total
+
+    def totals(self) -> None:
+        """Show what counts() and dead_letters() were told, also while their store is away."""
+        with self._lock:
+            totals = dict(self._totals)
+        for (name, outcome), total in totals.items():
+            if outcome == DEAD:
+                self._dead.set(total, {"reason": name})
+            elif total:
+                self._frames.set(total, {"camera": name, "outcome": outcome})
+        dead = sum(total for (_, outcome), total in totals.items() if outcome == DEAD)
+        if dead:
+            self._frames.set(dead, {"camera": "", "outcome": DEAD})
 
     def lag(self, topic: str, by_partition: Mapping[int, int]) -> None:
         for partition, frames in by_partition.items():

@@ -3,8 +3,8 @@ not answer.
 
 Looks from outside: at Kafka's ends, at Redis, at the decisions in S3. So lag grows and cameras fall
 silent in the metrics also when no consumer is alive to say so, and a restart of any replica loses
-no count: counters are brought up to what Redis holds, which is exactly once. Runs in threads of the
-one console replica.
+no count: totals are what Redis holds, which is exactly once. Runs in threads of the one console
+replica.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Watch:
             self._replica.alive()
             for store, trouble in list(self._trouble.items()):
                 self._metrics.store(store, up=trouble is None)
+            self._metrics.totals()
             time.sleep(GAUGES_S)
 
     def _follow(self, store: str, look: Callable[[], None]) -> None:
