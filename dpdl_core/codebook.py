@@ -155,14 +155,26 @@ def refresh(
 
     Lloyd from the present means; identities by `match`; a kept prototype moves by `blend` of
     the way to its code and keeps its variances, a replaced one takes its code's place and
-    variances. Weights mix `usage_mix` of the smoothed present use into the old.
+    variances. Weights mix `usage_mix` of the smoothed present use into the old. Where x has fewer
+    distinct vectors than there are prototypes, it is too little to place them by: all stay.
     Shapes as in Bridge; x (N, D) is this rank's shard.
     """
     if not 0 < blend <= 1:
         raise ValueError(f"blend={blend}: want a share in (0, 1]")
     num_codes = len(means)
     means = means.detach().to(x)
-    _check_vectors(x, num_codes)
+    _check_finite(x)
+    if count_distinct(x, num_codes) < num_codes:
+        all_of_them = torch.ones(num_codes, dtype=torch.bool, device=x.device)
+        return Refreshed(
+            means=means,
+            variances=variances.detach().to(x),
+            log_weights=log_weights.detach().to(x).log_softmax(0),
+            overlap=all_of_them.to(x),
+            kept=all_of_them,
+            replaced=~all_of_them,
+            revived=~all_of_them,
+        )
     center = _mean(x)
     run = _lloyd(x, center, means - center, iterations, TOLERANCE, num_codes)
     book, old, new = _describe(x, center, run), run.first, run.nearest
@@ -362,13 +374,17 @@ def _together(old: Tensor, new: Tensor, num_codes: int) -> Tensor:
     return all_sum(pairs).view(num_codes, num_codes)
 
 
-def _check_vectors(x: Tensor, num_codes: int) -> None:
+def _check_finite(x: Tensor) -> None:
     if x.dim() != 2 or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"vectors are {x.dtype} {tuple(x.shape)}: want float32 or 64, (N, D)")
-    if num_codes < 1:
-        raise ValueError(f"num_codes={num_codes}: need at least 1")
     if int(all_sum((~x.isfinite()).any(1).sum())):
         raise ValueError("vectors hold NaN or infinity: want finite features")
+
+
+def _check_vectors(x: Tensor, num_codes: int) -> None:
+    _check_finite(x)
+    if num_codes < 1:
+        raise ValueError(f"num_codes={num_codes}: need at least 1")
     distinct = count_distinct(x, num_codes)
     if distinct < num_codes:
         raise ValueError(

@@ -7,6 +7,7 @@ Letters: n images, P pooled features, D features of a space, C prototypes.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -230,12 +231,6 @@ def renew_energies(
         old = before.patches[space]
         assert isinstance(old, PatchEnergy)
         rows = sample_patches(old.space, features, generator)
-        num_codes = len(old.bridge.means)
-        if count_distinct(rows, num_codes) < num_codes:
-            patches[space] = old  # too little to place them anew
-            counts["prototypes"] += num_codes
-            counts["kept"] += num_codes
-            continue
         new = refresh(
             rows,
             old.bridge.means,
@@ -244,9 +239,11 @@ def renew_energies(
             blend=1.0,
             iterations=iterations,
         )
-        patches[space] = PatchEnergy(old.space, len(new.means), config.eps, config.patch_worst)
+        # A copy: either model may be moved to another device by itself.
+        same = copy.deepcopy(old.space)
+        patches[space] = PatchEnergy(same, len(new.means), config.eps, config.patch_worst)
         patches[space].bridge = Bridge(new.means, new.variances, old.bridge.log_weights, config.eps)
-        counts["prototypes"] += num_codes
+        counts["prototypes"] += len(new.means)
         for name in ("kept", "replaced", "revived"):
             counts[name] += int(getattr(new, name).sum())
     pooled_parts = {

@@ -272,7 +272,7 @@ class _PaddedKernel(Conv2dSame):
 
     def forward(self, x: Tensor) -> Tensor:
         side = self.kernel_size[0]
-        odd = self.kernel_size == (side, side) and side % 2
+        odd = self.kernel_size == (side, side) and side > 1 and side % 2
         even = x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
         plain = self.stride == (2, 2) and self.dilation == (1, 1)
         if not (odd and even and plain and x.device.type == "cpu"):

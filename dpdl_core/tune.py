@@ -31,6 +31,7 @@ from dpdl_core.losses import LossTerms
 from dpdl_core.norms import narrow_norms, widen_norms
 from dpdl_core.observe import check_images
 from dpdl_core.renewal import renew_prototypes
+from dpdl_core.seeding import count_distinct
 from dpdl_core.shard import Shard
 from dpdl_core.tune_network import Step, TuneNetwork, last_map
 from dpdl_core.tune_state import TuneState, capture, restore
@@ -321,6 +322,7 @@ def _start_prototypes(
     rows = _in_order(_patches(config, trunk, images), images)
     total = sum(distributed.row_counts(rows))
     codes = min(config.tune_prototypes, max(1, total // 3))
+    codes = min(codes, count_distinct(rows, codes))
     book = kmeans(rows, codes, iterations=25, generator=generator)
     bridge = Bridge(book.means, book.shrunk_variances(), book.log_weights, config.eps)
     bridge.project_()

@@ -107,9 +107,6 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
         images, dataset, rejected = _decode(dataset, method.image_size, file, tell)
         if rejected:
             plan, not_seen = _plan(dataset, options)
-        if not_seen:
-            listed = ", ".join(f"{name} ({count})" for name, count in not_seen.items())
-            tell(f"tested but not seen, too few for {options.shots} shots: {listed}", 0.0, {})
         runs = _run_all(options, plan, images, dataset, method, tell)
     report = _summary(options, dataset, rejected, method, [run for run, _ in runs])
     report["classes_not_seen"] = not_seen

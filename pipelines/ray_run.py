@@ -21,6 +21,7 @@ from pipelines.train_worker import FAILED
 
 POLL_S = 0.5
 STOP_S = 20.0
+START_S = 60.0
 
 
 class Introduce(ControllerCallback):  # type: ignore[misc]
@@ -66,14 +67,18 @@ class RayRun(threading.Thread):
         except Exception as error:
             self._error = error
 
-    def follow(self, progress: Progress | None) -> list[tuple[str, float, dict[str, Any]]]:
+    def follow(
+        self, progress: Progress | None, hint: str
+    ) -> list[tuple[str, float, dict[str, Any]]]:
         """Pass the workers' progress on until the run ends; all of it, in order.
+
+        `hint` goes with the news that no worker has begun for START_S.
 
         Raises DpdlError when a worker says that it met an error which would come again.
         """
         seen: list[tuple[str, float, dict[str, Any]]] = []
         tell = progress or (lambda stage, fraction, figures: None)
-        alive = True
+        alive, silent_until = True, time.monotonic() + START_S
         while alive:
             self.join(POLL_S)
             alive = self.is_alive()
@@ -82,6 +87,10 @@ class RayRun(threading.Thread):
                     raise DpdlError(f"training failed: {entry[2]['error']}")
                 seen.append(entry)
                 tell(*entry)
+            if not seen and time.monotonic() > silent_until:
+                silent_until = float("inf")
+                because = f"none has begun for {START_S:.0f} s: {hint}"
+                tell("waiting for workers", 0.0, {"because": because})
         return seen
 
     def result(self) -> Any:

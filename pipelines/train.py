@@ -206,8 +206,9 @@ def _carry_out(
                     f"{free:g} {kind}s of the Ray cluster are free, {low * share:g} are needed"
                 )
                 progress("waiting for workers", 0.0, {"because": because})
+    takes = " and ".join(f"{share:g} of a {kind}" for kind, share in each.items())
     with RayRun(trainer, job.board) as run:
-        told = run.follow(progress)
+        told = run.follow(progress, f"each takes {takes}, and `ray status` says who has them")
     files = files_of(run.result().checkpoint)
     figures = json.loads(files.pop(FIGURES))
     epochs = epochs_from_lines(files[EPOCHS])
@@ -338,21 +339,20 @@ def share_out(
 ) -> tuple[int, int, dict[str, float]]:
     """Least and most workers, and what each takes, of a Ray cluster with these CPUs and GPUs.
 
-    DataError where CPUs are what they take and will not do. GPUs are waited for, as an autoscaler
-    brings machines only for what somebody waits for.
+    DataError where the CPUs will not do, but for device=cuda: what is not there is waited for
+    then, as an autoscaler brings machines only for what somebody waits for.
     """
     wanted = {"cpu": 0, "cuda": max(1, gpus), "": gpus}[options.device]
     chosen = options.workers or wanted or max(1, min(2, int(cpus)))
     # A worker with no data would have no part in the fit.
     low, high = (min(bound, row_groups) for bound in _bounds(chosen))
-    if options.device == "cuda" or low <= wanted:
-        return low, high, {"CPU": WORKER_CPUS, "GPU": TRAINING_GPU_SHARE}
-    if low * WORKER_CPUS > cpus:
+    on_gpus = options.device == "cuda" or low <= wanted
+    if options.device != "cuda" and low * WORKER_CPUS > cpus:
         raise DataError(
             f"workers={low} need {low * WORKER_CPUS:g} CPUs, the Ray cluster has {cpus:g}: "
             "lower --workers, or --device cuda to wait for machines with GPUs"
         )
-    return low, high, {"CPU": WORKER_CPUS}
+    return low, high, {"CPU": WORKER_CPUS} | ({"GPU": TRAINING_GPU_SHARE} if on_gpus else {})
 
 
 def _board() -> Any:

@@ -101,7 +101,8 @@ def _run(
 
 
 def _check(command: str, arguments: list[str]) -> None:
-    """Refuse here what the command would refuse on the cluster, minutes later."""
+    """Refuse here options that the command does not know, or that do not go together: on the
+    cluster that would take minutes."""
     group = typer.main.get_group(learn.app)
     context = group.commands[command].make_context(f"dpdl {command}", list(arguments))
     learn.CHECKS[command](context)

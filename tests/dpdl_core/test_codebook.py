@@ -115,6 +115,18 @@ def test_more_codes_than_distinct_vectors_are_refused():
         kmeans(x.repeat(4, 1), 12)
 
 
+def test_a_refresh_on_fewer_distinct_vectors_than_prototypes_moves_none():
+    x = torch.randn(5, 3, generator=seeded()).repeat(20, 1)
+    means, variances = torch.randn(6, 3, generator=seeded()), torch.rand(6, 3, generator=seeded())
+    weights = torch.tensor([0.5, 0.1, 0.1, 0.1, 0.1, 0.1]).log()
+    found = refresh(x, means, variances, weights + 3)
+    assert torch.equal(found.means, means)
+    assert torch.equal(found.variances, variances)
+    torch.testing.assert_close(found.log_weights, weights)
+    assert found.kept.all()
+    assert not (found.replaced | found.revived).any()
+
+
 @pytest.mark.parametrize(
     ("x", "message"),
     [

@@ -114,6 +114,9 @@ def test_settings_and_images_that_will_not_do_are_told_before_any_long_work():
 )
 def test_the_same_pictures_again_and_again_are_learnt_and_renewed_on(images):
     """A camera that stood still: fewer distinct patches than prototypes."""
+    many = {"patch_prototypes": "200", "tune_prototypes": "32", "renew_every_epochs": "1"}
+    tuned = {"tuned_stages": "1", "tune_epochs": "2", "tune_iterations": "2"}
+    fit(tiny_config(**many, **tuned), ArraySource(images), SEEN, seed=0)
     found = fit(tiny_config(patch_prototypes="200"), ArraySource(images), SEEN, seed=0)
     renewed, _ = renew(found, ArraySource(images), ArraySource(images[:12]), SEEN, seed=1)
     for model in (found, renewed):
@@ -185,6 +188,25 @@ def test_poison_is_set_aside(model, poison):
     labels = [0] * 40 + [1] * 40
     found = [auroc(labels, m.score(images).score.numpy()) for m in (clean, poisoned)]
     assert abs(found[0] - found[1]) < 0.01
+
+
+def test_a_renewed_model_shares_nothing_with_the_present_one(model, monkeypatch):
+    """Moved to another device, neither takes a part of the other along."""
+    pairs = []
+    shift = fit_module._score_shift
+    monkeypatch.setattr(
+        fit_module, "_score_shift", lambda *args: pairs.append(args[:2]) or shift(*args)
+    )
+    new = ArraySource(normals(30, seed=14))
+    pairs.append((model, renew(model, ArraySource(NORMALS), new, SEEN, seed=1)[0]))
+    for before, after in pairs:
+        assert not {id(m) for m in before.modules()} & {id(m) for m in after.modules()}
+        tensors = [{t.data_ptr() for t in _tensors(m) if t.numel()} for m in (before, after)]
+        assert not tensors[0] & tensors[1]
+
+
+def _tensors(model):
+    return [*model.parameters(), *model.buffers()]
 
 
 def test_what_a_person_vouches_for_is_learnt_however_it_looks(model):

@@ -41,5 +41,7 @@ def test_cpus_that_will_never_be_there_are_an_error():
         shares(1, 0, workers=round(1 / WORKER_CPUS) + 1)
     with pytest.raises(DataError, match="--device cuda"):
         shares(0, 1, workers=2)
+    with pytest.raises(DataError, match="workers=4 need 2 CPUs"):
+        shares(1, 4)  # GPUs for all, and nobody said that it should wait
     with pytest.raises(ValueError, match="device=tpu"):
         shares(2, 0, device="tpu")
