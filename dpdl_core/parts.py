@@ -126,7 +126,9 @@ class PatchSpace(nn.Module):
         (join() - center) @ axes, but deep stages are projected before they are spread on the
         grid: both are linear, and a map of 7 x 7 has a quarter of the places.
         """
-        total = -(self.center @ self.axes)
+        batch, dims = len(maps[0]), self.axes.shape[1]
+        offset = -(self.center @ self.axes)
+        total = offset.expand(batch, self.side, self.side, dims).clone()
         start = 0
         for stage in self.stages:
             m = self._coarse(maps[stage])
@@ -134,8 +136,8 @@ class PatchSpace(nn.Module):
             start += m.shape[1]
             norm = torch.linalg.vector_norm(self._on_grid(m), dim=1).clamp_min(1e-12)
             projected = self._on_grid((m.permute(0, 2, 3, 1) @ axes).permute(0, 3, 1, 2))
-            total = total + (projected / norm[:, None]).flatten(2).transpose(1, 2)
-        return total
+            total.addcdiv_(projected.permute(0, 2, 3, 1), norm[..., None])
+        return total.flatten(1, 2)
 
 
 class PatchEnergy(nn.Module):
@@ -298,7 +300,8 @@ def _costs(bridge: Bridge, x: Tensor, first: int | None) -> Iterator[tuple[Tenso
     means = means - center
     offset = means.square().sum(1) / 2
     for rows in torch.split(x - center, _CHUNK_ROWS.get(x.device.type, 512)):
-        yield rows.square().sum(1) / 2, torch.addmm(offset, rows, means.T, alpha=-1)
+        norms = torch.linalg.vector_norm(rows, dim=1).square() / 2
+        yield norms, torch.addmm(offset, rows, means.T, alpha=-1)
 
 
 def _stiffness(bridge: Bridge, x: Tensor) -> Tensor:
