@@ -92,12 +92,13 @@ def test_what_is_uploaded_is_all_that_a_job_needs(tmp_path):
 def test_ray_up_copies_the_settings_and_no_other_secret(checkout, tmp_path_factory, file):
     """By rsync itself, with the arguments that Ray makes of the file."""
     there = tmp_path_factory.mktemp("there")
+    (checkout / ".git" / "HEAD").write_text("x")  # a version names its commit
     chosen = SSHCommandRunner._create_rsync_filter_args(
         None, yaml.safe_load((ROOT / file).read_text())
     )
     subprocess.run(["rsync", "-az", *chosen, f"{checkout}/", str(there)], check=True, timeout=60)
     found = {str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()}
-    assert found == {"dpdl.yaml", ".gitignore", *PROGRAM, *OTHER}
+    assert found == {"dpdl.yaml", ".gitignore", ".git/HEAD", *PROGRAM, *OTHER}
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="no git here")

@@ -462,7 +462,7 @@ def test_what_is_no_data_of_ours_joins_no_running_training(settings, dataset):
     report = put_incoming(settings, "plates", new_plates(10))
     put_what_is_no_data_of_ours(settings)
     keeper = WorkerKeeper(settings, snapshot(dataset), None, {})
-    assert list(keeper._new(at_least=10)["incoming"]) == [report.key]
+    assert list(keeper._new(at_least=10)["incoming"]) == report.keys
 
 
 def test_the_gate_uses_only_what_both_or_neither_have_learnt(settings, dataset):
