@@ -13,7 +13,7 @@ demo: setup  ## Run the main job end to end on this machine: services, training,
 test: setup  ## Run every test: units, the real services over sockets, the demo in short
 	@$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile tests)
 
-unit: setup  ## Run the unit tests only: no cluster, no network, about a minute
+unit: setup  ## Run the unit tests only: no cluster, no network, six minutes
 	@$(BIN)/python -m pytest tests --ignore=tests/integration --ignore=tests/faults $(ARGS)
 
 test-slow: setup  ## Run the tests that take minutes each: `ray up` over ssh, a node lost in mid-run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
@@ -84,8 +83,6 @@ def camera_set(
     ):
         if given is not None and clear:
             raise ValueError(f"--{name} and --clear-{name} are both given: keep one")
-    if threshold is not None and not math.isfinite(threshold):
-        raise ValueError(f"--threshold {threshold}: wanted a finite number")
     rule = _rule(alert) if alert is not None else None
     settings = load_settings()
     if model is not None and ModelStore(settings).current(model) is None:

@@ -34,10 +34,12 @@ def _check_train(context: Any) -> None:
     given = _given(context)
     if ("dataset" in given) == ("resume" in given):
         raise ValueError("wanted either --dataset NAME, or --resume RUN of a run that was cut off")
-    idle = sorted(given - {"resume", "model", "report"})
+    idle = given - {"resume", "model", "report"}
     if "resume" in given and idle:
-        names = ", ".join(f"--{name.replace('_', '-').replace('sets', 'set')}" for name in idle)
-        raise ValueError(f"--resume goes on with the run's own options: leave out {names}")
+        names = sorted(each.opts[0] for each in context.command.params if each.name in idle)
+        raise ValueError(
+            f"--resume goes on with the run's own options: leave out {', '.join(names)}"
+        )
 
 
 def _check_refresh(context: Any) -> None:

@@ -34,7 +34,7 @@ def write_report(path: Path | None, report: dict[str, Any]) -> None:
 
 
 def key_values(pairs: list[str] | None, option: str = "--set") -> dict[str, str]:
-    """`--set key=value` as a dictionary. Raises ValueError for one without "="."""
+    """`OPTION key=value`, repeated, as a dictionary. Raises ValueError for one without "="."""
     found = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
