@@ -119,7 +119,7 @@ def fit(
             )
     trunk.fuse()
     found = _observe(config, trunk, normals, seed, generator, tell)
-    seen = _look_at_anomalies(config, trunk, known)
+    seen = look_at_all(trunk, known, map_stages(config), config.batch_size)
     tell("prototypes", 0.0, {})
     energies = fit_energies(
         config, trunk.channels, found.pooled, found.features, generator=generator
@@ -189,7 +189,7 @@ def renew(
     old = _observe(config, trunk, old_normals, seed, generator, tell, spoil=False)
     found = with_new(old, seen_new, ~aside)
     _check_enough(len(found.pooled))
-    seen = _look_at_anomalies(config, trunk, known)
+    seen = look_at_all(trunk, known, map_stages(config), config.batch_size)
     tell("prototypes", 0.0, {})
     energies, changed = renew_energies(
         config,
@@ -262,13 +262,6 @@ def _observe(
         generator=generator,
         tell=report,
     )
-
-
-def _look_at_anomalies(
-    config: DpdlConfig, trunk: Trunk, anomalies: Tensor | npt.NDArray[np.uint8]
-) -> Features:
-    images = _as_images(config, anomalies)
-    return look_at_all(trunk, images, map_stages(config), config.batch_size)
 
 
 def _as_images(config: DpdlConfig, anomalies: Tensor | npt.NDArray[np.uint8]) -> Tensor:
