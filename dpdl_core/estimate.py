@@ -18,7 +18,7 @@ from dpdl_core.bridge import Bridge
 from dpdl_core.codebook import Codebook, assign, kmeans, refresh
 from dpdl_core.config import DpdlConfig, stage_numbers
 from dpdl_core.observe import Features
-from dpdl_core.parts import Energies, PatchEnergy, PatchSpace, PooledEnergy, whitening
+from dpdl_core.parts import FIRST, Energies, PatchEnergy, PatchSpace, PooledEnergy, whitening
 from dpdl_core.seeding import count_distinct
 
 PATCH_SAMPLE = 40_000
@@ -107,8 +107,8 @@ def leave_out(
     found = []
     for fold in range(folds):
         members = counts.sum(0) - counts[fold]
-        order = members.argsort(descending=True, stable=True)[: int((members > 0).sum())]
-        codes = ((sums.sum(0) - sums[fold])[order] / members[order, None]).to(means)
+        left = members > 0
+        codes = ((sums.sum(0) - sums[fold])[left] / members[left, None]).to(means)
         part = PatchEnergy(energy.space, len(codes), energy.bridge.eps, energy.worst)
         weights = torch.full((len(codes),), -math.log(len(codes)))
         part.bridge = Bridge(codes, energy.bridge.variances[:1], weights, energy.bridge.eps)
@@ -191,9 +191,31 @@ def fit_codes(
     book = kmeans(
         rows, num_codes, restarts=1, iterations=iterations, init=init, generator=generator
     )
-    # The most used come first: scoring holds every patch against those.
-    order = book.counts.argsort(descending=True, stable=True)
+    if init is not None:
+        return book  # in its order already
+    order = distributed.broadcast(covering(book.means, book.counts, FIRST))
     return Codebook(book.means[order], book.counts[order], book.variances[order], book.inertia)
+
+
+def covering(points: Tensor, weights: Tensor, first: int) -> Tensor:
+    """An order (C,) of points (C, D) whose `first` stand for all: the weighted sum of squared
+    distances to the nearest of them is small.
+
+    Each of these is the one that lowers the sum most, which leaves at most 1/e of what the best
+    choice would gain (Nemhauser, Wolsey, Fisher, Math. Programming 14, 1978); the others follow in
+    the order they had.
+    """
+    far = torch.cdist(points, points).square()
+    nearest = far.new_full((len(points),), float(far.max()))
+    left = torch.ones(len(points), dtype=torch.bool, device=points.device)
+    chosen = []
+    for _ in range(min(first, len(points))):
+        gain = (nearest - far).clamp_min(0) @ weights.to(far)
+        pick = int(gain.masked_fill(~left, -1.0).argmax())
+        chosen.append(pick)
+        left[pick] = False
+        nearest = torch.minimum(nearest, far[pick])
+    return torch.cat([torch.tensor(chosen, device=points.device), left.nonzero().squeeze(1)])
 
 
 def bridge_to(book: Codebook, eps: float) -> Bridge:

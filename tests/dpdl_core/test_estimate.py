@@ -1,9 +1,14 @@
-"""A fold's prototypes out of one look at all patches: against Lloyd's step on the others alone."""
+"""A fold's prototypes out of one look at all patches: against Lloyd's step on the others alone.
+The prototypes that stand for all: against every choice there is."""
 
+import itertools
+import math
+
+import pytest
 import torch
 
 from dpdl_core.bridge import Bridge
-from dpdl_core.estimate import leave_out
+from dpdl_core.estimate import covering, leave_out
 from dpdl_core.observe import Features
 from dpdl_core.parts import PatchEnergy, PatchSpace
 
@@ -29,13 +34,9 @@ def test_a_folds_prototypes_are_those_of_one_step_on_the_other_folds():
         others = rows[fold_of != fold].flatten(0, 1)
         nearest = torch.cdist(others, means).argmin(1)
         want = [others[nearest == code].mean(0) for code in range(CODES) if (nearest == code).any()]
-        torch.testing.assert_close(
-            got.bridge.means.sort(0).values, torch.stack(want).sort(0).values, rtol=1e-4, atol=1e-5
-        )
+        # In the order they had: the first of them stand for all.
+        torch.testing.assert_close(got.bridge.means, torch.stack(want), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(got.bridge.variances, part.bridge.variances)
-        sizes = [int((torch.cdist(others, means).argmin(1) == c).sum()) for c in range(CODES)]
-        used = torch.cdist(got.bridge.means[:1], torch.stack(want)).argmin()
-        assert sorted(sizes)[-1] == [s for s in sizes if s][int(used)]  # the most used comes first
 
 
 def test_what_only_one_fold_shows_is_no_prototype_without_it():
@@ -51,3 +52,30 @@ def test_what_only_one_fold_shows_is_no_prototype_without_it():
     first, second = leave_out(part, features, fold_of, 2, torch.Generator().manual_seed(0))
     torch.testing.assert_close(first.bridge.means, torch.tensor([[1.0, 0.0]]))
     torch.testing.assert_close(second.bridge.means, torch.tensor([[0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_first_prototypes_stand_for_all(seed):
+    """Oracle: every choice of as many points; greedy's gain has its proven share."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randn(9, 2, generator=generator, dtype=torch.float64)
+    weights = torch.randint(1, 20, (9,), generator=generator).double()
+    far = (points[:, None] - points).square().sum(2)
+
+    def left_over(chosen):
+        return float(weights @ far[list(chosen)].amin(0))
+
+    order = covering(points, weights, 3).tolist()
+    assert sorted(order) == list(range(9))
+    assert order[3:] == sorted(order[3:])
+    nothing = float(weights.sum() * far.max())
+    best = nothing - min(left_over(c) for c in itertools.combinations(range(9), 3))
+    assert nothing - left_over(order[:3]) >= (1 - 1 / math.e) * best
+    assert left_over(order[:1]) == min(left_over([c]) for c in range(9))
+    for held in (1, 2):  # each next one is the one that leaves least
+        rest = [left_over([*order[:held], c]) for c in range(9)]
+        assert left_over(order[: held + 1]) == pytest.approx(min(rest))
+
+
+def test_covering_fewer_points_than_asked_for_and_equal_ones():
+    assert sorted(covering(torch.zeros(3, 2), torch.ones(3), 128).tolist()) == [0, 1, 2]
