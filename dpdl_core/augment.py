@@ -97,6 +97,8 @@ def rotate(
     DRA's RandomRotation does; black corners are something a detector can learn.
     """
     _check(images)
+    if not len(images):
+        return images  # a grid of none is refused
     turn = (2 * _uniform(1, len(images), generator, images.device)[0] - 1) * math.radians(degrees)
     cosine, sine, zero = turn.cos(), turn.sin(), torch.zeros_like(turn)
     # The grid's unit is half a side: an oblong image needs its aspect to turn rigidly.

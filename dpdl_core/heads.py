@@ -97,7 +97,7 @@ class ResidualHead(nn.Module):
 
 def to_map(rows: Tensor, batch: int, height: int, width: int) -> Tensor:
     """(B*H*W, F) vectors, as `to_rows` lays them out, back to a map (B, F, H, W)."""
-    return rows.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+    return rows.reshape(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def to_rows(features: Tensor) -> Tensor:

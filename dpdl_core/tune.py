@@ -217,6 +217,8 @@ class _Training:
         started = time.perf_counter()
         dealt = next(self.stream)
         images = dealt.normals
+        if not len(images):  # read from nothing, they have no size
+            images = images.new_empty((0, *self.anomalies.shape[1:]))
         if self.device.type == "cuda":
             images = images.pin_memory().to(self.device, non_blocking=True)
         self.batch = Dealt(images, dealt.normal_places, dealt.seen_places)

@@ -6,6 +6,7 @@ Also the worker of two ranks.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -239,7 +240,7 @@ def norm_of_all(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return y.detach(), grad, norm.norm.running_var
 
 
-def work(folder: Path | None = None):
+def work():
     x = 100 + torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(1))
     keeper = Kept()
     trunk, found, drawn = run(keeper)
@@ -264,11 +265,17 @@ def work(folder: Path | None = None):
 
 
 def test_two_ranks_see_the_losses_take_the_steps_and_find_the_prototypes_of_one(tmp_path):
+    compare_with_one(work, 2, tmp_path)
+
+
+def compare_with_one(what, count, folder):
+    """What `count` ranks find is the same on all of them, and what one process finds."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, __file__, str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(r)], env=environment) for r in (0, 1)]
+    command = [sys.executable, __file__, str(folder)]
+    end = [what.__name__, str(count)]
+    ranks = [subprocess.Popen([*command, str(r), *end], env=environment) for r in range(count)]
     try:
-        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=300) for rank in ranks] == [0] * count
     finally:
         for rank in ranks:
             rank.kill()
@@ -276,20 +283,40 @@ def test_two_ranks_see_the_losses_take_the_steps_and_find_the_prototypes_of_one(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        want = work()
+        want = what()
     finally:
         torch.set_num_threads(threads)
-    first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))
+    first, *others = (torch.load(folder / f"{r}.pt", weights_only=True) for r in range(count))
     for name, tensor in want.items():
-        assert torch.equal(first[name], second[name]), f"{name}: ranks disagree"
+        for other in others:
+            assert torch.equal(first[name], other[name]), f"{name}: ranks disagree"
         torch.testing.assert_close(
             first[name], tensor, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
+def idle_ranks():
+    """A rank without an image, and batches too small to give every rank a part."""
+    count = {1: [60], 3: [40, 20, 0]}[distributed.world_size()]
+    rank = distributed.rank()
+    mine = list(range(sum(count[:rank]), sum(count[: rank + 1])))
+    source = Shard([(ArraySource(NORMALS, mine), torch.tensor(mine, dtype=torch.long))])
+    keeper = Kept()
+    _, found, _ = run(keeper, source, replace(CONFIG, tune_epochs=2, tune_batch=3))
+    # With three images a batch, rounding soon takes the steps apart: the first is compared.
+    one_step = Kept(arrive=False)
+    run(one_step, source, replace(CONFIG, tune_epochs=1, tune_iterations=1, tune_batch=3))
+    return {"curve": curve(one_step.figures), "numbers": found.everyone()[0]}
+
+
+def test_a_rank_may_have_no_image_of_a_batch_and_none_at_all(tmp_path):
+    compare_with_one(idle_ranks, 3, tmp_path)
+
+
 if __name__ == "__main__":
     place, number = Path(sys.argv[1]), int(sys.argv[2])
-    dist.init_process_group("gloo", f"file://{place}/meet", rank=number, world_size=2)
-    torch.save(work(), place / f"{number}.pt")
+    what, count = sys.argv[3], int(sys.argv[4])
+    dist.init_process_group("gloo", f"file://{place}/meet", rank=number, world_size=count)
+    torch.save(globals()[what](), place / f"{number}.pt")
     dist.barrier()
     dist.destroy_process_group()
