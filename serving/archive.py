@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import cast
+from typing import Any
 
 import cv2
 import numpy as np
@@ -198,10 +198,13 @@ class Debts:
             self._redis.hset(self._key, frame_id, json.dumps(packed))
 
     def some(self, count: int) -> list[tuple[str, NDArray[np.float32]]]:
-        """Up to `count` notes, in no order."""
+        """Up to `count` notes, drawn at random; none only where there are none.
+
+        HSCAN from its beginning finds nothing in the buckets that were emptied last.
+        """
         with redis_errors(self._where):
-            _, notes = cast("tuple[int, dict[str, str]]", self._redis.hscan(self._key, count=count))
-        return [(frame_id, _unpacked(note)) for frame_id, note in list(notes.items())[:count]]
+            drawn = self._redis.hrandfield(self._key, count, withvalues=True)
+        return [(frame_id, _unpacked(note)) for frame_id, note in _drawn(drawn)]
 
     def settle(self, frame_id: str) -> None:
         with redis_errors(self._where):
@@ -210,6 +213,13 @@ class Debts:
     def __len__(self) -> int:
         with redis_errors(self._where):
             return int(self._redis.hlen(self._key))
+
+
+def _drawn(reply: Any) -> list[tuple[str, str]]:
+    """HRANDFIELD WITHVALUES answers one flat list under RESP2, and pairs under RESP3."""
+    if reply and isinstance(reply[0], list):
+        return [(field, value) for field, value in reply]
+    return list(zip(reply[::2], reply[1::2], strict=True)) if reply else []
 
 
 def _unpacked(note: str) -> NDArray[np.float32]:
