@@ -22,6 +22,11 @@ from pipelines.scoring import Scores, alarms, calibrate
 class GateLimits:
     max_auroc_drop: float = 0.01
     """Known defects against all held-out normals, current minus candidate."""
+    max_line_drop: float = 0.03
+    """Below the best AUROC of a line of refreshes by more than this, none may lose any more: small
+    losses add up."""
+    max_recall_drop: float = 0.1
+    """Share of the known defects that alarm, current minus candidate, each by its thresholds."""
     false_alarm_sigmas: float = 3.0
     """A group of n held-out normals may alarm at the stated rate plus so many binomial standard
     deviations: 3 of 1,000 good candidates are held for no reason."""
@@ -29,7 +34,7 @@ class GateLimits:
 
 @dataclass(frozen=True)
 class Held:
-    """One model's scores of the held-out images; cameras are those of the normals."""
+    """One model's scores of the held-out images."""
 
     defects: Scores
     old_normals: Scores
@@ -51,22 +56,27 @@ def judge(
     current: Held,
     candidate: Held,
     *,
+    defect_cameras: Sequence[str],
     old_cameras: Sequence[str],
     new_cameras: Sequence[str],
     current_thresholds: dict[str, Any],
-    candidate_thresholds: dict[str, Any] | None = None,
-    false_alarm_rate: float,
+    candidate_thresholds: dict[str, Any],
+    set_on_new: bool,
+    best_auroc: float | None = None,
     limits: GateLimits | None = None,
 ) -> Verdict:
     """Promote unless the candidate is worse than the limits allow.
 
-    The current model alarms by the thresholds it is deployed with. The candidate's were set on
-    these very normals, so its alarms are counted by cross-fitting: thresholds from one half, alarms
-    on the other, both ways. With candidate_thresholds, those were set on the old normals alone, and
-    the new ones are judged by them as they stand. False alarms hold a candidate only where it is
-    also worse than the current model: after a drift, better is what is asked, not perfect.
+    Both are given with the thresholds they are, or would be, deployed with. The candidate's were
+    set on these very normals, so its false alarms are counted by cross-fitting: thresholds from one
+    half, alarms on the other, both ways. Without set_on_new they were set on the old normals alone,
+    and the new ones are judged by them as they stand. False alarms hold a candidate only where it
+    is also worse than the current model: after a drift, better is what is asked, not perfect. Nor
+    does it count then that the current model's alarms at everything include the known defects.
+    best_auroc: numbers["auroc_best"] of the current version's own verdict.
     """
     limits = limits or GateLimits()
+    false_alarm_rate = candidate_thresholds["false_alarm_rate"]
     cameras = [*old_cameras, *new_cameras]
     if not cameras:
         why = (
@@ -74,18 +84,27 @@ def judge(
             "anew; compare test AUROCs, then `dpdl models promote`"
         )
         return Verdict(False, why, {}, [why])
-    reasons, figures = [], []
+    reasons, figures, fewer_found = [], [], False
     numbers: dict[str, Any] = {"known_defects": len(candidate.defects)}
     if len(candidate.defects):
         before, after = _auroc(current), _auroc(candidate)
+        best = max(before, best_auroc or 0.0)
         numbers |= {"auroc_current": before, "auroc_candidate": after}
+        numbers["auroc_best"] = max(best, after)
         figures.append(f"AUROC on known defects {before:.3f} -> {after:.3f}")
         if before - after > limits.max_auroc_drop:
             reasons.append(f"AUROC falls by more than {limits.max_auroc_drop:g}")
+        elif after < before and best - after > limits.max_line_drop + 1e-9:
+            reasons.append(f"AUROC falls further below the {best:.3f} that there was")
+        found_before = alarms(current.defects, defect_cameras, current_thresholds).mean()
+        found_after = alarms(candidate.defects, defect_cameras, candidate_thresholds).mean()
+        numbers |= {"recall_current": float(found_before), "recall_candidate": float(found_after)}
+        figures.append(f"of these alarm {found_before:.3f} -> {found_after:.3f}")
+        fewer_found = bool(found_before - found_after > limits.max_recall_drop + 1e-9)
     else:
         figures.append("no known defects that both have learnt, AUROC not compared")
     alarmed_before = alarms(_normals(current), cameras, current_thresholds)
-    if candidate_thresholds is None:
+    if set_on_new:
         alarmed_after, rate = _cross_fitted(_normals(candidate), cameras, false_alarm_rate)
     else:
         old, rate = _cross_fitted(candidate.old_normals, old_cameras, false_alarm_rate)
@@ -108,6 +127,10 @@ def judge(
         figures.append(f"false alarms on {count} {group} normals {was:.3f} -> {now:.3f}")
         if now > bound and now > was:
             reasons.append(f"false alarms on {group} normals above {bound:.3f}")
+        if was > bound:
+            fewer_found = False  # what alarms at everything finds every defect
+    if fewer_found:
+        reasons.append(f"known defects that alarm fall by more than {limits.max_recall_drop:g}")
     why = "; ".join(figures)
     if reasons:
         return Verdict(False, f"{', '.join(reasons)} ({why})", numbers, reasons)

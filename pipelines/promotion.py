@@ -58,8 +58,12 @@ def consider(
         if held_out is None:
             current = store.manifest(name, pointer.version)
             held_out = HeldOut(settings, manifest["data"], current["data"], at_most=enough(current))
+        best_auroc = None
+        if manifest["parent"]:  # a training begins a line of its own
+            before = decisions.find(settings, name, pointer.version)
+            best_auroc = before.numbers.get("auroc_best") if before is not None else None
         verdict = _against_current(
-            store, name, version, manifest, pointer, held_out, limits, device, progress
+            store, name, version, manifest, pointer, held_out, best_auroc, limits, device, progress
         )
     if verdict.promote and not moved:
         move(settings, store, name, version, pointer, verdict.why)
@@ -146,6 +150,7 @@ def _against_current(
     manifest: Mapping[str, Any],
     pointer: Pointer,
     held_out: HeldOut,
+    best_auroc: float | None,
     limits: GateLimits | None,
     device: str,
     progress: Progress | None,
@@ -160,12 +165,14 @@ def _against_current(
     size = candidate.model.config.image_size
     verdict = judge(
         *scores,
+        defect_cameras=held_out.cameras("defects", size),
         old_cameras=held_out.cameras("old", size),
         new_cameras=held_out.cameras("new", size),
         current_thresholds=dict(current.thresholds),
+        candidate_thresholds=dict(candidate.thresholds),
         # A refresh sets its thresholds on old and new; a training has not seen the new ones.
-        candidate_thresholds=None if manifest["parent"] else dict(candidate.thresholds),
-        false_alarm_rate=candidate.thresholds["false_alarm_rate"],
+        set_on_new=manifest["parent"] is not None,
+        best_auroc=best_auroc,
         limits=limits,
     )
     if progress is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -110,11 +110,11 @@ def calibrate(
     """Thresholds by split conformal over held-out normals, and what a person should know of them.
 
     A camera gets its own where it has enough normals for the rate. The others share the default,
-    from all normals, which keeps the rate over all of them; one with FEW or more of its own, the
-    highest of them above the default, gets that: a camera unlike the others must not alarm all
-    the time until it has enough. Where even all are too few, the threshold is the highest normal
-    score and the stated rate is the one that so many normals can support, 1/(N+1): never a rate
-    that is not kept.
+    from all normals, which keeps the rate over all of them; but for those of cameras unlike the
+    others, which would lift it until no defect of the others is found. A camera with FEW or more of
+    its own, the highest of them above the default, gets that: it must not alarm all the time until
+    it has enough. Where even all are too few, the threshold is the highest normal score and the
+    stated rate is the one that so many normals can support, 1/(N+1): never a rate that is not kept.
     Raises ValueError with no scores at all.
     """
     if not len(scores):
@@ -132,7 +132,9 @@ def calibrate(
         camera: scores[[i for i, found in enumerate(cameras) if found == camera]]
         for camera in sorted(set(cameras) - {""})
     }
-    default = conformal_threshold(scores, false_alarm_rate)
+    default = conformal_threshold(
+        scores[~_unlike(scores, cameras, by_camera, false_alarm_rate)], false_alarm_rate
+    )
     own = {}
     for camera, some in by_camera.items():
         if len(some) >= needed:
@@ -151,6 +153,25 @@ def calibrate(
         "cameras": own,
         "calibration_normals": len(scores),
     }, notes
+
+
+def _unlike(
+    scores: Scores, cameras: Sequence[str], by_camera: Mapping[str, Scores], rate: float
+) -> npt.NDArray[Any]:
+    """bool (N,): normals of cameras with FEW or more that would alarm most of the time by a
+    threshold from all others. None where these are no minority, or leave too few for the rate.
+    """
+    names, unlike = np.array(cameras), np.zeros(len(scores), bool)
+    for camera, some in by_camera.items():
+        others = scores[names != camera]
+        if len(some) < FEW or not len(others):
+            continue
+        if np.median(some) > conformal_threshold(others, max(rate, 1 / (len(others) + 1))):
+            unlike |= names == camera
+    left = int((~unlike).sum())
+    if 2 * left <= len(scores) or (left + 1) * rate < 1 - 1e-9:
+        return np.zeros(len(scores), bool)
+    return unlike
 
 
 def alarms(scores: Scores, cameras: Sequence[str], thresholds: dict[str, Any]) -> npt.NDArray[Any]:

@@ -10,15 +10,22 @@ def normals(count, seed=0, shift=0.0):
     return np.random.default_rng(seed).normal(shift, 1.0, count)
 
 
-def verdict(current, candidate, *, rate=0.05, threshold=2.0, limits=None, own=None):
+def by(threshold, rate=0.05):
+    return {"default": threshold, "cameras": {}, "false_alarm_rate": rate}
+
+
+def verdict(current, candidate, *, threshold=2.0, own=None, best=None, limits=None):
+    """own: thresholds of a training, which has not seen the new normals."""
     return judge(
         current,
         candidate,
+        defect_cameras=[""] * len(candidate.defects),
         old_cameras=[""] * len(candidate.old_normals),
         new_cameras=[""] * len(candidate.new_normals),
-        current_thresholds={"default": threshold, "cameras": {}},
-        candidate_thresholds=own,
-        false_alarm_rate=rate,
+        current_thresholds=by(threshold),
+        candidate_thresholds=own or by(2.0),
+        set_on_new=own is None,
+        best_auroc=best,
         limits=limits,
     )
 
@@ -87,7 +94,7 @@ def test_a_training_is_judged_on_normals_it_does_not_know_by_its_own_thresholds(
     """Drift of 2 that the current model has adapted to: by cross-fitting it would not show."""
     current = Held(np.full(10, 9.0), normals(100), normals(300, seed=1))
     trained = Held(np.full(10, 9.0), normals(100), normals(300, seed=1, shift=2.0))
-    own = {"default": 2.0, "cameras": {}}
+    own = by(2.0)
     assert verdict(current, trained).promote
     got = verdict(current, trained, own=own)
     assert not got.promote
@@ -101,3 +108,49 @@ def test_with_nothing_to_judge_by_nothing_is_promoted(current):
     got = verdict(nothing, nothing)
     assert not got.promote
     assert "imported anew" in got.why
+
+
+def test_a_candidate_that_finds_fewer_of_the_known_defects_is_held(current):
+    """Their ranks are the same, so AUROC is; a threshold far up finds none of them."""
+    found = verdict(current, current)
+    assert (found.numbers["recall_current"], found.numbers["recall_candidate"]) == (1.0, 1.0)
+    blind = judge(
+        current,
+        current,
+        defect_cameras=[""] * 10,
+        old_cameras=[""] * 200,
+        new_cameras=[""] * 50,
+        current_thresholds=by(2.0),
+        candidate_thresholds=by(8.0),
+        set_on_new=True,
+    )
+    assert not blind.promote
+    assert blind.reasons == ["known defects that alarm fall by more than 0.1"]
+    assert "of these alarm 1.000 -> 0.000" in blind.why
+
+
+def test_a_current_model_that_alarms_at_everything_is_no_measure_of_what_is_found():
+    drifted = Held(np.full(10, 9.0), normals(200), normals(50, seed=1, shift=8.0))
+    mended = Held(np.r_[np.full(7, 9.0), np.full(3, 1.9)], normals(200), normals(50, seed=1))
+    got = verdict(drifted, mended, limits=GateLimits(max_auroc_drop=1.0))
+    assert got.numbers["recall_candidate"] == 0.7
+    assert got.promote
+
+
+def test_small_losses_of_a_line_of_refreshes_do_not_add_up():
+    """Each candidate ranks a few more normals above the defects: .005 of AUROC at a time."""
+    old, losses, best, aurocs = np.arange(1000.0), 0, None, []
+    while losses < 20:
+        held = [
+            Held(np.full(5, 999.5 - 5 * worse), old, np.empty(0)) for worse in (losses, losses + 1)
+        ]
+        got = verdict(*held, threshold=900.0, own=by(900.0), best=best)
+        if not got.promote:
+            break
+        aurocs.append(got.numbers["auroc_candidate"])
+        best, losses = got.numbers["auroc_best"], losses + 1
+    assert losses == 6
+    assert aurocs[-1] == pytest.approx(0.97, abs=1e-6)
+    assert got.reasons == ["AUROC falls further below the 1.000 that there was"]
+    better = Held(np.full(5, 999.5 - 5 * (losses - 1)), old, np.empty(0))
+    assert verdict(held[0], better, threshold=900.0, own=by(900.0), best=best).promote

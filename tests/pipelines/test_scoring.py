@@ -101,3 +101,19 @@ def test_alarms_use_each_cameras_threshold():
     thresholds = {"default": 1.0, "cameras": {"cam-1": 5.0}}
     got = alarms(np.array([2.0, 2.0, 1.0]), ["cam-1", "cam-9", "cam-9"], thresholds)
     assert got.tolist() == [False, True, False]  # at the threshold is no alarm
+
+
+def test_a_camera_unlike_the_others_does_not_lift_their_threshold():
+    """400 normals of one kind and 12 of a camera far above: 3 % of all, at a rate of 1 %."""
+    rng = np.random.default_rng(0)
+    scores = np.concatenate([rng.normal(size=400), rng.normal(8, 0.1, 12)])
+    thresholds, _ = calibrate(scores, [""] * 400 + ["cam-9"] * 12, 0.01)
+    alone, _ = calibrate(scores[:400], [""] * 400, 0.01)
+    assert thresholds["default"] == alone["default"] < 4
+    assert thresholds["cameras"] == {"cam-9": scores[400:].max()}
+
+
+def test_where_the_unlike_are_no_minority_the_default_is_of_all():
+    scores = np.concatenate([np.linspace(0, 1, 200), np.linspace(8, 9, 200)])
+    thresholds, _ = calibrate(scores, ["cam-1"] * 200 + ["cam-2"] * 200, 0.01)
+    assert thresholds["default"] > 8
