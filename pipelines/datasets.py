@@ -10,9 +10,10 @@ Objects are named by their content, so importing the same folder again writes th
 a changed import changes nothing that a reader of the old dataset.json is looking at until the new
 one stands; only then do the old objects go. Images are stored as they came, byte for byte.
 
-The split is the paper's (dpdl_core/protocol.py). `calibration` is a share of the training normals
-that no training sees: alert thresholds need normals that the model has not learnt. Labels serve
-training and evaluation; what streams is the image alone (`iter_images`).
+The split is the paper's (dpdl_core/protocol.py), of images that are each there once: files of the
+same bytes on two sides would pass for unseen. `calibration` is a share of the training normals that
+no training sees: alert thresholds need normals that the model has not learnt. Labels serve training
+and evaluation; what streams is the image alone (`iter_images`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import hashlib
 import io
 import math
 import random
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class ImportReport:
     licence: str
     counts: dict[str, dict[str, int]]
     skipped: list[dict[str, str]]
+    """Left out, as {"source", "reason"}: no image, or a duplicate of another file."""
     objects: int
     written: int
     """Objects that were not there already."""
@@ -113,12 +115,16 @@ def import_dataset(
 
     shots: known defects for training. calibration_share: of the training normals, held out for
     thresholds. leave_out: sources of training normals that are not imported, such as those that
-    are to arrive later. Raises DataError for a name or a folder that will not do.
+    are to arrive later. Every file is read twice: to look at it, and to store it. Raises DataError
+    for a name or a folder that will not do, and where one image is both normal and a defect.
     """
     check_name(name)
     try:
+        found = protocol.load_dataset(src)
+        tally = _Tally(2 * len(_samples(found)), progress)
+        usable, digests = _look_at(found, tally)
         split = protocol.split(
-            protocol.load_dataset(src),
+            usable,
             setting=setting,
             shots=shots,
             seed=seed,
@@ -129,13 +135,13 @@ def import_dataset(
     dealt = _dealt(split, calibration_share, leave_out)
     ensure_buckets(settings)
     before = {o.key for part in SPLITS for o in list_objects(settings, f"{name}/{part}/")}
-    tally = _Tally(sum(map(len, dealt.values())), progress)
+    tally.total = tally.done + sum(map(len, dealt.values()))
     parts: dict[str, list[Part]] = {}
     for part, samples in dealt.items():
         parts[part] = []
         for label in (0, 1):
             chosen = [sample for sample in samples if sample.label == label]
-            rows = _usable(chosen, tally)
+            rows = _rows(chosen, digests, tally)
             parts[part] += _write_parts(settings, f"{name}/{part}", label, rows, len(chosen))
     index = DatasetIndex(
         name=name,
@@ -254,21 +260,71 @@ class _Tally:
     def advance(self) -> None:
         self.done += 1
         if self.progress is not None and (self.done % 50 == 0 or self.done == self.total):
-            figures = {"images": self.done, "skipped": len(self.skipped)}
+            figures = {"read": self.done, "skipped": len(self.skipped)}
             self.progress("import", self.done / self.total, figures)
 
 
-def _usable(samples: Iterable[protocol.Sample], tally: _Tally) -> Iterator[dict[str, Any]]:
-    """Rows of the samples that are images, one at a time; the others are tallied."""
-    for sample in samples:
+def _samples(dataset: protocol.Dataset) -> list[protocol.Sample]:
+    return [*dataset.normals, *(dataset.test_normals or []), *dataset.anomalies]
+
+
+def _look_at(dataset: protocol.Dataset, tally: _Tally) -> tuple[protocol.Dataset, dict[str, str]]:
+    """The data set with each image once and what is none tallied, and source -> digest of these.
+
+    Raises DataError that names the files where one image has both labels: which is right, only a
+    person can say.
+    """
+    first: dict[str, protocol.Sample] = {}
+    both: list[str] = []
+    for sample in _samples(dataset):
         tally.advance()
         try:
             data = _whole(sample)
         except (OSError, ImageRejected) as error:
             tally.skip(sample.source, getattr(error, "reason", "unreadable"))
             continue
-        if tally.check(sample.source, data):
-            yield _row(data, sample.label, sample.defect, "", None, sample.source)
+        digest = hashlib.sha256(data).hexdigest()
+        same = first.get(digest)
+        if same is None:
+            if tally.check(sample.source, data):
+                first[digest] = sample
+        elif same.label != sample.label:
+            both.append(f"{same.source} and {sample.source}")
+        else:
+            tally.skip(sample.source, f"duplicate of {same.source}")
+    if both:
+        raise DataError(
+            f"{dataset.name}: the same image is a normal and a defect: {', '.join(both[:3])}"
+            f"{f' and {len(both) - 3} more' if len(both) > 3 else ''}: remove the wrong one of each"
+        )
+    digests = {sample.source: digest for digest, sample in first.items()}
+
+    def kept(samples: list[protocol.Sample]) -> list[protocol.Sample]:
+        return [sample for sample in samples if sample.source in digests]
+
+    tests = dataset.test_normals
+    usable = protocol.Dataset(
+        dataset.name,
+        kept(dataset.normals),
+        None if tests is None else kept(tests),
+        kept(dataset.anomalies),
+    )
+    return usable, digests
+
+
+def _rows(
+    samples: Iterable[protocol.Sample], digests: Mapping[str, str], tally: _Tally
+) -> Iterator[dict[str, Any]]:
+    """Rows of the samples, one at a time. DataError for one that is not what was looked at."""
+    for sample in samples:
+        tally.advance()
+        try:
+            row = _row(_whole(sample), sample.label, sample.defect, "", None, sample.source)
+        except (OSError, ImageRejected):
+            row = {"digest": None}
+        if row["digest"] != digests[sample.source]:
+            raise DataError(f"{sample.source} has changed during the import: import again")
+        yield row
 
 
 def _row(

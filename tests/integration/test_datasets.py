@@ -42,20 +42,23 @@ def folder(tmp_path_factory):
             (root / kind / f"{i:03}.png").write_bytes(texture(i + 1000 * spot, spot))
     (root / "normal" / "broken.png").write_bytes(texture(1)[:300])
     (root / "normal" / "empty.png").write_bytes(b"")
+    (root / "normal" / "twice.png").write_bytes(texture(1))
     return root
 
 
 def test_import_keeps_bytes_splits_without_overlap_and_lists_what_it_left_out(settings, folder):
     report = import_dataset(settings, folder, "plates", shots=4)
-    assert {entry["reason"] for entry in report.skipped} <= {"empty", "truncated", "corrupt"}
-    assert len(report.skipped) == 2
+    reasons = {entry["source"]: entry["reason"] for entry in report.skipped}
+    assert reasons.pop("normal/twice.png") == "duplicate of normal/001.png"
+    assert set(reasons) == {"normal/broken.png", "normal/empty.png"}
+    assert set(reasons.values()) <= {"empty", "truncated", "corrupt"}
     stored = {}
     for split in ("train", "calibration", "test"):
         for source, data in iter_images(settings, "plates", split):
             assert source not in stored
             stored[source] = data
     files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}
-    assert stored == {k: v for k, v in files.items() if "broken" not in k and "empty" not in k}
+    assert stored == {k: v for k, v in files.items() if k not in {*reasons, "normal/twice.png"}}
     counts = report.counts
     assert counts["train"]["anomaly"] == 4
     assert counts["calibration"]["anomaly"] == 0

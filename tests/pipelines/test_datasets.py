@@ -2,13 +2,15 @@
 
 import io
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from dpdl_core.protocol import Sample, Split
+from dpdl_core.protocol import Dataset, Sample, Split
 from infra.errors import DataError
 from pipelines.dataset_index import DatasetIndex, Part, check_name
-from pipelines.datasets import SCHEMA, _dealt, _parquet, _row
+from pipelines.datasets import SCHEMA, _dealt, _look_at, _parquet, _row, _rows, _Tally
 
 
 def samples(count, label):
@@ -44,6 +46,56 @@ def test_normals_that_are_to_arrive_later_are_left_out():
 def test_too_few_normals_to_hold_any_out_are_refused():
     with pytest.raises(DataError, match="more images"):
         _dealt(paper_split(normals=2), 0.2, ())
+
+
+def png(seed):
+    pixels = np.random.default_rng(seed).integers(0, 255, (16, 16), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def found(normals, anomalies, tests=None):
+    """A data set of names and bytes."""
+    normal = [Sample(0, "", name, data=data) for name, data in normals.items()]
+    anomaly = [Sample(1, "spot", name, data=data) for name, data in anomalies.items()]
+    test = None if tests is None else [Sample(0, "", n, data=d) for n, d in tests.items()]
+    return Dataset("plates", normal, test, anomaly)
+
+
+def test_each_image_is_imported_once_and_its_copies_are_named():
+    dataset = found(
+        {"a": png(1), "b": png(2), "c": png(1), "d": b"none"},
+        {"x": png(3), "y": png(3)},
+        tests={"s": png(2), "t": png(4)},
+    )
+    tally = _Tally(16, None)
+    usable, digests = _look_at(dataset, tally)
+    assert [s.source for s in usable.normals] == ["a", "b"]
+    assert [s.source for s in usable.test_normals] == ["t"]  # b is learnt: s would pass for unseen
+    assert [s.source for s in usable.anomalies] == ["x"]
+    assert set(digests) == {"a", "b", "t", "x"}
+    assert tally.skipped == [
+        {"source": "c", "reason": "duplicate of a"},
+        {"source": "d", "reason": "not-an-image"},
+        {"source": "s", "reason": "duplicate of b"},
+        {"source": "y", "reason": "duplicate of x"},
+    ]
+
+
+def test_an_image_that_is_a_normal_and_a_defect_is_for_a_person():
+    dataset = found({"normal/a": png(1), "normal/b": png(2)}, {"anomaly/x": png(2)})
+    with pytest.raises(DataError, match="normal/b and anomaly/x: remove the wrong one"):
+        _look_at(dataset, _Tally(3, None))
+
+
+def test_a_file_that_changes_under_an_import_ends_it():
+    dataset = found({"a": png(1), "b": png(2)}, {})
+    _, digests = _look_at(dataset, _Tally(4, None))
+    assert len(list(_rows(dataset.normals, digests, _Tally(2, None)))) == 2
+    changed = found({"a": png(1), "b": png(9)}, {})
+    with pytest.raises(DataError, match="b has changed"):
+        list(_rows(changed.normals, digests, _Tally(2, None)))
 
 
 def test_the_same_rows_are_the_same_bytes_in_the_groups_given():
