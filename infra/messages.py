@@ -52,14 +52,16 @@ def frame_id(topic: str, partition: int, offset: int) -> str:
     return f"{topic}/{partition}/{offset}"
 
 
-def evidence_key(frame: str) -> str:
-    """Where the evidence of a frame lies in the evidence bucket, from its frame id alone.
+def evidence_key(frame: str, captured_at_ns: int) -> str:
+    """Where the evidence of a frame lies in the evidence bucket, from what it came with alone.
 
     Zero-padded, so that a listing is in offset order; deterministic, so that a replayed frame
-    overwrites its own evidence with the same bytes, and Redis never needs a later update.
+    overwrites its own evidence with the same bytes, and Redis never needs a later update. The time
+    too: a topic that was made anew counts its offsets from 0 again. Who looks for evidence takes
+    the key that its result keeps: results of before there were times in it have none.
     """
     topic, partition, offset = frame.rsplit("/", 2)
-    return f"{topic}/{int(partition):05d}/{int(offset):020d}"
+    return f"{topic}/{int(partition):05d}/{int(offset):020d}-{captured_at_ns}"
 
 
 def check_camera(camera: str) -> str:
@@ -96,6 +98,10 @@ class FrameRecord:
     @property
     def frame_id(self) -> str:
         return frame_id(self.topic, self.partition, self.offset)
+
+    @property
+    def evidence_key(self) -> str:
+        return evidence_key(self.frame_id, self.captured_at_ns)
 
     @classmethod
     def from_kafka(cls, record: KafkaRecord) -> Self:

@@ -1,9 +1,9 @@
 """Evidence: for each anomaly the frame, byte for byte, and its heat map, in S3.
 
 Kept before the result is published, so that an alert has its picture when it appears. Keys are
-made of the frame id alone: keeping twice changes nothing.
+made of the frame id and its time of capture alone: keeping twice changes nothing.
 
-When S3 is away, scoring goes on. What is owed is noted in Redis (frame id and the small heat map)
+When S3 is away, scoring goes on. What is owed is noted in Redis (frame id, key and small heat map)
 before the result is published, and paid later: the frame itself is read again from Kafka by its
 id. Chosen over a spool on local disk because Kafka has the bytes anyhow, replicated and bounded by
 its retention, and because a note in Redis survives the loss of this machine.
@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from infra import s3_client
 from infra.errors import DpdlError, NotFound, ServiceUnavailable
 from infra.kafka_client import kafka_errors, make_consumer
-from infra.messages import FrameRecord, evidence_key
+from infra.messages import FrameRecord
 from infra.redis_connection import make_redis, redis_errors
 from infra.s3_client import make_minio, s3_errors
 from infra.settings import Settings
@@ -124,8 +124,8 @@ class Archive:
             if owed:
                 self._rest()
         for frame, heat in owed:
-            self._debts.note(frame.frame_id, heat)
-        return [evidence_key(frame.frame_id) for frame in frames]
+            self._debts.note(frame, heat)
+        return [frame.evidence_key for frame in frames]
 
     def close(self) -> None:
         self._closing.set()
@@ -134,7 +134,7 @@ class Archive:
 
     def _try(self, frame: FrameRecord, heat: NDArray[np.float32]) -> bool:
         try:
-            self._store(frame.frame_id, frame.image, heat)
+            self._store(frame.evidence_key, frame.image, heat)
         except DpdlError as error:
             log.debug("evidence of %s: %s", frame.frame_id, error)
             return False
@@ -145,8 +145,7 @@ class Archive:
             log.warning("S3 does not take evidence: it is owed until it does")
         self._rest_until = time.monotonic() + BREATHER_S
 
-    def _store(self, frame_id: str, image: bytes, heat: NDArray[np.float32]) -> None:
-        key = evidence_key(frame_id)
+    def _store(self, key: str, image: bytes, heat: NDArray[np.float32]) -> None:
         self._put(f"{key}/{HEAT}", heat_png(heat), "image/png")
         self._put(f"{key}/{FRAME}", image, image_type(image))
 
@@ -165,20 +164,27 @@ class Archive:
         if time.monotonic() < self._rest_until:
             return 0
         notes = self._debts.some(PAY_AT_ONCE)
-        for frame_id, heat in notes:
-            image = self._reread(frame_id)
+        for owed in notes:
+            image, frame_id = self._reread(owed.frame_id), owed.frame_id
             if image is None:
                 log.warning("%s expired in Kafka before S3 came back: no evidence of it", frame_id)
             else:
-                self._store(frame_id, image, heat)
+                self._store(owed.key, image, owed.heat)
             self._debts.settle(frame_id)
         if notes:
             log.info("owed evidence of %d alerts paid", len(notes))
         return len(notes)
 
 
+class Owed(NamedTuple):
+    frame_id: str
+    key: str
+    """Where its evidence is to lie."""
+    heat: NDArray[np.float32]
+
+
 class Debts:
-    """Evidence that S3 has not got yet: a Redis hash, frame id -> heat map.
+    """Evidence that S3 has not got yet: a Redis hash, frame id -> key and heat map.
 
     Every method can raise infra's ServiceUnavailable.
     """
@@ -188,23 +194,27 @@ class Debts:
         self._redis = make_redis(settings)
         self._key = f"{settings.redis.prefix}:evidence-owed:{settings.kafka.group}"
 
-    def note(self, frame_id: str, heat: NDArray[np.float32]) -> None:
+    def note(self, frame: FrameRecord, heat: NDArray[np.float32]) -> None:
         """Beyond MAX_DEBTS nothing is noted: that alert stays without a picture."""
         if len(self) >= MAX_DEBTS:
             return
         small = np.ascontiguousarray(heat, dtype=np.float16)
-        packed = {"shape": small.shape, "heat": base64.b64encode(small.tobytes()).decode()}
+        packed = {
+            "key": frame.evidence_key,
+            "shape": small.shape,
+            "heat": base64.b64encode(small.tobytes()).decode(),
+        }
         with redis_errors(self._where):
-            self._redis.hset(self._key, frame_id, json.dumps(packed))
+            self._redis.hset(self._key, frame.frame_id, json.dumps(packed))
 
-    def some(self, count: int) -> list[tuple[str, NDArray[np.float32]]]:
+    def some(self, count: int) -> list[Owed]:
         """Up to `count` notes, drawn at random; none only where there are none.
 
         HSCAN from its beginning finds nothing in the buckets that were emptied last.
         """
         with redis_errors(self._where):
             drawn = self._redis.hrandfield(self._key, count, withvalues=True)
-        return [(frame_id, _unpacked(note)) for frame_id, note in _drawn(drawn)]
+        return [_unpacked(frame_id, note) for frame_id, note in _drawn(drawn)]
 
     def settle(self, frame_id: str) -> None:
         with redis_errors(self._where):
@@ -222,10 +232,15 @@ def _drawn(reply: Any) -> list[tuple[str, str]]:
     return list(zip(reply[::2], reply[1::2], strict=True)) if reply else []
 
 
-def _unpacked(note: str) -> NDArray[np.float32]:
+def _unpacked(frame_id: str, note: str) -> Owed:
     packed = json.loads(note)
     flat = np.frombuffer(base64.b64decode(packed["heat"]), np.float16)
-    return flat.reshape(packed["shape"]).astype(np.float32)
+    heat = flat.reshape(packed["shape"]).astype(np.float32)
+    if "key" in packed:
+        return Owed(frame_id, packed["key"], heat)
+    # Noted before keys had a time: its alert has the key of then.
+    topic, partition, offset = frame_id.rsplit("/", 2)
+    return Owed(frame_id, f"{topic}/{int(partition):05d}/{int(offset):020d}", heat)
 
 
 class EvidenceBucket:

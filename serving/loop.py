@@ -11,8 +11,8 @@ the span is read again, and a consumer that lost its partition is refused.
 
 What goes with it: a bad record is put aside before its offset is passed, so it is never nowhere
 (twice is possible after a crash; its frame id tells). Evidence is written under a key made of the
-frame id, so that writing it again is the same. Kafka's own commit is for lag metrics only; nothing
-reads it back.
+frame id and its time of capture, so that writing it again is the same. Kafka's own commit is for
+lag metrics only; nothing reads it back.
 
 A polled batch is scored by one call for each model that its cameras are bound to: each call by one
 version of one model, and a result names both.

@@ -40,6 +40,7 @@ from serving.console.parameters import (
     Count,
     EntryId,
     FromMs,
+    Kept,
     ModelFilter,
     Offset,
     Partition,
@@ -299,7 +300,7 @@ class Console:
     # --- pictures ------------------------------------------------------------------------
 
     @api.get(
-        "/api/v1/evidence/{topic}/{partition}/{offset}/{name}",
+        "/api/v1/evidence/{topic}/{partition}/{kept}/{name}",
         response_class=Response,
         responses=PICTURE,
     )
@@ -307,11 +308,11 @@ class Console:
         self,
         topic: Topic,
         partition: Partition,
-        offset: Offset,
+        kept: Kept,
         name: Annotated[str, Path(pattern=f"^({FRAME}|{HEAT})$")],
     ) -> Response:
         """The frame as it came, or its heat map as an overlay (RGBA PNG)."""
-        data = self._evidence.get(f"{topic}/{partition}/{offset}/{name}")
+        data = self._evidence.get(f"{topic}/{partition}/{kept}/{name}")
         if data is None:
             raise HTTPException(404, "no such evidence: expired, or not yet in S3")
         return pages.picture(data)

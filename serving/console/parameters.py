@@ -21,6 +21,9 @@ ModelFilter = Annotated[
 Topic = Annotated[str, Path(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
 Partition = Annotated[str, Path(pattern=r"^\d{1,9}$")]
 Offset = Annotated[str, Path(pattern=r"^\d{1,20}$")]
+Kept = Annotated[
+    str, Path(pattern=r"^\d{1,20}(-\d{1,19})?$", description="Offset, and time of capture in ns.")
+]
 FromMs = Annotated[
     int | None,
     Query(alias="from", ge=0, lt=2**53, description="Scored at this time or later, unix ms."),

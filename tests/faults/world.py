@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from infra.embedded import SERVICE_NAMES, Stack
 from infra.embedded.files import write_private
 from infra.errors import DpdlError
 from infra.kafka_client import end_offsets, ensure_topics, make_admin, make_consumer
-from infra.messages import evidence_key
+from infra.messages import FrameResult, evidence_key
 from infra.model_store import ModelStore
 from infra.redis_client import MAX_PAGE, ResultStore
 from infra.s3_client import ensure_buckets, make_minio
@@ -283,7 +283,7 @@ class World:
             scored += [(camera, each) for each in got]
             anomalies |= {result.frame_id: result for result in results if result.is_anomaly}
         alerts = Counter(frame for frame, camera in self._alerts() if camera in cameras)
-        missing = self._missing_evidence(set(anomalies), patience_s)
+        missing = self._missing_evidence(anomalies.values(), patience_s)
         return Account(
             sent=len(frames),
             scored=len(set(scored)),
@@ -310,9 +310,10 @@ class World:
             yield from ((each.result.frame_id, each.result.camera) for each in page)
             after = page[-1].id
 
-    def _missing_evidence(self, frame_ids: set[str], patience_s: float) -> int:
+    def _missing_evidence(self, of: Iterable[FrameResult], patience_s: float) -> int:
         client, bucket = make_minio(self.settings), self.settings.s3.evidence_bucket
-        wanted = {f"{evidence_key(frame)}/{what}" for frame in frame_ids for what in _EVIDENCE}
+        keys = [evidence_key(result.frame_id, result.captured_at_ns) for result in of]
+        wanted = {f"{key}/{what}" for key in keys for what in _EVIDENCE}
         until = time.monotonic() + patience_s
         while True:
             there = {item.object_name for item in client.list_objects(bucket, recursive=True)}

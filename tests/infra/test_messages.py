@@ -142,9 +142,15 @@ def test_headers_round_trip(captured: int) -> None:
 
 
 def test_evidence_lies_in_offset_order() -> None:
-    keys = [evidence_key(f"frames/3/{offset}") for offset in (9, 10, 2**40)]
+    keys = [evidence_key(f"frames/3/{offset}", 17) for offset in (9, 10, 2**40)]
     assert keys == sorted(keys)
-    assert keys[0] == "frames/00003/00000000000000000009"
+    assert keys[0] == "frames/00003/00000000000000000009-17"
+
+
+def test_evidence_of_a_topic_made_anew_overwrites_none_of_the_old_one() -> None:
+    old, new = (record(headers=frame_headers(at, "image/png")) for at in (1, 2))
+    keys = {FrameRecord.from_kafka(each).evidence_key for each in (old, new)}
+    assert len(keys) == 2
 
 
 RESULT = FrameResult(

@@ -20,10 +20,11 @@ def result(
     offset: int, camera: str = "cam-1", *, anomaly: bool = False, partition: int = 0
 ) -> FrameResult:
     frame = frame_id(TOPIC, partition, offset)
+    captured_at_ns = 1_700_000_000_000_000_000 + offset
     return FrameResult(
         frame_id=frame,
         camera=camera,
-        captured_at_ns=1_700_000_000_000_000_000 + offset,
+        captured_at_ns=captured_at_ns,
         scored_at_ns=1_700_000_001_000_000_000 + offset,
         score=0.1 * offset + (10 if anomaly else 0),
         threshold=9.0,
@@ -31,7 +32,7 @@ def result(
         is_anomaly=anomaly,
         model="default",
         version="v-1",
-        evidence_key=evidence_key(frame) if anomaly else "",
+        evidence_key=evidence_key(frame, captured_at_ns) if anomaly else "",
     )
 
 

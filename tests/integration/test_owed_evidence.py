@@ -1,8 +1,12 @@
 """Evidence that S3 could not take, noted in a real Redis: all of it is paid, however much it is."""
 
+import json
+
 import numpy as np
 import pytest
 
+from infra.messages import FrameRecord
+from infra.redis_connection import make_redis
 from serving.archive import PAY_AT_ONCE, Archive, Debts
 
 pytestmark = pytest.mark.integration
@@ -10,11 +14,23 @@ pytestmark = pytest.mark.integration
 HEAT = np.eye(4, dtype=np.float32)
 
 
+def frame(offset):
+    return FrameRecord(
+        topic="t",
+        partition=0,
+        offset=offset,
+        camera="cam",
+        captured_at_ns=1000 + offset,
+        content_type="",
+        image=b"x",
+    )
+
+
 def test_all_that_a_long_outage_left_is_paid(settings, monkeypatch):
     monkeypatch.setattr("serving.archive.BREATHER_S", 3600.0)  # the test pays, no thread
     debts, owed, bucket = Debts(settings), 1500, {}
     for offset in range(owed):
-        debts.note(f"t/0/{offset}", HEAT * offset)
+        debts.note(frame(offset), HEAT * offset)
     assert len(debts) == owed
     archive = Archive(lambda key, data, kind: bucket.update({key: data}), str.encode, debts)
     try:
@@ -31,7 +47,18 @@ def test_all_that_a_long_outage_left_is_paid(settings, monkeypatch):
 def test_a_note_is_given_back_as_it_was(settings):
     debts = Debts(settings)
     assert debts.some(16) == []
-    debts.note("t/0/7", HEAT)
-    ((frame_id, heat),) = debts.some(16)
-    assert frame_id == "t/0/7"
-    assert np.array_equal(heat, HEAT)
+    debts.note(frame(7), HEAT)
+    (owed,) = debts.some(16)
+    assert (owed.frame_id, owed.key) == ("t/0/7", frame(7).evidence_key)
+    assert np.array_equal(owed.heat, HEAT)
+
+
+def test_a_note_of_before_keys_had_a_time_is_paid_where_its_alert_looks(settings):
+    debts = Debts(settings)
+    debts.note(frame(7), HEAT)
+    redis = make_redis(settings)
+    ((name, note),) = redis.hgetall(debts._key).items()
+    old = {what: value for what, value in json.loads(note).items() if what != "key"}
+    redis.hset(debts._key, name, json.dumps(old))
+    (owed,) = debts.some(16)
+    assert owed.key == "t/00000/00000000000000000007"

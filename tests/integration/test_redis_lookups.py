@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from results import GROUP, TOPIC, changed, put, result
 
-from infra.messages import FrameResult, evidence_key, frame_id
+from infra.messages import FrameResult, frame_id
 from infra.redis_client import ResultStore
 from infra.redis_connection import make_redis
 from infra.settings import Settings
@@ -83,7 +83,7 @@ def test_rates_are_of_the_last_quarter_of_an_hour(store: ResultStore) -> None:
     assert camera.alert_share is not None
     assert camera.alert_share < 0.02
     assert camera.last_alert_frame == frame_id(TOPIC, 0, 995)
-    assert camera.last_alert_evidence == evidence_key(frame_id(TOPIC, 0, 995))
+    assert camera.last_alert_evidence == old[995].evidence_key
 
 
 def test_a_follower_wakes_at_the_next_alert(settings: Settings, store: ResultStore) -> None:

@@ -269,7 +269,7 @@ def _check_console(settings, got):
     assert b"<title>DPDL" in body
     assert "default-src 'none'" in headers["content-security-policy"]
     assert get(settings, "/app.js")[0] == 200
-    missing = evidence_key(f"{settings.kafka.topic}/0/999999")
+    missing = evidence_key(f"{settings.kafka.topic}/0/999999", 1)
     assert get(settings, f"/api/v1/evidence/{missing}/frame")[0] == 404
     assert get(settings, "/api/v1/evidence/..%2F..%2Fx/0/0/frame")[0] in (404, 422)
     assert get(settings, "/api/v1/alerts?count=100000")[0] == 422

@@ -195,7 +195,7 @@ def check_nothing_lost_nothing_twice(settings):
     records = read_topic(settings, settings.kafka.topic)
     dead = read_topic(settings, settings.kafka.dead_topic)
     dead_ids = {dict(record.headers)["dead-frame"].decode() for record in dead}
-    want, alerts = defaultdict(list), []
+    want, alerts = defaultdict(list), {}
     for record in records:
         frame_id = f"{record.topic}/{record.partition}/{record.offset}"
         image = cv2.imdecode(np.frombuffer(record.value, np.uint8), cv2.IMREAD_COLOR)
@@ -203,7 +203,8 @@ def check_nothing_lost_nothing_twice(settings):
             continue
         want[record.key.decode()].append(frame_id)
         if image.mean() > THRESHOLD:
-            alerts.append(frame_id)
+            captured_at_ns = int(dict(record.headers)["captured-at"])
+            alerts[frame_id] = evidence_key(frame_id, captured_at_ns)
     for camera, frame_ids in want.items():
         got = [each.result.frame_id for each in results.scores(camera, 10_000)][::-1]
         assert got == frame_ids, f"{camera}: lost, doubled or out of order"
@@ -222,9 +223,9 @@ def test_bad_records_among_good_ones(settings, topic):
     assert len(dead_ids) == 12
     assert ResultStore(settings).dead_letters() == {"truncated": 12}
     bucket = EvidenceBucket(settings)
-    for frame_id in alerts:
-        assert bucket.get(f"{evidence_key(frame_id)}/frame") == frame(250)
-        assert bucket.get(f"{evidence_key(frame_id)}/heat.png").startswith(b"\x89PNG")
+    for key in alerts.values():
+        assert bucket.get(f"{key}/frame") == frame(250)
+        assert bucket.get(f"{key}/heat.png").startswith(b"\x89PNG")
 
 
 def test_dead_letters_larger_than_their_topic_admits(settings):
@@ -398,11 +399,11 @@ def test_s3_away_scoring_goes_on_and_evidence_is_paid_later(settings, topic, sta
     archive = open_archive(settings)  # of another replica, or after a restart
     try:
         while time.monotonic() < until and not all(
-            bucket.get(f"{evidence_key(frame_id)}/frame") for frame_id in alerts
+            bucket.get(f"{key}/frame") for key in alerts.values()
         ):
             time.sleep(0.3)
     finally:
         archive.close()
-    for frame_id in alerts:
-        assert bucket.get(f"{evidence_key(frame_id)}/frame") == frame(250)
-        assert bucket.get(f"{evidence_key(frame_id)}/heat.png").startswith(b"\x89PNG")
+    for key in alerts.values():
+        assert bucket.get(f"{key}/frame") == frame(250)
+        assert bucket.get(f"{key}/heat.png").startswith(b"\x89PNG")

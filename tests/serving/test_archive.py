@@ -14,24 +14,25 @@ from torch.nn.functional import interpolate
 from infra.errors import ServiceUnavailable
 from infra.messages import evidence_key
 from serving import archive
-from serving.archive import Archive, heat_png, image_type, upsample_map
+from serving.archive import Archive, Owed, heat_png, image_type, upsample_map
 
 
 class Notes(dict):
     """Debts in a dict, with the interface of serving.archive.Debts."""
 
-    def note(self, frame_id, heat):
-        self[frame_id] = heat
+    def note(self, frame, heat):
+        self[frame.frame_id] = frame.evidence_key, heat
 
     def some(self, count):
-        return list(self.items())[:count]
+        return [Owed(frame_id, *noted) for frame_id, noted in list(self.items())[:count]]
 
     def settle(self, frame_id):
         del self[frame_id]
 
 
 def frame(offset, image=b"\xff\xd8\xffpixels"):
-    return SimpleNamespace(frame_id=f"t/0/{offset}", image=image)
+    key = evidence_key(f"t/0/{offset}", 1000 + offset)
+    return SimpleNamespace(frame_id=f"t/0/{offset}", image=image, evidence_key=key)
 
 
 HEAT = np.eye(4, dtype=np.float32)
@@ -86,13 +87,13 @@ def test_the_type_is_what_the_bytes_are(data, kind):
     assert image_type(data) == kind
 
 
-def test_frame_and_overlay_lie_under_the_frame_id(make):
+def test_frame_and_overlay_lie_under_the_frames_key(make):
     bucket = {}
     kept = make(lambda key, data, kind: bucket.update({key: (data, kind)}))
-    assert kept.keep([frame(7)], [HEAT]) == [evidence_key("t/0/7")]
-    data, kind = bucket[f"{evidence_key('t/0/7')}/frame"]
+    assert kept.keep([frame(7)], [HEAT]) == [frame(7).evidence_key]
+    data, kind = bucket[f"{frame(7).evidence_key}/frame"]
     assert (data, kind) == (frame(7).image, "image/jpeg")
-    assert bucket[f"{evidence_key('t/0/7')}/heat.png"][1] == "image/png"
+    assert bucket[f"{frame(7).evidence_key}/heat.png"][1] == "image/png"
 
 
 def test_what_s3_does_not_take_is_owed_and_paid_from_kafka(make):
@@ -104,20 +105,18 @@ def test_what_s3_does_not_take_is_owed_and_paid_from_kafka(make):
         bucket[key] = data
 
     kept = make(put, reread=lambda frame_id: frame_id.encode(), debts=debts)
-    assert kept.keep([frame(1), frame(2)], [HEAT, HEAT]) == [
-        evidence_key("t/0/1"),
-        evidence_key("t/0/2"),
-    ]
+    keys = [frame(1).evidence_key, frame(2).evidence_key]
+    assert kept.keep([frame(1), frame(2)], [HEAT, HEAT]) == keys
     assert set(debts) == {"t/0/1", "t/0/2"}
     assert kept.pay() == 0  # S3 is given a rest
     away[0], kept._rest_until = False, 0.0
     assert kept.pay() == 2
     assert not debts
-    assert bucket[f"{evidence_key('t/0/1')}/frame"] == b"t/0/1"
+    assert bucket[f"{keys[0]}/frame"] == b"t/0/1"
 
 
 def test_a_frame_that_kafka_no_longer_has_is_given_up(make):
-    debts = Notes({"t/0/1": HEAT})
+    debts = Notes({"t/0/1": ("t/00000/1", HEAT)})
     kept = make(lambda *args: None, reread=lambda frame_id: None, debts=debts)
     assert kept.pay() == 1
     assert not debts
