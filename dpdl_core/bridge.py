@@ -220,15 +220,16 @@ class Bridge(nn.Module):
         return weights @ (rate * form.points) - (x - form.center) * (weights @ rate)
 
     def _draw_end(self, x: Tensor, t: float, generator: torch.Generator | None) -> Tensor:
-        """y ~ law of X_1 given X_t = x: N(x - (1-t) k_c (x - p_c), (1-t) eps (1 - (1-t) k_c))."""
-        form = self._form(t, x.dtype)
-        weights = _log_weights(x, form).exp()
+        """y ~ law of X_1 given X_t = x, t < 1: N(p_c + s_c (x - p_c), (1-t) eps s_c) with
+        s_c = Gam_c / (Gam_c + (1-t) eps)."""
+        weights = _log_weights(x, self._form(t, x.dtype)).exp()
         drawn = torch.multinomial(_on(weights, generator), 1, generator=generator)
         chosen = drawn.squeeze(1).to(x.device)
-        pull = (1 - t) * self.eps * _rows(form.stiffness, chosen)
-        spread = ((1 - t) * self.eps * (1 - pull)).clamp_min(0).sqrt()
+        # Not as 1 - (1-t) eps k_c, of which a small variance would leave no digit.
+        kept = (_rows(self.log_ratio, chosen).to(x.dtype) - math.log1p(-t)).sigmoid()
+        spread = ((1 - t) * self.eps * kept).sqrt()
         means = _rows(self.means, chosen).to(x.dtype)
-        return means + (1 - pull) * (x - means) + spread * _normal_like(x, generator)
+        return means + kept * (x - means) + spread * _normal_like(x, generator)
 
     # Inside ---------------------------------------------------------------------------------
 
@@ -245,15 +246,16 @@ class Bridge(nn.Module):
             log_rate = -log_ratio
         else:
             log_rate = -torch.logaddexp(log_ratio, log_ratio.new_tensor(math.log1p(-t)))
-        log_pi = self.log_weights.to(dtype) + log_rate.sum(-1) / 2
+        # Of a hundred thousand dimensions the sum is of order 1e5, the differences of order 1.
+        log_pi = self.log_weights.double() + log_rate.sum(-1, dtype=torch.float64) / 2
         center = means.detach().mean(0)
         return _Form(
             self.eps,
             center,
             means - center,
             log_rate.exp() / self.eps,
-            log_pi.log_softmax(0),
-            log_pi.logsumexp(0),
+            log_pi.log_softmax(0).to(dtype),
+            log_pi.logsumexp(0).to(dtype),
         )
 
     def _admit(self, x: Tensor, order: int = 2) -> Tensor:

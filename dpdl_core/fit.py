@@ -322,7 +322,8 @@ def _calibrate_maps(model: Dpdl, normals: Normals) -> None:
     ordered = flat.sort(0).values
     median, high = ordered[len(ordered) // 2], ordered[int(0.99 * (len(ordered) - 1))]
     model.map_median.copy_(median)
-    model.map_scale.copy_((high - median).clamp_min(1e-12))
+    least = (1e-3 * median.abs()).clamp_min(1e-6)  # as in Tails
+    model.map_scale.copy_(torch.maximum(high - median, least))
 
 
 def _silent(stage: str, share: float, figures: dict[str, float]) -> None:

@@ -164,7 +164,7 @@ class PatchEnergy(nn.Module):
         few = self._few
         energies = hard_energy(self.bridge, patches.flatten(0, 1), few).view(patches.shape[:2])
         if few is not None:
-            worst, rows = _worst(energies, patches)
+            worst, rows = self._worst(energies, patches)
             energies = _with_fine(energies, worst, hard_energy(self.bridge, rows))
         return self.image_energy(energies), self.on_grid(energies)
 
@@ -205,23 +205,26 @@ class PatchEnergy(nn.Module):
         energies, winner = (values.view(patches.shape[:2]) for values in found)
         if self._few is None:
             return energies, winner
-        worst, rows = _worst(energies, patches)
+        worst, rows = self._worst(energies, patches)
         fine, nearest = hard_nearest(self.bridge, rows)
         winner = winner.scatter(1, worst, nearest.view(worst.shape))
         return _with_fine(energies, worst, fine), winner
 
+    def _worst(self, energies: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Of energies (B, L) and patches (B, L, D) each image's worst eighth, and no less than
+        twice what image_energy() looks at: places (B, l) and rows (B * l, D)."""
+        places = patches.shape[1]
+        looked_at = min(places, max(1, places // 8, 2 * self._count(places)))
+        worst = energies.topk(looked_at, dim=1).indices
+        rows = patches.gather(1, worst.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
+        return worst, rows.flatten(0, 1)
+
+    def _count(self, places: int) -> int:
+        return max(1, round(self.worst * places))
+
     def image_energy(self, energies: Tensor) -> Tensor:
         """(B, patches) -> (B,)."""
-        worst = max(1, round(self.worst * energies.shape[1]))
-        return energies.topk(worst, dim=1).values.mean(1)
-
-
-def _worst(energies: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Of energies (B, L) and patches (B, L, D) each image's worst eighth: places (B, l) and rows
-    (B * l, D)."""
-    worst = energies.topk(max(1, patches.shape[1] // 8), dim=1).indices
-    rows = patches.gather(1, worst.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
-    return worst, rows.flatten(0, 1)
+        return energies.topk(self._count(energies.shape[1]), dim=1).values.mean(1)
 
 
 def _with_fine(energies: Tensor, worst: Tensor, fine: Tensor) -> Tensor:
@@ -337,7 +340,8 @@ class Tails(nn.Module):
         levels = torch.linspace(0, 1 - TAIL_SHARE, TAIL_KNOTS, dtype=torch.float64)
         knots = torch.quantile(values, levels, dim=0)
         excess = (values - knots[-1]).clamp_min(0).sum(0) / (values > knots[-1]).sum(0).clamp_min(1)
-        tiny = 1e-6 * (knots[-1] - knots[0]).clamp_min(1e-12)
+        # Normals that are one picture again and again differ by rounding, which is no scale.
+        tiny = (1e-3 * knots[-1].abs()).clamp_min(1e-6)
         self.knots.copy_(knots.T)
         self.logs.copy_(-torch.log1p(-levels))
         self.start.copy_(knots[-1])
@@ -413,7 +417,9 @@ def whitening(rows: Tensor) -> tuple[Tensor, Tensor]:
         gram += x @ x.T if few else x.T @ x
         fourth += float(x.square().sum(1).square().sum())
     share = shrinkage(gram, fourth, num_rows, dims)
-    base = max(share * float(gram.trace()) / rows.numel(), torch.finfo(torch.float32).tiny)
+    # Of one picture again and again nothing varies: a thousandth of the features' own size does.
+    least = 1e-6 * max(float(mean.square().mean()), 1e-12)
+    base = max(share * float(gram.trace()) / rows.numel(), least)
     values, axes = torch.linalg.eigh(gram / num_rows)
     if few:
         real = values > 1e-12 * values[-1]

@@ -246,8 +246,8 @@ FAULTS = {
         ["log_normalizer_is_its_integral"],
     ),
     "half of the log-determinant": (
-        "log_rate.sum(-1) / 2",
-        "log_rate.sum(-1)",
+        "log_rate.sum(-1, dtype=torch.float64) / 2",
+        "log_rate.sum(-1, dtype=torch.float64)",
         [
             "log_normalizer_is_its_integral",
             "plan_is_the_normalised_integrand",
@@ -267,7 +267,7 @@ FAULTS = {
     "1/eps missing in the stiffness": (
         "log_rate.exp() / self.eps,",
         "log_rate.exp(),",
-        ["log_normalizer_is_its_integral", "sample_has_the_plans_law"],
+        ["log_normalizer_is_its_integral", "plan_is_the_normalised_integrand"],
     ),
     "eps missing in the energy": (
         "return self.eps * soft.clamp_min(0.0), winner",
@@ -280,9 +280,14 @@ FAULTS = {
         ["log_normalizer_is_its_integral", "plan_is_the_normalised_integrand"],
     ),
     "time reversed in the stiffness": (
-        "math.log1p(-t)",
-        "math.log(t)",
+        "log_ratio.new_tensor(math.log1p(-t))",
+        "log_ratio.new_tensor(math.log(t))",
         ["drift_is_the_gradient_of_the_heat_integral", "euler_maruyama_has_the_plans_law"],
+    ),
+    "time reversed in what is kept": (
+        "- math.log1p(-t)).sigmoid()",
+        "+ math.log1p(-t)).sigmoid()",
+        ["trajectory_has_the_bridges_law_at_any_time"],
     ),
     "variance for S at the end": (
         "log_rate = -log_ratio",
@@ -305,13 +310,13 @@ FAULTS = {
         ["plan_is_the_normalised_integrand"],
     ),
     "expansion for contraction": (
-        "means + (1 - pull) * (x - means)",
-        "means + pull * (x - means)",
+        "means + kept * (x - means)",
+        "means + (1 - kept) * (x - means)",
         ["sample_has_the_plans_law", "trajectory_has_the_bridges_law_at_any_time"],
     ),
     "noise without its root": (
-        ".clamp_min(0).sqrt()",
-        ".clamp_min(0)",
+        "(1 - t) * self.eps * kept).sqrt()",
+        "(1 - t) * self.eps * kept)",
         ["sample_has_the_plans_law"],
     ),
     "path noise of the free motion": (

@@ -354,3 +354,25 @@ def test_training_it_fits_a_plan():
         loss.backward()
         optimizer.step()
     assert np.isclose(loss.item(), floor.item(), atol=0.01)
+
+
+def test_plan_weights_of_a_hundred_thousand_dimensions():
+    """Prototypes of own variances, balanced so that every share counts. Oracle: float64 by hand."""
+    dims, eps = 100_352, 0.1
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(6, dims, generator=generator) / math.sqrt(dims)
+    variances = eps * (0.5 + torch.rand(6, dims, generator=generator))
+    x = torch.zeros(1, dims)
+    total = variances.double() + eps
+    logs = -(total.log() + means.double().square() / total).sum(1) / 2
+    bridge = Bridge(means, variances, -logs.float(), eps)  # about one sixth each
+    want = (logs - logs.float().double()).softmax(0)
+    got = bridge.plan(x).log_weights.exp()[0].double()
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=0)
+
+
+def test_a_small_variance_is_drawn_as_it_is():
+    generator = torch.Generator().manual_seed(0)
+    bridge = Bridge(torch.zeros(1, 4), torch.full((1, 4), 1e-6), torch.zeros(1), eps=10.0)
+    drawn = bridge.sample(torch.zeros(20_000, 4), generator=generator).detach()
+    assert float(drawn.var()) == pytest.approx(1e-6, rel=0.03)

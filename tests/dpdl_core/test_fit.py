@@ -1,6 +1,7 @@
 """Fitting, scoring, refreshing and files of a whole model, small. Also the worker of two ranks."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -122,7 +123,12 @@ def test_the_same_pictures_again_and_again_are_learnt_and_renewed_on(images):
     for model in (found, renewed):
         usual, defects = model.score(images[:3]).score, model.score(SEEN).score
         assert usual.isfinite().all()
+        assert defects.isfinite().all()
         assert usual.max() < defects.min()
+    # What the camera shows when it moves again.
+    _, report = renew(found, ArraySource(images), ArraySource(NORMALS[:16]), SEEN, seed=1)
+    assert math.isfinite(report.input_shift)
+    assert math.isfinite(report.score_shift)
 
 
 def test_a_renewal_on_fewer_patches_than_prototypes_leaves_them_where_they_are(model):

@@ -167,3 +167,18 @@ def test_an_images_energy_is_of_its_worst_patches_against_all_prototypes(num_pro
     top = energies.topk(4, 1).indices
     nearest = distances.argmin(1).reshape(3, 64)
     assert torch.equal(winners.gather(1, top), torch.from_numpy(nearest).gather(1, top))
+
+
+@pytest.mark.parametrize("worst", [0.03, 0.3, 1.0])
+def test_all_of_an_images_worst_patches_are_held_against_all_prototypes(worst):
+    """Oracle: every patch against every prototype; the few of most images' worst may be missed."""
+    generator = torch.Generator().manual_seed(0)
+    space = PatchSpace([0], 8, 8, side=14, smooth=False)
+    part = PatchEnergy(space, 600, 0.001, worst)
+    part.bridge.means.data.copy_(torch.randn(600, 8, generator=generator))
+    patches = torch.randn(20, 196, 8, generator=generator)
+    exact = hard_energy(part.bridge, patches.flatten(0, 1)).view(20, 196)
+    got, want = part.image_energy(part.nearest(patches)[0]), part.image_energy(exact)
+    assert (got - want).abs().mean() < 0.05 * want.mean()
+    if worst == 1.0:
+        torch.testing.assert_close(got, want)
