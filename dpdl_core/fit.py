@@ -5,9 +5,9 @@ Runs in one process, or on every rank with its shard of the normals and all anom
 passes and patches stay where the images are, sums and bounded samples travel, and every rank
 ends with the same model.
 
-Held in memory: pooled vectors of all normals (11 kB each in Lite0), the maps of at most
-config.max_maps of them (half precision: 141 kB each in `edge`, 1.4 MB in `paper`), the anomalies.
-Never the normals' pixels.
+Held in memory: pooled vectors of at most observe.MAX_POOLED normals (11 kB each in Lite0), the maps
+of at most config.max_maps of them (half precision: 141 kB each in `edge`, 1.4 MB in `paper`), the
+anomalies. Never the normals' pixels.
 Letters: N normals, K of them with maps kept, M anomalies, P pooled features, V parts.
 """
 

@@ -1,7 +1,8 @@
 """One pass of the trunk over the images, and what is kept of it.
 
 Knows the trunk and image sources; nothing of prototypes, heads or scores.
-Letters: N normals over all ranks, K of them with maps kept, B batch, P pooled features.
+Letters: N normals over all ranks whose pooled features are kept, K of them with maps, B batch,
+P pooled features.
 """
 
 from __future__ import annotations
@@ -41,14 +42,19 @@ class Features:
         return Features(self.pooled[rows], [m[rows] for m in self.maps])
 
 
+MAX_POOLED = 1 << 16
+"""Normals whose pooled features are kept, 720 MB of Lite0's, on every rank: forty for each dimension
+of the largest covariance."""
+
+
 @dataclass(frozen=True)
 class Normals:
-    """What is kept of the normals. Global numbers run over all ranks' images in rank order."""
+    """What is kept of the normals. Numbers run over all ranks' images in rank order."""
 
     pooled: Tensor
-    """(N, P) float32 of all normals, the same on every rank."""
+    """(N, P) float32 of all normals, or of MAX_POOLED of them; the same on every rank."""
     kept: Tensor
-    """(K,) global numbers of the normals whose maps are kept, ascending; same on every rank."""
+    """(K,) rows of `pooled` of the normals whose maps are kept, ascending; same on every rank."""
     mine: Tensor
     """(k,) places in `kept` of this rank's images."""
     features: Features
@@ -90,6 +96,8 @@ def observe(
     order = distributed.broadcast(torch.randperm(total, generator=generator))
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[order[:max_kept]] = True
+    to_pool = torch.zeros(total, dtype=torch.bool)
+    to_pool[order[: max(MAX_POOLED, max_kept)]] = True
     to_spoil = torch.zeros(total, dtype=torch.bool)
     to_spoil[order[: min(max_kept, max_spoiled)]] = True
 
@@ -104,7 +112,7 @@ def observe(
         numbers = torch.arange(at, at + len(images))
         at += len(images)
         found = look(trunk, images, stages)
-        pooled.append(found.pooled)
+        pooled.append(found.pooled[to_pool[numbers]])
         kept.append(found.take(chosen[numbers].nonzero().squeeze(1)))
         rows = to_spoil[numbers].nonzero().squeeze(1)
         if len(rows):
@@ -115,7 +123,7 @@ def observe(
     mine = ((everywhere >= start) & (everywhere < at)).nonzero().squeeze(1)
     return Normals(
         pooled=distributed.gather_rows(torch.cat(pooled)),
-        kept=everywhere,
+        kept=to_pool.cumsum(0)[everywhere] - 1,
         mine=mine,
         features=join(kept),
         spoiled=[join(level) for level in spoiled],

@@ -20,6 +20,7 @@ from dpdl_core.fit import fit, renew
 from dpdl_core.images import ArraySource
 from dpdl_core.metrics import auroc
 from dpdl_core.model import Dpdl
+from dpdl_core.observe import look_at_all, observe
 from dpdl_core.sieve import see, set_aside
 
 NORMALS, SEEN = normals(60), anomalies(4)
@@ -138,6 +139,29 @@ def test_a_renewal_on_fewer_patches_than_prototypes_leaves_them_where_they_are(m
     assert (report.kept, report.replaced) == (report.prototypes, 0)
     for space, part in many.parts.energies.patches.items():
         assert torch.equal(renewed.parts.energies.patches[space].bridge.means, part.bridge.means)
+
+
+def test_of_very_many_normals_a_sample_is_kept(model, monkeypatch):
+    monkeypatch.setattr("dpdl_core.observe.MAX_POOLED", 30)
+    found = observe(
+        model.trunk,
+        ArraySource(NORMALS),
+        size=SIZE,
+        stages=[2, 3, 4],
+        max_kept=20,
+        max_spoiled=0,
+        spoilers=[],
+        batch_size=16,
+        generator=torch.Generator().manual_seed(0),
+        tell=lambda share: None,
+    )
+    every = look_at_all(model.trunk, NORMALS, [2, 3, 4], 16).pooled
+    rows = torch.cdist(found.pooled, every).argmin(1)
+    assert len(rows) == 30
+    assert (rows.diff() > 0).all()
+    torch.testing.assert_close(found.pooled, every[rows])
+    assert len(found.kept) == len(found.features) == 20
+    torch.testing.assert_close(found.pooled[found.kept[found.mine]], found.features.pooled)
 
 
 def test_without_anomalies_nothing_is_tuned_and_the_config_says_so():
