@@ -43,8 +43,8 @@ class Features:
 
 
 MAX_POOLED = 1 << 16
-"""Normals whose pooled features are kept, 720 MB of Lite0's, on every rank: forty for each dimension
-of the largest covariance."""
+"""Normals whose pooled features are kept on every rank, 720 MB of Lite0's: forty for each
+dimension of the largest covariance."""
 
 
 @dataclass(frozen=True)
