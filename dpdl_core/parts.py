@@ -22,7 +22,7 @@ _CHUNK_ROWS = {"cpu": 512, "cuda": 1 << 15}
 """Patches held against prototypes at a time: their costs stay in a CPU's cache between the product
 and the minimum; an accelerator wants few launches."""
 _CHUNK_MAPS = {"cpu": 4, "cuda": 1 << 15}
-"""Images whose maps are squared at a time, likewise."""
+"""Images whose maps' moments are taken at a time, likewise."""
 TAIL_KNOTS = 256
 TAIL_SHARE = 0.2
 """The upper share of normal values that the exponential beyond them is fitted to."""
@@ -37,12 +37,11 @@ def pool(maps: list[Tensor]) -> Tensor:
     """
     parts: list[Tensor] = []
     for m in maps:
-        m = m.float()
-        mean = m.mean((2, 3))
-        chunks = torch.split(m, _CHUNK_MAPS.get(m.device.type, 4))
-        squares = torch.cat([some.square().mean((2, 3)) for some in chunks])
+        chunks = torch.split(m.float(), _CHUNK_MAPS.get(m.device.type, 4))
+        moments = [(some.mean((2, 3)), some.square().mean((2, 3))) for some in chunks]
+        mean, square = (torch.cat(each) for each in zip(*moments, strict=True))
         # Features are of order 1, so the difference does not cancel.
-        parts += [mean, (squares - mean.square()).clamp_min(0).sqrt()]
+        parts += [mean, (square - mean.square()).clamp_min(0).sqrt()]
     last = maps[-1].float().permute(0, 2, 3, 1).flatten(1, 2)
     quadrants = _quadrants(maps[-1].shape[-1]).to(last)
     return torch.cat([*parts, (quadrants @ last).flatten(1)], 1)
