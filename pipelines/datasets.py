@@ -10,10 +10,8 @@ Objects are named by their content, so importing the same folder again writes th
 a changed import changes nothing that a reader of the old dataset.json is looking at until the new
 one stands; only then do the old objects go. Images are stored as they came, byte for byte.
 
-The split is the paper's (dpdl_core/protocol.py), of images that are each there once: files of the
-same bytes on two sides would pass for unseen. `calibration` is a share of the training normals that
-no training sees: alert thresholds need normals that the model has not learnt. Labels serve training
-and evaluation; what streams is the image alone (`iter_images`).
+dealing.py says what goes into which split. Labels serve training and evaluation; what streams is
+the image alone (`iter_images`).
 """
 
 from __future__ import annotations
@@ -21,9 +19,8 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpdl_core import protocol
-from dpdl_core.images import ImageRejected, decode_image
+from dpdl_core.images import ImageRejected
 from infra.errors import DataError
 from infra.s3_client import ensure_buckets, make_minio, s3_errors
 from infra.settings import Settings
@@ -46,6 +43,7 @@ from pipelines.dataset_index import (
     list_objects,
     load_index,
 )
+from pipelines.dealing import Look, Tally, all_samples, deal, look_at, whole, with_twins
 from pipelines.sources import read_columns
 
 LICENCES = {
@@ -60,8 +58,6 @@ PART_ROWS = 1024
 PART_BYTES = 128 << 20
 MIN_GROUPS = 8
 """Small sets are cut finer, so that their row groups still deal out evenly among workers."""
-_CHECK_SIDE = 64
-"""Images are decoded once at import, at this size, to find those that are none."""
 
 _Group = list[dict[str, Any]]
 """Rows of one row group."""
@@ -121,8 +117,8 @@ def import_dataset(
     check_name(name)
     try:
         found = protocol.load_dataset(src)
-        tally = _Tally(2 * len(_samples(found)), progress)
-        usable, digests = _look_at(found, tally)
+        tally = Tally(2 * len(all_samples(found)), progress)
+        usable, looks = look_at(found, tally)
         split = protocol.split(
             usable,
             setting=setting,
@@ -132,7 +128,11 @@ def import_dataset(
         )
     except protocol.DatasetError as error:
         raise DataError(str(error)) from None
-    dealt = _dealt(split, calibration_share, leave_out)
+    dealt = with_twins(
+        deal(split, calibration_share, leave_out),
+        looks,
+        fixed_test=usable.test_normals is not None,
+    )
     ensure_buckets(settings)
     before = {o.key for part in SPLITS for o in list_objects(settings, f"{name}/{part}/")}
     tally.total = tally.done + sum(map(len, dealt.values()))
@@ -141,7 +141,7 @@ def import_dataset(
         parts[part] = []
         for label in (0, 1):
             chosen = [sample for sample in samples if sample.label == label]
-            rows = _rows(chosen, digests, tally)
+            rows = _rows(chosen, looks, tally)
             parts[part] += _write_parts(settings, f"{name}/{part}", label, rows, len(chosen))
     index = DatasetIndex(
         name=name,
@@ -182,13 +182,13 @@ def put_incoming(
     decode are left out and listed. DataError where there is no such data set.
     """
     load_index(settings, name)
-    tally = _Tally(0, None)
+    tally = Tally(0, None)
 
     def rows() -> Iterator[dict[str, Any]]:
         for position, item in enumerate(images):
             new = item if isinstance(item, NewImage) else NewImage(item, camera)
             source = new.source or f"incoming-{position}"
-            if tally.check(source, new.image):
+            if tally.decoded(source, new.image) is not None:
                 yield _row(new.image, 0, "", new.camera or camera, new.captured_at_ns, source)
 
     keys, num_images = [], 0
@@ -217,112 +217,17 @@ def labels(settings: Settings, name: str, split: Split) -> dict[str, tuple[int, 
     }
 
 
-def _dealt(
-    split: protocol.Split, calibration_share: float, leave_out: Collection[str]
-) -> dict[str, list[protocol.Sample]]:
-    """The paper's split with a share of the training normals held out for thresholds."""
-    normals = [sample for sample in split.train_normals if sample.source not in leave_out]
-    held_out = round(len(normals) * calibration_share)
-    if not 0 < held_out < len(normals):
-        raise DataError(
-            f"{split.dataset}: {len(normals)} training normals with "
-            f"calibration_share={calibration_share:g} leave none on one side: wanted a share "
-            "between 0 and 1 and more images"
-        )
-    shuffled = random.Random(split.seed).sample(range(len(normals)), len(normals))
-    return {
-        "train": [normals[i] for i in sorted(shuffled[held_out:])] + list(split.train_anomalies),
-        "calibration": [normals[i] for i in sorted(shuffled[:held_out])],
-        "test": list(split.test),
-    }
-
-
-@dataclass
-class _Tally:
-    """What an import has seen so far."""
-
-    total: int
-    progress: Progress | None
-    done: int = 0
-    skipped: list[dict[str, str]] = field(default_factory=list)
-
-    def check(self, source: str, data: bytes) -> bool:
-        try:
-            decode_image(data, _CHECK_SIDE)
-        except ImageRejected as error:
-            self.skip(source, error.reason)
-            return False
-        return True
-
-    def skip(self, source: str, reason: str) -> None:
-        self.skipped.append({"source": source, "reason": reason})
-
-    def advance(self) -> None:
-        self.done += 1
-        if self.progress is not None and (self.done % 50 == 0 or self.done == self.total):
-            figures = {"read": self.done, "skipped": len(self.skipped)}
-            self.progress("import", self.done / self.total, figures)
-
-
-def _samples(dataset: protocol.Dataset) -> list[protocol.Sample]:
-    return [*dataset.normals, *(dataset.test_normals or []), *dataset.anomalies]
-
-
-def _look_at(dataset: protocol.Dataset, tally: _Tally) -> tuple[protocol.Dataset, dict[str, str]]:
-    """The data set with each image once and what is none tallied, and source -> digest of these.
-
-    Raises DataError that names the files where one image has both labels: which is right, only a
-    person can say.
-    """
-    first: dict[str, protocol.Sample] = {}
-    both: list[str] = []
-    for sample in _samples(dataset):
-        tally.advance()
-        try:
-            data = _whole(sample)
-        except (OSError, ImageRejected) as error:
-            tally.skip(sample.source, getattr(error, "reason", "unreadable"))
-            continue
-        digest = hashlib.sha256(data).hexdigest()
-        same = first.get(digest)
-        if same is None:
-            if tally.check(sample.source, data):
-                first[digest] = sample
-        elif same.label != sample.label:
-            both.append(f"{same.source} and {sample.source}")
-        else:
-            tally.skip(sample.source, f"duplicate of {same.source}")
-    if both:
-        raise DataError(
-            f"{dataset.name}: the same image is a normal and a defect: {', '.join(both[:3])}"
-            f"{f' and {len(both) - 3} more' if len(both) > 3 else ''}: remove the wrong one of each"
-        )
-    digests = {sample.source: digest for digest, sample in first.items()}
-
-    def kept(samples: list[protocol.Sample]) -> list[protocol.Sample]:
-        return [sample for sample in samples if sample.source in digests]
-
-    tests = dataset.test_normals
-    usable = protocol.Dataset(
-        dataset.name,
-        kept(dataset.normals),
-        None if tests is None else kept(tests),
-        kept(dataset.anomalies),
-    )
-    return usable, digests
-
-
 def _rows(
-    samples: Iterable[protocol.Sample], digests: Mapping[str, str], tally: _Tally
+    samples: Iterable[protocol.Sample], looks: Mapping[str, Look], tally: Tally
 ) -> Iterator[dict[str, Any]]:
     """Rows of the samples, one at a time. DataError for one that is not what was looked at."""
     for sample in samples:
         tally.advance()
         try:
-            row = _row(_whole(sample), sample.label, sample.defect, "", None, sample.source)
+            row = _row(whole(sample), sample.label, sample.defect, "", None, sample.source)
         except (OSError, ImageRejected):
             row = {"digest": None}
-        if row["digest"] != digests[sample.source]:
+        if row["digest"] != looks[sample.source].digest:
             raise DataError(f"{sample.source} has changed during the import: import again")
         yield row
 
@@ -333,19 +238,6 @@ def _row(
     digest = hashlib.sha256(image).hexdigest()
     values = (image, label, defect, camera, captured_at_ns, source, digest)
     return dict(zip(SCHEMA.names, values, strict=True))
-
-
-def _whole(sample: protocol.Sample) -> bytes:
-    """The encoded image; a sample that is a box of a picture is cut out, without loss, as PNG."""
-    data = sample.read()
-    if sample.crop is None:
-        return data
-    from PIL import Image
-
-    out = io.BytesIO()
-    with Image.open(io.BytesIO(data)) as picture:
-        picture.crop(sample.crop).save(out, "PNG")
-    return out.getvalue()
 
 
 def _write_parts(
