@@ -21,7 +21,7 @@ from rich.table import Table
 
 from cluster.stack import show_services
 from infra.errors import DpdlError
-from infra.kafka_client import behind, bounds_of, kafka_errors, make_consumer
+from infra.kafka_client import behind, bounds_of, kafka_errors, make_consumer, topic_id
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
 from infra.settings import Settings
@@ -90,11 +90,11 @@ def _lag(settings: Settings) -> list[dict[str, int]]:
     kafka, store = settings.kafka, ResultStore(settings)
     try:
         with closing(make_consumer(settings)) as consumer, kafka_errors(kafka):
-            bounds = bounds_of(consumer, kafka.topic)
+            bounds, this = bounds_of(consumer, kafka.topic), topic_id(consumer, kafka.topic)
+        stored = store.next_offsets(kafka.group, kafka.topic, this, bounds)
         found = []
         for partition, (begin, end) in bounds.items():
-            stored = store.next_offset(kafka.group, kafka.topic, partition)
-            lag = behind(begin, end, stored)
+            lag = behind(begin, end, stored[partition])
             found.append({"partition": partition, "next": end - lag, "end": end, "lag": lag})
         return found
     finally:

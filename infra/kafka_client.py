@@ -20,6 +20,7 @@ from kafka.net.compat import KafkaNetClient
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
 from kafka.producer.transaction_manager import TransactionManager
+from kafka.protocol.metadata import MetadataRequest
 from kafka.record.default_records import DefaultRecordBatch
 
 from infra.errors import (
@@ -185,9 +186,28 @@ def bounds_of(client: KafkaConsumer, topic: str) -> dict[int, tuple[int, int]]:
 def behind(begin: int, end: int, stored: int | None) -> int:
     """Frames of a partition that wait for their result; those that retention removed do not.
 
-    stored: the next offset, None before the first result: then all that Kafka holds waits.
+    stored: the next offset, None before the first result: then all that Kafka holds waits. So it
+    does where `stored` lies beyond the end, and is of another topic.
     """
-    return max(0, end - max(begin, stored or 0))
+    if stored is None or stored > end:
+        stored = begin
+    return end - max(begin, stored)
+
+
+def topic_id(client: KafkaConsumer, topic: str) -> str:
+    """Which topic bears this name now: one that is made anew has another id.
+
+    Asked of a broker: what the client knows may be older than the topic. "" where there is none
+    such, or Kafka is too old to say (before 2.8).
+    """
+    (found,) = client._manager.run(_described, client._manager, topic).topics
+    known = not found.error_code and found.topic_id and found.topic_id.int
+    return str(found.topic_id) if known else ""
+
+
+async def _described(manager: KafkaConnectionManager, topic: str) -> Any:
+    asked = MetadataRequest.MetadataRequestTopic(name=topic)
+    return await manager.send(MetadataRequest(topics=[asked], allow_auto_topic_creation=False))
 
 
 def end_offsets(settings: Settings, topic: str) -> dict[int, int]:

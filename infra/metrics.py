@@ -81,6 +81,23 @@ class ReplicaMetrics:
         self._started.set(self._at, self._tags)
 
 
+class ExpiryMetrics:
+    """That Kafka removed frames before they were scored: shown by the consumer that had to pass
+    over them, and by the watch for as long as nobody does."""
+
+    def __init__(self) -> None:
+        self._last = Gauge(
+            "dpdl_frames_expired_timestamp_seconds",
+            "When frames were last found to have expired in Kafka unscored (Unix seconds).",
+            ("topic", "partition"),
+        )
+
+    def show(self, topic: str, last_s: Mapping[int, float]) -> None:
+        """last_s: partition -> when (Unix seconds), of those where it has happened."""
+        for partition, at_s in last_s.items():
+            self._last.set(at_s, {"topic": topic, "partition": str(partition)})
+
+
 class StreamMetrics:
     """What a consumer replica records. One per process; methods are cheap and thread-safe."""
 

@@ -18,6 +18,7 @@ Keys, below the prefix (`dpdl`):
     unlisted                             frames of the cameras beyond max_cameras
     dead                                 hash: reason of dead letters -> count
     progress:<group>:<topic>:<partition> the next offset
+    progress:<group>:<topic>:id          which topic of that name it is of, as Kafka numbers them
     answer:<frame>, defect-classes       what people say of frames (answers.py)
 
 Works on Redis 6.2 or newer and Valkey; one primary, no cluster mode. A user of its own needs:
@@ -163,6 +164,26 @@ class ResultStore:
         with redis_errors(self._where):
             self._redis.set(key, offset, nx=True)
             return int(cast(str, self._redis.get(key)))
+
+    def set_topic_id(self, group: str, topic: str, topic_id: str) -> str:
+        """Keep which topic the progress is of, unless that is kept already; the one that holds."""
+        with redis_errors(self._where):
+            self._redis.set(self._progress(group, topic, "id"), topic_id, nx=True)
+            return cast(str, self._redis.get(self._progress(group, topic, "id")))
+
+    def next_offsets(
+        self, group: str, topic: str, topic_id: str, partitions: Iterable[int]
+    ) -> dict[int, int | None]:
+        """next_offset() of these partitions; None for all of them where the progress is of another
+        topic of this name. topic_id: Kafka's, "" where it says none."""
+        wanted = list(partitions)
+        keys = [self._progress(group, topic, "id")]
+        keys += [self._progress(group, topic, each) for each in wanted]
+        with redis_errors(self._where):
+            of, *offsets = cast("list[str | None]", self._redis.mget(keys))
+        if topic_id and of and of != topic_id:
+            return dict.fromkeys(wanted)
+        return {p: None if at is None else int(at) for p, at in zip(wanted, offsets, strict=True)}
 
     def progress(self, group: str, topic: str) -> dict[int, int]:
         """Partition -> next offset, of the partitions that have one."""

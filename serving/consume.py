@@ -25,7 +25,7 @@ from ray.serve.handle import DeploymentHandle
 from infra.dead_letters import DeadLetters
 from infra.errors import DpdlError, ServiceUnavailable
 from infra.kafka_client import make_consumer
-from infra.metrics import GAUGES_S, ReplicaMetrics, StreamMetrics
+from infra.metrics import GAUGES_S, ExpiryMetrics, ReplicaMetrics, StreamMetrics
 from infra.redis_client import ResultStore
 from infra.settings import Settings, load_settings
 from serving.archive import open_archive
@@ -118,7 +118,7 @@ class Consumer:
         self._totals: dict[str, int] = {"batches": 0, "frames": 0, "alerts": 0, "dropped_spans": 0}
         self._bad: dict[str, int] = {}
         self._last: dict[str, Any] = {}
-        self._metrics = StreamMetrics()
+        self._metrics, self._expiry = StreamMetrics(), ExpiryMetrics()
         self._replica = ReplicaMetrics("consumer", serve.get_replica_context().rank.rank)
         self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
         self._thread.start()
@@ -250,4 +250,6 @@ class Consumer:
         while not self._stopping.is_set():
             self._replica.alive()
             self._metrics.in_flight(self._loop.in_flight if self._loop else 0)
+            if self._source:
+                self._expiry.show(self._settings.kafka.topic, dict(self._source.expired_s))
             self._stopping.wait(GAUGES_S)

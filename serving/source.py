@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from kafka import ConsumerRebalanceListener, KafkaConsumer
@@ -21,7 +21,7 @@ from kafka.errors import KafkaError, OffsetOutOfRangeError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from infra.errors import DpdlError, ServiceUnavailable
-from infra.kafka_client import kafka_errors, partitions_of
+from infra.kafka_client import kafka_errors, partitions_of, topic_id
 from infra.messages import KafkaRecord
 from infra.settings import Settings
 from serving.batch import Partition, Polled, Span
@@ -40,6 +40,7 @@ class Offsets(Protocol):
 
     def next_offset(self, group: str, topic: str, partition: int) -> int | None: ...
     def set_start(self, group: str, topic: str, partition: int, offset: int) -> int: ...
+    def set_topic_id(self, group: str, topic: str, topic_id: str) -> str: ...
 
 
 class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -47,6 +48,9 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
 
     A partition that the store has never seen is read from its beginning, and that is written to
     the store before its first record is polled.
+
+    A topic that was made anew counts its offsets from 0 again: its frames are not read from where
+    the old one's ended, but refused, until a person names another group.
     """
 
     def __init__(self, consumer: KafkaConsumer, offsets: Offsets, settings: Settings) -> None:
@@ -56,6 +60,10 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
         self._leases: dict[Partition, int] = {}
         self._positions: dict[Partition, int] = {}
         self._unplaced: set[Partition] = set()
+        self._refused = ""
+        """Why the topic is not read. Kept: soon it ends beyond what is stored of the old one."""
+        self.expired_s: dict[int, float] = {}
+        """Partition -> when frames were last found to have expired unscored (Unix seconds)."""
         consumer.subscribe([settings.kafka.topic], listener=self)
         with kafka_errors(settings.kafka):
             # Before joining: kafka-python 3.0.12 forgets to ask for the topic when a metadata
@@ -194,30 +202,54 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def _place(self) -> None:
         """Seeks each new or rewound partition to the stored offset, and leases it."""
-        for partition in sorted(self._unplaced):
-            place = TopicPartition(*partition)
-            with kafka_errors(self._kafka):
-                begin = self._consumer.beginning_offsets([place])[place]
-                end = self._consumer.end_offsets([place])[place]
-            stored = self._offsets.next_offset(self._kafka.group, *partition)
-            if stored is None:
-                stored = self._offsets.set_start(self._kafka.group, *partition, begin)
-            if stored > end:
-                raise ServiceUnavailable(
-                    f"results are stored up to offset {stored} of {partition.topic} partition "
-                    f"{partition.number}, but Kafka ends at {end}: was the topic made anew? "
-                    "Then set another kafka.group"
-                )
-            if stored < begin:
+        places = {partition: TopicPartition(*partition) for partition in sorted(self._unplaced)}
+        if not places:
+            return
+        with kafka_errors(self._kafka):
+            begins = self._consumer.beginning_offsets(list(places.values()))
+            ends = self._consumer.end_offsets(list(places.values()))
+        group = self._kafka.group
+        stored = {each: self._offsets.next_offset(group, *each) for each in places}
+        self._check_topic({each: ends[place] for each, place in places.items()}, stored)
+        for partition, place in places.items():
+            begin, next_offset = begins[place], stored[partition]
+            if next_offset is None:
+                next_offset = self._offsets.set_start(group, *partition, begin)
+            if next_offset < begin:
                 log.error(
                     "partition %d: %d frames expired in Kafka before they were scored "
                     "(offsets %d to %d): give the topic more retention",
-                    partition.number, begin - stored, stored, begin - 1,
+                    partition.number, begin - next_offset, next_offset, begin - 1,
                 )  # fmt: skip
-            self._consumer.seek(place, max(stored, begin))
+                self.expired_s[partition.number] = time.time()
+            self._consumer.seek(place, max(next_offset, begin))
             self._consumer.resume(place)
             # The chain of spans goes on at the stored offset, over what expired.
-            self._positions[partition] = stored
+            self._positions[partition] = next_offset
             self._leases[partition] = next(self._lease_numbers)
             self._unplaced.discard(partition)
-            log.info("partition %d: reading from offset %d", partition.number, max(stored, begin))
+            log.info(
+                "partition %d: reading from offset %d", partition.number, max(next_offset, begin)
+            )
+
+    def _check_topic(
+        self, ends: Mapping[Partition, int], stored: Mapping[Partition, int | None]
+    ) -> None:
+        """ServiceUnavailable where what is stored is of another topic of the same name."""
+        topic, group = self._kafka.topic, self._kafka.group
+        for partition, end in ends.items():
+            if (stored[partition] or 0) > end:
+                self._refused = (
+                    f"results are stored up to offset {stored[partition]} of {topic} partition "
+                    f"{partition.number}, but Kafka ends at {end}"
+                )
+        if not self._refused:
+            with kafka_errors(self._kafka):
+                this = topic_id(self._consumer, topic)
+            if this and self._offsets.set_topic_id(group, topic, this) != this:
+                self._refused = f"results are stored of another topic {topic} than Kafka has now"
+        if self._refused:
+            raise ServiceUnavailable(
+                f"{self._refused}: was the topic made anew? Then set another kafka.group, which "
+                "begins with its first frame"
+            )

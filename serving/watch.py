@@ -19,8 +19,8 @@ from kafka import KafkaConsumer
 
 from infra.decisions import Decision, Recorded
 from infra.errors import DpdlError, VersionBroken
-from infra.kafka_client import behind, bounds_of, kafka_errors, make_consumer
-from infra.metrics import GAUGES_S, CameraFacts, ReplicaMetrics, WatchMetrics
+from infra.kafka_client import behind, bounds_of, kafka_errors, make_consumer, topic_id
+from infra.metrics import GAUGES_S, CameraFacts, ExpiryMetrics, ReplicaMetrics, WatchMetrics
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
 from infra.settings import Settings
@@ -44,7 +44,7 @@ class Watch:
     ) -> None:
         self._settings, self._results = settings, results
         self._models, self._replica = {model_name}, replica
-        self._metrics = WatchMetrics()
+        self._metrics, self._expiry = WatchMetrics(), ExpiryMetrics()
         self._kafka: KafkaConsumer | None = None
         self._store = ModelStore(settings)
         self._decisions: dict[str, Recorded] = {}
@@ -54,6 +54,8 @@ class Watch:
         """Store -> why it cannot be looked at; None for one that answers."""
         self.waiting: dict[int, int] = {}
         """Partition -> frames in Kafka whose result is not yet published, at the last look."""
+        self._expired_s: dict[int, float] = {}
+        """Partition -> when frames of it were last seen to have expired unscored (Unix seconds)."""
         looks = {
             "Kafka": self._look_at_lag,
             "Redis": self._look_at_cameras,
@@ -97,20 +99,22 @@ class Watch:
             if self._kafka is None:
                 self._kafka = make_consumer(self._settings)
             with kafka_errors(self._settings.kafka):
-                bounds = bounds_of(self._kafka, topic)
+                bounds, this = bounds_of(self._kafka, topic), topic_id(self._kafka, topic)
         except DpdlError:
             if self._kafka is not None:
                 self._kafka.close()
             self._kafka = None
             raise
         try:
-            self.waiting = {
-                partition: behind(begin, end, self._results.next_offset(group, topic, partition))
-                for partition, (begin, end) in bounds.items()
-            }
+            stored = self._results.next_offsets(group, topic, this, bounds)
         except DpdlError:
             return  # Kafka answers; that Redis does not is said by its own thread
+        self.waiting = {p: behind(*bounds[p], stored[p]) for p in bounds}
         self._metrics.lag(topic, self.waiting)
+        # A consumer says so too, when it comes to them; here also while none is alive.
+        now_s = time.time()
+        self._expired_s |= {p: now_s for p in bounds if (stored[p] or bounds[p][0]) < bounds[p][0]}
+        self._expiry.show(topic, self._expired_s)
 
     def _look_at_cameras(self) -> None:
         seen = self._results.cameras()

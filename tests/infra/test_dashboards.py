@@ -12,14 +12,17 @@ from ray.util.metrics import Histogram, Metric
 from infra.dashboards import dashboards
 from infra.dashboards.__main__ import FOLDER, written
 from infra.dashboards.provisioning import alert_rules, data_sources
-from infra.metrics import ReplicaMetrics, ScorerMetrics, StreamMetrics, WatchMetrics
+from infra.metrics import ExpiryMetrics, ReplicaMetrics, ScorerMetrics, StreamMetrics, WatchMetrics
 
 BOARDS = dashboards()
 
 
 def exported() -> set[str]:
     names = set()
-    owners = (StreamMetrics(), ScorerMetrics(), WatchMetrics(), ReplicaMetrics("scorer", 0))
+    owners = (
+        StreamMetrics(), ScorerMetrics(), WatchMetrics(), ExpiryMetrics(),
+        ReplicaMetrics("scorer", 0),
+    )  # fmt: skip
     for metric in [v for owner in owners for v in vars(owner).values() if isinstance(v, Metric)]:
         name = f"ray_{metric.info['name']}"
         is_histogram = isinstance(metric, Histogram)

@@ -14,6 +14,7 @@ from ray.util.metrics import Counter, Gauge, Histogram, Metric
 from infra import metrics
 from infra.metrics import (
     CameraFacts,
+    ExpiryMetrics,
     Names,
     ReplicaMetrics,
     ScorerMetrics,
@@ -51,7 +52,10 @@ def record(monkeypatch):
 
 
 def declared() -> list[Metric]:
-    owners = (StreamMetrics(), ScorerMetrics(), WatchMetrics(), ReplicaMetrics("consumer", 0))
+    owners = (
+        StreamMetrics(), ScorerMetrics(), WatchMetrics(), ExpiryMetrics(),
+        ReplicaMetrics("consumer", 0),
+    )  # fmt: skip
     return [v for owner in owners for v in vars(owner).values() if isinstance(v, Metric)]
 
 
@@ -80,7 +84,7 @@ def test_importing_and_recording_start_no_ray() -> None:
 
 def test_names_carry_their_units_and_every_metric_is_explained() -> None:
     found = declared()
-    assert len({metric.info["name"] for metric in found}) == len(found) == 21
+    assert len({metric.info["name"] for metric in found}) == len(found) == 22
     for metric in found:
         name = metric.info["name"]
         assert name.startswith("dpdl_")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from ray.util.metrics import Histogram, Metric
 
-from infra.metrics import ReplicaMetrics, ScorerMetrics, StreamMetrics, WatchMetrics
+from infra.metrics import ExpiryMetrics, ReplicaMetrics, ScorerMetrics, StreamMetrics, WatchMetrics
 
 FOLDER = Path(__file__).parents[2] / "infra" / "prometheus"
 RULES, TESTS = FOLDER / "dpdl.rules.yml", FOLDER / "dpdl.rules_test.yml"
@@ -25,7 +25,10 @@ def rules() -> list[dict]:
 def exported() -> set[str]:
     """What our metrics are called in Prometheus."""
     names = set()
-    owners = (StreamMetrics(), ScorerMetrics(), WatchMetrics(), ReplicaMetrics("scorer", 0))
+    owners = (
+        StreamMetrics(), ScorerMetrics(), WatchMetrics(), ExpiryMetrics(),
+        ReplicaMetrics("scorer", 0),
+    )  # fmt: skip
     for metric in [v for owner in owners for v in vars(owner).values() if isinstance(v, Metric)]:
         name = f"ray_{metric.info['name']}"
         names |= {f"{name}_bucket"} if isinstance(metric, Histogram) else {name}
@@ -35,9 +38,9 @@ def exported() -> set[str]:
 def test_every_rule_says_what_is_the_matter_and_what_to_do() -> None:
     found = {rule["alert"] for rule in rules()}
     assert found == {
-        "CameraSilent", "LagGrowing", "LatencyOverBudget", "AlarmRateJumped", "Drift",
-        "DeadLetters", "VersionRefused", "RefreshHeld", "StoreAway", "ReplicaRestarting",
-        "PartGone", "NothingScraped",
+        "CameraSilent", "LagGrowing", "FramesExpired", "LatencyOverBudget", "AlarmRateJumped",
+        "Drift", "DeadLetters", "VersionRefused", "RefreshHeld", "StoreAway",
+        "ReplicaRestarting", "PartGone", "NothingScraped",
     }  # fmt: skip
     for rule in rules():
         assert rule["labels"]["severity"] in ("warning", "critical")

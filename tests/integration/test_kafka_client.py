@@ -29,6 +29,7 @@ from infra.kafka_client import (
     BOOTSTRAP_TIMEOUT_S,
     MAX_RECORD_BYTES,
     beginning_offsets,
+    behind,
     end_offsets,
     ensure_topics,
     kafka_errors,
@@ -68,6 +69,14 @@ def at(settings: Settings, partition: int, offset: int, topic: str = "") -> Kafk
     consumer.assign([place])
     consumer.seek(place, offset)
     return consumer
+
+
+@pytest.mark.parametrize(
+    ("stored", "lag"), [(None, 6), (0, 6), (3, 6), (7, 3), (10, 0), (11, 6), (500, 6)]
+)
+def test_what_waits_in_a_partition_that_holds_offsets_4_to_9(stored: int | None, lag: int) -> None:
+    """What is stored beyond its end is of another topic: then all that it holds waits."""
+    assert behind(4, 10, stored) == lag
 
 
 def test_topics_are_made_once_as_the_settings_say(settings: Settings) -> None:

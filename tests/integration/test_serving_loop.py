@@ -330,6 +330,82 @@ def publish_behind_its_back(settings, life, partition, num_records):
     type(life.sink).publish(life.sink, span, results, {})
 
 
+def test_frames_that_expired_unscored_are_passed_over_and_said(settings, topic):
+    send(settings, 60)
+    number, end = max(end_offsets(settings, topic).items(), key=lambda found: found[1])
+    # Scored so far, then overtaken.
+    ResultStore(settings).set_start(settings.kafka.group, topic, number, 1)
+    admin = make_admin(settings)
+    admin.delete_records({TopicPartition(topic, number): end - 2})
+    admin.close()
+    with Life(settings) as life:
+        life.run_to_the_end()
+        assert life.source.expired_s == {number: pytest.approx(time.time(), abs=60)}
+        offsets = [report.offsets.get(str(number)) for report in life.reports]
+    spans = [each for each in offsets if each]
+    assert (spans[0][0], spans[-1][1]) == (1, end)
+
+
+def make_anew(settings):
+    """The topic again, by its name, with no frames in it."""
+    admin = make_admin(settings)
+    try:
+        admin.delete_topics([settings.kafka.topic])
+        until = time.monotonic() + 30
+        while time.monotonic() < until and any(
+            each["error_code"] == 0 for each in admin.describe_topics([settings.kafka.topic])
+        ):
+            time.sleep(0.2)
+    finally:
+        admin.close()
+    ensure_topics(settings)
+
+
+def refused(life):
+    """Polls until it says why it reads nothing."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        try:
+            assert life.source.poll(lambda: False) is None
+        except ServiceUnavailable as error:
+            return str(error)
+    pytest.fail("it reads on")
+
+
+def test_a_topic_made_anew_is_not_read_from_where_the_old_one_ended(settings, topic):
+    """Neither while it holds fewer frames than are stored, nor with more, nor after a restart."""
+    send(settings, 60)
+    with Life(settings) as life:
+        life.run_to_the_end()
+    make_anew(settings)
+    send(settings, 20)
+    with Life(settings) as life:
+        assert "made anew" in refused(life)
+        send(settings, 200)
+        assert "made anew" in refused(life)
+    with Life(settings) as life:
+        assert "made anew" in refused(life)
+    # What the error says to do: another group begins with the first frame.
+    kafka = settings.kafka.model_copy(update={"group": settings.kafka.group + "-2"})
+    with Life(settings.model_copy(update={"kafka": kafka})) as life:
+        life.run_to_the_end()
+        assert sum(len(report.results) for report in life.reports) == 220
+
+
+def test_without_kafkas_id_a_topic_is_refused_for_as_long_as_the_process_lives(
+    settings, topic, monkeypatch
+):
+    """It is seen only while the topic ends before what is stored."""
+    monkeypatch.setattr("serving.source.topic_id", lambda *asked: "")
+    results = ResultStore(settings)
+    for partition in range(settings.kafka.partitions):
+        results.set_start(settings.kafka.group, topic, partition, 5)
+    with Life(settings) as life:
+        assert "Kafka ends at 0" in refused(life)
+        send(settings, 100)
+        assert "Kafka ends at 0" in refused(life)
+
+
 def test_redis_away_stops_the_stream_and_it_goes_on(settings, topic, stack):
     send(settings, 200)
     killed = []

@@ -1,14 +1,16 @@
 """What the console and the metrics say of the stream, on real Kafka, Redis and S3."""
 
 import io
+import time
 from dataclasses import replace
 from datetime import datetime
 
 import pytest
+from kafka import TopicPartition
 from results import put, result
 
-from infra.kafka_client import ensure_topics, make_producer
-from infra.metrics import WatchMetrics
+from infra.kafka_client import ensure_topics, make_admin, make_producer
+from infra.metrics import ExpiryMetrics, WatchMetrics
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
 from infra.s3_client import ensure_buckets, make_minio
@@ -23,6 +25,7 @@ def watch(settings):
     made = Watch.__new__(Watch)
     made._settings, made._results = settings, ResultStore(settings)
     made._metrics, made._kafka, made.waiting = WatchMetrics(), None, {}
+    made._expiry, made._expired_s = ExpiryMetrics(), {}
     made._models, made._store = {"default"}, ModelStore(settings)
     made._decisions, made._listed = {}, {}
     yield made
@@ -30,15 +33,20 @@ def watch(settings):
         made._kafka.close()
 
 
+def send(settings, by_partition):
+    producer = make_producer(settings)
+    for partition, frames in enumerate(by_partition):
+        for _ in range(frames):
+            producer.send(settings.kafka.topic, key=b"cam", value=b"x", partition=partition)
+    producer.flush()
+    producer.close()
+
+
 def test_all_partitions_wait_whoever_reads_them(settings, watch):
     """Each consumer replica knows its own partitions only: the sum is nobody's but Kafka's."""
     ensure_topics(settings)
-    group, topic, producer = settings.kafka.group, settings.kafka.topic, make_producer(settings)
-    for partition, frames in enumerate((5, 3)):
-        for _ in range(frames):
-            producer.send(topic, key=b"cam", value=b"x", partition=partition)
-    producer.flush()
-    producer.close()
+    group, topic = settings.kafka.group, settings.kafka.topic
+    send(settings, (5, 3))
     watch._results.publish(group, topic, 0, 0, 2, [])
     watch._look_at_lag()
     rest = dict.fromkeys(range(2, settings.kafka.partitions), 0)
@@ -46,6 +54,40 @@ def test_all_partitions_wait_whoever_reads_them(settings, watch):
     watch._results.publish(group, topic, 0, 2, 5, [])
     watch._look_at_lag()
     assert watch.waiting == {0: 0, 1: 3, **rest}
+
+
+def test_frames_that_expired_unscored_are_shown_while_no_consumer_lives(
+    settings, watch, monkeypatch
+):
+    ensure_topics(settings)
+    group, topic = settings.kafka.group, settings.kafka.topic
+    shown = []
+    monkeypatch.setattr(watch._expiry, "show", lambda topic, last_s: shown.append(dict(last_s)))
+    send(settings, (5, 3))
+    watch._results.publish(group, topic, 0, 0, 2, [])
+    watch._look_at_lag()
+    admin = make_admin(settings)
+    admin.delete_records({TopicPartition(topic, 0): 4, TopicPartition(topic, 1): 2})
+    admin.close()
+    watch._look_at_lag()
+    # Of partition 1 nothing was ever asked to be scored: a group that begins finds what is there.
+    assert [sorted(each) for each in shown] == [[], [0]]
+    assert shown[1][0] == pytest.approx(time.time(), abs=30)
+    watch._results.publish(group, topic, 0, 2, 5, [])
+    watch._look_at_lag()
+    assert shown[2] == shown[1]
+
+
+@pytest.mark.parametrize("sent", [1, 6])
+def test_all_frames_of_a_topic_made_anew_wait(settings, watch, sent):
+    """Fewer than are stored of the old one, or more: then Kafka's id tells."""
+    ensure_topics(settings)
+    group, topic = settings.kafka.group, settings.kafka.topic
+    watch._results.set_topic_id(group, topic, "the id of the old one")
+    watch._results.publish(group, topic, 0, 0, 4, [])
+    send(settings, (sent,))
+    watch._look_at_lag()
+    assert watch.waiting[0] == sent
 
 
 def test_a_camera_was_last_seen_when_its_frame_was_scored(watch, monkeypatch):
