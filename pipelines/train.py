@@ -46,6 +46,7 @@ from pipelines.datasets import import_dataset
 from pipelines.patience import patiently
 from pipelines.people import data_of_training
 from pipelines.promotion import code_version, consider
+from pipelines.ray_network import MeetOnRaysNetwork
 from pipelines.ray_run import Introduce, RayRun, cluster_free, cluster_total
 from pipelines.run_record import EPOCHS, RUN, RunRecord, epochs_from_lines, load_run, save_run
 from pipelines.sources import row_groups, task_environment
@@ -225,6 +226,7 @@ def _carry_out(
         "auroc": figures["metrics"]["auroc"],
         "thresholds": figures["thresholds"],
         "fit_seconds": figures["fit_seconds"],
+        "machines": figures["machines"],
     }
     store, name = ModelStore(settings), record.model
     _when_s3_answers(lambda: store.put_version(name, record.run, files, manifest), progress)
@@ -371,7 +373,7 @@ def _trainer(
 ) -> TorchTrainer:
     # Ray's annotations are those of its first version.
     elastic: Any = workers
-    callbacks: list[Any] = [Introduce(job.board)]
+    callbacks: list[Any] = [Introduce(job.board), MeetOnRaysNetwork()]
     return TorchTrainer(
         train_loop,
         train_loop_config={"job": job},

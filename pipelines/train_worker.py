@@ -31,6 +31,7 @@ from dpdl_core.fit import fit
 from dpdl_core.metrics import auroc, average_precision
 from infra.errors import DpdlError
 from pipelines.held_out import is_held_out, usable
+from pipelines.ray_network import node_address
 from pipelines.run_record import CURVES, EPOCHS, draw, epochs_to_lines
 from pipelines.scoring import Observed, calibrate, drift_reference, observe, yield_cores
 from pipelines.sources import (
@@ -141,6 +142,7 @@ def _train(job: TrainJob) -> None:
         "score_seconds": time.perf_counter() - fitted,
         "data_wait_share": stalled / seconds if epochs else waited / (fitted - started),
         "workers": worker.world,
+        "machines": worker.machines,
         "metrics": metrics,
         "thresholds": thresholds,
         "notes": notes,
@@ -165,6 +167,8 @@ class _Worker:
         self.job = job
         yield_cores()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.machines: list[str] = gather(node_address())
+        """Where each rank runs, as Ray calls its nodes."""
         self.device = ray.train.torch.get_device()
         # Workers that share a machine share its cores: more threads than cores only thrash.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
@@ -178,6 +182,7 @@ class _Worker:
     def fit(self) -> tuple[Any, float]:
         """The model and the seconds this rank waited for data."""
         size = self.config.image_size
+        self.progress("machines", 0.0, {"at": " ".join(self.machines)})
         self.progress("read", 0.0, {"workers": self.world, "epochs_done": len(self.keeper.epochs)})
         normals = self.keeper.normals(self.job.normals)
         groups = self.job.defects

@@ -74,8 +74,9 @@ def numbers(text: str) -> list[int]:
         raise ValueError(f"{text}: wanted whole numbers with commas between") from None
 
 
-EVENTS = ("start", "workers", "tuning", "renewal")
-"""Stages of which every report is a line that stays: a run's name, workers, epochs, renewals."""
+EVENTS = ("start", "workers", "machines", "tuning", "renewal")
+"""Stages of which every report is a line that stays: a run's name, workers and where they run,
+epochs, renewals."""
 
 
 @contextmanager

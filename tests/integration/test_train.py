@@ -245,6 +245,7 @@ def test_new_normals_join_an_elastic_run_and_all_is_recorded(settings, dataset, 
     store = ModelStore(settings)
     manifest = store.manifest("default", report.version)
     assert manifest["data"]["objects"] == snapshot(dataset)["objects"]
+    assert len(manifest["machines"]) == report.workers
     alarms = {given.key for given in answers.values()}
     assert set(manifest["data"]["incoming"]) == {key, *alarms}
     assert manifest["data"]["answered_by"] == dict.fromkeys(alarms, "ann")
