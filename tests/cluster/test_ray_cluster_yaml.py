@@ -1,5 +1,8 @@
 """The cluster files against Ray's own checks, offline: machines of one's own, and EC2."""
 
+import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -70,3 +73,32 @@ def test_a_new_machine_gets_what_the_documented_commands_call():
 def test_ray_down_finds_ray(path):
     """It calls a bare `ray stop` in a login shell: the environment must be on that shell's PATH."""
     assert any("~/.bashrc" in line for line in load(path)["setup_commands"])
+
+
+@pytest.mark.parametrize("kind", ["head", "worker"])
+def test_ray_listens_at_the_address_that_ssh_reached(kind, tmp_path):
+    """Its start command in a shell, with a `ray` that says what it was called with. By itself Ray
+    takes the default route's address, or without one Debian's 127.0.1.1 (cluster/try_ray_up.py)."""
+    (tmp_path / "dpdl").mkdir()
+    ray = tmp_path / "ray"
+    ray.write_text("#!/usr/bin/env python3\nimport json, os, sys\n")
+    ray.write_text(ray.read_text() + "print(json.dumps([sys.argv[1:], dict(os.environ)]))\n")
+    ray.chmod(0o755)
+    given = {
+        "HOME": str(tmp_path),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SSH_CONNECTION": "192.0.2.1 40000 192.0.2.11 22",
+        "RAY_HEAD_IP": "192.0.2.10",
+        "RAY_enable_autoscaler_v2": "1",  # as `ray up` sets it
+    }
+    (start,) = [line for line in load(OWN)[f"{kind}_start_ray_commands"] if "ray start" in line]
+    said = subprocess.run(
+        ["bash", "-c", start], env=given, capture_output=True, text=True, check=True
+    ).stdout
+    arguments, environment = json.loads(said)
+    assert "--node-ip-address=192.0.2.11" in arguments
+    assert environment["DPDL_CONFIG"] == f"{tmp_path}/dpdl/dpdl.yaml"
+    if kind == "head":  # 2.60's second autoscaler starts one worker too few of a `local` provider
+        assert environment["RAY_enable_autoscaler_v2"] == "0"
+    else:
+        assert "--address=192.0.2.10:6379" in arguments
