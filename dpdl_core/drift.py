@@ -21,6 +21,8 @@ Letters: N images, n frames, L patches of an image, K prototypes, G groups, B bi
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -160,12 +162,14 @@ class Drift:
                 window = self._windows[camera] = _Window(mine)
             window.add(float(energy[row]), usage[row])
 
-    def psi(self) -> dict[str, dict[str, Psi]]:
-        """Camera -> {"energy": Psi, "prototypes": Psi}, of cameras with ENOUGH frames."""
+    def psi(self, within_s: float = math.inf) -> dict[str, dict[str, Psi]]:
+        """Camera -> {"energy": Psi, "prototypes": Psi}, of cameras with ENOUGH frames, the last one
+        added within so many seconds: the frames of one that is gone say nothing of now."""
+        since_s = time.monotonic() - within_s
         return {
             camera: window.psi()
             for camera, window in list(self._windows.items())
-            if window.frames >= ENOUGH
+            if window.frames >= ENOUGH and window.added_s >= since_s
         }
 
 
@@ -178,12 +182,15 @@ class _Window:
         self._bins = np.zeros(WINDOW, np.uint8)
         self._usage = np.zeros((WINDOW, len(self._normal_usage)), np.uint16)
         self.frames = 0
+        self.added_s = -math.inf
+        """When the last frame was added (time.monotonic())."""
 
     def add(self, energy: float, usage: Counts) -> None:
         at = self.frames % WINDOW
         self._bins[at] = np.searchsorted(self._edges, energy)
         self._usage[at] = usage
         self.frames += 1
+        self.added_s = time.monotonic()
 
     def psi(self) -> dict[str, Psi]:
         held = min(self.frames, WINDOW)

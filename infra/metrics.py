@@ -166,16 +166,22 @@ class ScorerMetrics:
             "1 for a version that the pointer names and this replica will not use.",
             ("model", "version"),
         )
+        self._replaced = Gauge(
+            "dpdl_model_replaced",
+            "1 for a model that cameras are bound to and that this replica cannot use: the default "
+            "one scores them.",
+            ("model",),
+        )
         self._drift = Gauge(
             "dpdl_drift_psi",
             "Population stability index of a camera's last frames against the version's held-out "
             "normals, of energy or prototypes. Above its bound: it has moved.",
-            ("camera", "of"),
+            ("model", "camera", "of"),
         )
         self._bound = Gauge(
             "dpdl_drift_bound",
             "What dpdl_drift_psi of frames like the version's held-out normals rarely exceeds.",
-            ("camera", "of"),
+            ("model", "camera", "of"),
         )
 
     def versions(self, model: str, active: str, refused: str | None) -> None:
@@ -183,13 +189,20 @@ class ScorerMetrics:
         if refused:
             self._refused.set(1, {"model": model, "version": refused})
 
-    def drift(self, by_camera: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
-        """Camera -> "energy", "prototypes" -> PSI and bound. Those beyond CAMERAS are left out."""
+    def replaced(self, models: Iterable[str]) -> None:
+        for model in models:
+            self._replaced.set(1, {"model": model})
+
+    def drift(self, model: str, by_camera: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
+        """Camera -> "energy", "prototypes" -> PSI and bound. Those beyond CAMERAS are left out: a
+        camera counts once for each model that has scored it."""
         for camera, found in by_camera.items():
-            if (name := self._cameras.of(camera)) != OTHER:
-                for of, (psi, bound) in found.items():
-                    self._drift.set(psi, {"camera": name, "of": of})
-                    self._bound.set(bound, {"camera": name, "of": of})
+            if self._cameras.of(f"{model}/{camera}") == OTHER:
+                continue
+            for of, (psi, bound) in found.items():
+                tags = {"model": model, "camera": camera, "of": of}
+                self._drift.set(psi, tags)
+                self._bound.set(bound, tags)
 
 
 @dataclass(frozen=True, slots=True)

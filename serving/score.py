@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from ray import serve
 
+from infra.cameras import SILENT_S
 from infra.errors import DpdlError
 from infra.metrics import GAUGES_S, ReplicaMetrics, ScorerMetrics
 from infra.model_store import ModelStore
@@ -267,4 +268,5 @@ class Scorer:
         self._replica.alive()
         for each in self._models.in_use():
             self._metrics.versions(each.name, each.in_use.version, each.refused_now)
-            self._metrics.drift(each.in_use.drift.psi())
+            self._metrics.drift(each.name, each.in_use.drift.psi(SILENT_S))
+        self._metrics.replaced(list(self._models.trouble))

@@ -106,7 +106,7 @@ def camera(console_url: str) -> Json:
                 ),
                 timeseries(
                     "Drift",
-                    prom(drift("of", mine), "{{of}}"),
+                    prom(drift("model, of", mine), "{{model}} {{of}}"),
                     help="Population stability index of the last 500 frames against the version's "
                     "held-out normals, as a share of the version's own bound: above 1 it has "
                     "moved. Empty for the first 200 frames of a process or version, and where a "

@@ -137,7 +137,7 @@ def model() -> Json:
                             "new_normals": ("New normals", "number"),
                             "parent": ("From", "string"),
                         },
-                        params={"count": "100"},
+                        params={"model": "${model}", "count": "100"},
                     ),
                     help="The newest 100, from the alert API. AUROC is of the test split, measured "
                     "at training.",
@@ -154,7 +154,7 @@ def model() -> Json:
                             "by": ("By", "string"),
                             "why": ("Why", "string"),
                         },
-                        params={"count": "1"},
+                        params={"model": "${model}", "count": "1"},
                     ),
                     help="Every move of the pointer, the newest first; the last 200.",
                     size=(8, 9),
@@ -163,7 +163,7 @@ def model() -> Json:
             [
                 table(
                     "Drift by camera",
-                    prom(f"topk(50, {drift('camera, of')})", instant=True),
+                    prom(f"topk(50, {drift('camera, of', mine)})", instant=True),
                     help="The highest 50 population stability indices now, as shares of their "
                     "bounds: above 1 a camera has moved.",
                     size=(24, 8),

@@ -98,9 +98,12 @@ def wall(console_url: str) -> Json:
                 ),
                 stat(
                     "Rules firing",
-                    prom('count(ALERTS{alertstate="firing"}) or vector(0)', "firing"),
+                    prom(
+                        'count(ALERTS{alertstate="firing", product="dpdl"}) or vector(0)', "firing"
+                    ),
                     steps=steps((None, GREEN), (1, RED)),
-                    help="Alert rules of Prometheus (infra/prometheus/dpdl.rules.yml).",
+                    help="Alert rules of Prometheus (infra/prometheus/dpdl.rules.yml); a plant's "
+                    "others are not counted.",
                     size=(4, 4),
                 ),
             ],

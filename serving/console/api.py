@@ -388,5 +388,12 @@ class Console:
     def _answer(self, stored: StoredResult, order: schema.AnswerOrder) -> schema.Answered:
         if (order.kind == "defect") != (order.defect is not None):
             raise HTTPException(422, "defect, its class, belongs to the kind defect")
-        given = self._desk.answer(stored.result, order.kind, defect=order.defect or "", by=order.by)
+        state = self._results.camera(stored.result.camera)
+        given = self._desk.answer(
+            stored.result,
+            order.kind,
+            defect=order.defect or "",
+            by=order.by,
+            bound=state.binding.model if state and state.binding else None,
+        )
         return views.answered(given)

@@ -63,10 +63,23 @@ class Desk:
             raise NotFound(f"{frame_id} is no longer in Kafka, nor among the evidence")
         return image
 
-    def answer(self, result: FrameResult, kind: Kind, *, defect: str, by: str) -> Answer:
-        """DataError where the version that scored the frame names no data set to put it in."""
+    def answer(
+        self, result: FrameResult, kind: Kind, *, defect: str, by: str, bound: str | None
+    ) -> Answer:
+        """bound: the model that a person bound the camera to, None for the default one.
+
+        DataError where the version that scored the frame names no data set to put it in, or is of
+        another model than is to score the camera: it would learn normals of a view not its own.
+        """
         dataset, image = "", b""
         if kind != "unsure":
+            wanted = bound or self._model
+            if result.model != wanted:
+                raise DataError(
+                    f"model {wanted} is to score camera {result.camera}, but {result.model} scored "
+                    f"this frame, and would learn from the answer: answer frames that {wanted} "
+                    f"has scored, or bind the camera to {result.model}"
+                )
             dataset = (
                 self._manifest(result.model, result.version).get("data", {}).get("dataset", "")
             )

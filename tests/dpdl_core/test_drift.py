@@ -112,6 +112,21 @@ def test_only_the_last_frames_count_and_few_say_nothing():
     assert watched.psi()["a"]["energy"].value < 0.1
 
 
+def test_a_camera_that_is_gone_is_not_shown_any_more_and_one_that_comes_back_is(monkeypatch):
+    now_s = [1000.0]
+    monkeypatch.setattr(drift.time, "monotonic", lambda: now_s[0])
+    rng = np.random.default_rng(0)
+    watched = Drift(kept(rng))
+    watched.add(["gone"] * 300, *normals(rng, 300, shift=5))
+    now_s[0] += 290
+    watched.add(["here"] * 300, *normals(rng, 300))
+    assert set(watched.psi(300)) == {"gone", "here"}
+    now_s[0] += 20
+    assert set(watched.psi(300)) == {"here"}
+    watched.add(["gone"], *normals(rng, 1, shift=5))
+    assert set(watched.psi(300)) == {"gone", "here"}
+
+
 def test_a_camera_with_enough_normals_is_held_against_its_own():
     rng = np.random.default_rng(0)
     plain, odd = normals(rng, 200), normals(rng, 200, shift=4, first=20)

@@ -69,6 +69,19 @@ def test_queries_read_metrics_that_we_or_ray_export(name) -> None:
     assert used <= variables, "a variable that the dashboard does not have"
 
 
+def test_tables_of_the_alert_api_are_of_the_model_that_is_chosen() -> None:
+    targets = [target for panel in BOARDS["model"]["panels"] for target in panel["targets"]]
+    asked = [each["url_options"]["params"] for each in targets if "url_options" in each]
+    assert len(asked) == 2
+    assert all({"key": "model", "value": "${model}"} in params for params in asked)
+
+
+def test_the_wall_counts_our_rules_and_none_of_the_plants_own() -> None:
+    counted = [each for each in re.findall(r"ALERTS\{[^}]*\}", str(BOARDS["wall"]))]
+    assert counted
+    assert all('product="dpdl"' in each for each in counted)
+
+
 def test_links_lead_to_dashboards_that_exist() -> None:
     uids = {board["uid"] for board in BOARDS.values()}
     for board in BOARDS.values():

@@ -67,7 +67,9 @@ def feed(cameras: int, versions: int = 3) -> None:
         stream.scored(camera, "default", f"v{i % versions}", score=3.0, energy=2.0)
         watch.counts(camera, 100, 10, 5)
     watch.totals()
-    scorer.drift({camera: {"energy": (0.1, 0.25), "prototypes": (0.2, 0.05)} for camera in names})
+    found = {"energy": (0.1, 0.25), "prototypes": (0.2, 0.05)}
+    for model in ("default", "welds"):
+        scorer.drift(model, dict.fromkeys(names, found))
     watch.cameras(CameraFacts(camera, 1000.0 + i, 7.0) for i, camera in enumerate(names))
 
 
@@ -84,7 +86,7 @@ def test_importing_and_recording_start_no_ray() -> None:
 
 def test_names_carry_their_units_and_every_metric_is_explained() -> None:
     found = declared()
-    assert len({metric.info["name"] for metric in found}) == len(found) == 22
+    assert len({metric.info["name"] for metric in found}) == len(found) == 23
     for metric in found:
         name = metric.info["name"]
         assert name.startswith("dpdl_")
@@ -150,6 +152,25 @@ def test_a_version_that_scores_no_more_is_not_shown_any_more(record) -> None:
         (("model", "default"), ("version", "v-2"))
     ]
     assert not record.series("dpdl_version_refused")
+
+
+def test_a_model_that_is_replaced_is_shown_for_as_long_as_it_is(record) -> None:
+    scorer = ScorerMetrics()
+    scorer.replaced(["welds"])
+    assert record.series("dpdl_model_replaced") == {(("model", "welds"),): [1]}
+    record.values.clear()
+    scorer.replaced([])
+    assert not record.series("dpdl_model_replaced")
+
+
+def test_drift_of_a_camera_is_told_apart_by_the_model_that_scores_it(record) -> None:
+    scorer = ScorerMetrics()
+    for model, psi in (("default", 3.0), ("welds", 0.1)):
+        scorer.drift(model, {"a": {"energy": (psi, 0.25)}})
+    assert {dict(tags)["model"]: v for tags, v in record.series("dpdl_drift_psi").items()} == {
+        "default": [3.0],
+        "welds": [0.1],
+    }
 
 
 def test_a_replica_keeps_the_time_when_it_began(record) -> None:

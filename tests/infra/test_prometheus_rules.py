@@ -39,11 +39,12 @@ def test_every_rule_says_what_is_the_matter_and_what_to_do() -> None:
     found = {rule["alert"] for rule in rules()}
     assert found == {
         "CameraSilent", "LagGrowing", "FramesExpired", "LatencyOverBudget", "AlarmRateJumped",
-        "Drift", "DeadLetters", "VersionRefused", "RefreshHeld", "StoreAway",
+        "Drift", "DeadLetters", "VersionRefused", "ModelReplaced", "RefreshHeld", "StoreAway",
         "ReplicaRestarting", "PartGone", "NothingScraped",
     }  # fmt: skip
     for rule in rules():
         assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["labels"]["product"] == "dpdl"  # a plant has rules of its own
         assert set(rule["annotations"]) == {"summary", "action"}
         assert all(len(text) > 30 for text in rule["annotations"].values())
 

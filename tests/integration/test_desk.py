@@ -1,10 +1,14 @@
-"""Which picture of a frame the console shows and teaches, on real Kafka and S3."""
+"""Which picture of a frame the console shows and teaches, and whom, on real Kafka and S3."""
+
+from dataclasses import replace
 
 import pytest
+from results import result
 
-from infra.errors import NotFound
+from infra.errors import DataError, NotFound
 from infra.kafka_client import ensure_topics, make_producer
 from infra.messages import evidence_key
+from infra.model_store import ModelStore
 from infra.s3_client import ensure_buckets
 from serving.archive import FRAME, EvidenceBucket
 from serving.console.desk import Desk
@@ -30,3 +34,34 @@ def test_evidence_of_a_topic_that_was_made_anew_is_not_taken_for_a_frame_of_the_
     other = f"{topic}/1/0"
     with pytest.raises(NotFound):
         desk.image(other, evidence_key(other, 1))
+
+
+@pytest.mark.parametrize(
+    ("scored_by", "bound", "taught"),
+    [
+        ("plates", None, "plates-data"),
+        ("welds", "welds", "welds-data"),
+        ("plates", "plates", "plates-data"),
+        ("plates", "welds", None),  # welds was in trouble, or bound later
+        ("welds", None, None),  # bound no more
+    ],
+)
+def test_an_answer_teaches_the_model_that_is_to_score_the_camera_or_nobody(
+    settings, scored_by, bound, taught
+):
+    ensure_buckets(settings)
+    store = ModelStore(settings)
+    for model in ("plates", "welds"):
+        manifest = {"kind": "train", "data": {"dataset": f"{model}-data"}}
+        store.put_version(model, "v-1", {"config.json": b"{}"}, manifest)
+    frame = replace(result(3, anomaly=True), model=scored_by)
+    EvidenceBucket(settings).put(f"{frame.evidence_key}/{FRAME}", b"as it came", "image/png")
+    desk = Desk(settings, "plates")
+    words = {"defect": "", "by": "Ann", "bound": bound}
+    if taught is None:
+        with pytest.raises(DataError, match=f"model {bound or 'plates'} is to score camera cam-1"):
+            desk.answer(frame, "false-alarm", **words)
+        assert desk.answers_of([frame]) == {}
+        assert desk.answer(frame, "unsure", **words).dataset == ""
+    else:
+        assert desk.answer(frame, "false-alarm", **words).dataset == taught

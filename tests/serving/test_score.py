@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from infra.cameras import SILENT_S
 from infra.errors import ServiceUnavailable
 from serving import score as subject
 from serving.batch import WrongSize
@@ -134,6 +135,27 @@ def test_what_is_not_the_devices_fault_replaces_no_scorer(scorer, monkeypatch):
         assert isinstance(call(scorer), ServiceUnavailable)
     now_s[0] += 31
     scorer.check_health()
+
+
+def test_what_a_scorer_shows_of_its_models(scorer, held):
+    """Drift by the model that scores, of cameras that are not silent; and who is replaced."""
+    shown = []
+
+    class Shown:
+        def __getattr__(self, name):
+            return lambda *said: shown.append((name, *said))
+
+    held.drift.psi = lambda within_s: {"a": within_s}
+    scorer._replica, scorer._metrics = Shown(), Shown()
+    versions = SimpleNamespace(name="m", in_use=held, refused_now=None)
+    scorer._models = SimpleNamespace(in_use=lambda: [versions], trouble={"welds": "why"})
+    scorer._measure()
+    assert shown == [
+        ("alive",),
+        ("versions", "m", "v1", None),
+        ("drift", "m", {"a": SILENT_S}),
+        ("replaced", ["welds"]),
+    ]
 
 
 def test_thresholds_are_followed_while_the_store_of_models_hangs(scorer, monkeypatch):
