@@ -19,6 +19,7 @@ from dpdl_core.estimate import fit_energies, fit_pooled, leave_out
 from dpdl_core.learn import Parts, fit_heads, head_sample
 from dpdl_core.observe import Features, Normals, Spoil
 from dpdl_core.parts import Energies, PatchEnergy, PooledEnergy
+from dpdl_core.twins import twins
 
 LEVELS = ((0.02, 0.15, 1.0), (0.005, 0.04, 0.6), (0.002, 0.01, 0.6))
 """Cut-paste from plain to faint: least and largest share of the image's area, and opacity."""
@@ -93,7 +94,7 @@ def cross_fit(
     taken out, which costs one look at the patches in all.
     """
     folds = min(config.folds, len(normals.kept))
-    fold_of = deal_folds(normals.pooled[normals.kept], folds, generator)
+    fold_of = deal_folds(normals.thumbnails, folds, generator)
     mine = fold_of[normals.mine]
     num_parts = len(Parts(config, channels, full).names)
     values = torch.zeros(len(mine), num_parts)
@@ -148,31 +149,24 @@ def _without_each(
     return found
 
 
-TWINS = 0.1
-"""Distance of two images' standardised pooled features, per dimension, below which they are one
-picture taken or stored twice. Distinct images of a set stand at 0.2 and more (ELPV's cells)."""
-
-
-def deal_folds(pooled: Tensor, folds: int, generator: torch.Generator) -> Tensor:
-    """A fold for each row of (K, P), evenly, near-duplicates in one: (K,), same on every rank.
+def deal_folds(thumbnails: Tensor, folds: int, generator: torch.Generator) -> Tensor:
+    """A fold for each of the pictures (K, SIDE, SIDE), evenly, twins in one: (K,), same on every
+    rank.
 
     Were a normal's twin in the fit that judges it, it would look far too normal.
     """
-    scaled = (pooled - pooled.mean(0)) / pooled.std(0).clamp_min(1e-6)
-    near = torch.cdist(scaled, scaled) < TWINS * math.sqrt(pooled.shape[1])
-    order = distributed.broadcast(torch.randperm(len(pooled), generator=generator)).tolist()
-    fold_of = torch.full((len(pooled),), -1)
-    sizes = [0] * folds
-    for row in order:
-        if fold_of[row] >= 0:
-            continue
-        near[row, row] = True
-        # No more than a fold holds: a set of one picture many times must still fill all folds.
-        twins = (near[row] & (fold_of < 0)).nonzero().squeeze(1)[: -(-len(pooled) // folds)]
-        smallest = sizes.index(min(sizes))
-        fold_of[twins] = smallest
-        sizes[smallest] += len(twins)
-    return fold_of
+    # No more than a fold holds: a set of one picture many times must still fill all folds.
+    most = -(-len(thumbnails) // folds)
+    groups = twins(list(thumbnails.numpy()), thumbnails.float().mean(0).numpy(), at_most=most)
+    order = torch.randperm(len(groups), generator=generator).tolist()
+    fold_of, filled = torch.empty(len(thumbnails), dtype=torch.long), [0] * folds
+    for group in sorted((groups[i] for i in order), key=len, reverse=True):
+        together = min(filled) + len(group) <= most
+        for some in [group] if together else [[each] for each in group]:
+            fold = filled.index(min(filled))
+            fold_of[some] = fold
+            filled[fold] += len(some)
+    return distributed.broadcast(fold_of)  # another processor may round another way
 
 
 def fit_parts(

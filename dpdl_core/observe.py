@@ -7,7 +7,7 @@ P pooled features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from dpdl_core import distributed
 from dpdl_core.features import Trunk
 from dpdl_core.images import ImageSource
 from dpdl_core.parts import pool
+from dpdl_core.twins import SIDE, thumbnail
 
 Spoil = Callable[[Tensor, Tensor], Tensor]
 """uint8 images (B, S, S, 3) and their global numbers (B,) -> spoiled images."""
@@ -63,6 +64,8 @@ class Normals:
     """Per level of difficulty, cut-paste variants of some of `features`."""
     spoiled_rows: Tensor
     """Rows of `features` that every level's variants were made of."""
+    thumbnails: Tensor
+    """(K, SIDE, SIDE) uint8 of the normals whose maps are kept, the same on every rank."""
 
 
 def check_images(images: Tensor, size: int, what: str) -> None:
@@ -104,7 +107,7 @@ def observe(
     # Of the right shapes also on a rank that has no image.
     one = look(trunk, torch.zeros(1, size, size, 3, dtype=torch.uint8), stages)
     nothing = one.take(torch.zeros(0, dtype=torch.long))
-    pooled, kept = [nothing.pooled], [nothing]
+    pooled, kept, small = [nothing.pooled], [nothing], [thumbnails(())]
     spoiled = [[nothing] for _ in spoilers] if bool(to_spoil.any()) else []
     at = start
     for images in source.batches(batch_size):
@@ -113,7 +116,9 @@ def observe(
         at += len(images)
         found = look(trunk, images, stages)
         pooled.append(found.pooled[to_pool[numbers]])
-        kept.append(found.take(chosen[numbers].nonzero().squeeze(1)))
+        rows = chosen[numbers].nonzero().squeeze(1)
+        kept.append(found.take(rows))
+        small.append(thumbnails(images[rows]))
         rows = to_spoil[numbers].nonzero().squeeze(1)
         if len(rows):
             for level, spoil in zip(spoiled, spoilers, strict=True):
@@ -128,7 +133,14 @@ def observe(
         features=join(kept),
         spoiled=[join(level) for level in spoiled],
         spoiled_rows=to_spoil[everywhere[mine]].nonzero().squeeze(1),
+        thumbnails=distributed.gather_rows(torch.cat(small)),
     )
+
+
+def thumbnails(images: Iterable[Tensor]) -> Tensor:
+    """uint8 (n, S, S, 3) on the CPU -> (n, SIDE, SIDE)."""
+    small = [torch.from_numpy(thumbnail(image.numpy())) for image in images]
+    return torch.stack(small) if small else torch.zeros(0, SIDE, SIDE, dtype=torch.uint8)
 
 
 @torch.no_grad()

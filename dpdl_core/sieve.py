@@ -19,7 +19,7 @@ from dpdl_core.estimate import map_stages
 from dpdl_core.features import Trunk
 from dpdl_core.images import ImageSource
 from dpdl_core.model import Dpdl
-from dpdl_core.observe import Features, Normals, check_images, join, keep
+from dpdl_core.observe import Features, Normals, check_images, join, keep, thumbnails
 from dpdl_core.parts import pool
 
 
@@ -33,6 +33,8 @@ class Seen:
     """(m,) rows of `features`, ascending."""
     features: Features
     """Of m images."""
+    thumbnails: Tensor
+    """(m, SIDE, SIDE)."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def see(
     pooled: list[Tensor] = []
     mapped: list[int] = []
     kept: list[Features] = []
+    small = [thumbnails(())]
     at = 0
     for batch in images.batches(config.batch_size):
         check_images(batch, config.image_size, "new normals")
@@ -106,6 +109,7 @@ def see(
         rows = every.nonzero().squeeze(1)[: max_maps - len(mapped)]
         pooled.append(found.pooled)
         kept.append(found.take(rows))
+        small.append(thumbnails(batch[rows]))
         mapped += (at + rows).tolist()
         at += len(batch)
     dims = 2 * sum(trunk.channels) + 4 * trunk.channels[-1]
@@ -114,6 +118,7 @@ def see(
         torch.cat([nothing.pooled, *pooled]),
         torch.tensor(mapped, dtype=torch.long),
         join(kept) if kept else nothing,
+        torch.cat(small),
     )
 
 
@@ -126,6 +131,7 @@ def with_new(old: Normals, new: Seen, learn: Tensor) -> Normals:
     wanted = learn[new.mapped]
     mine = numbers[new.mapped[wanted]]
     features = old.features
+    small = distributed.gather_rows(new.thumbnails[wanted])
     if len(mine):
         some = new.features.take(wanted.nonzero().squeeze(1))
         features = join([features, some]) if len(features) else some
@@ -136,6 +142,7 @@ def with_new(old: Normals, new: Seen, learn: Tensor) -> Normals:
         kept=torch.cat([old.kept, distributed.gather_rows(mine)]),
         mine=torch.cat([old.mine, places]),
         features=features,
+        thumbnails=torch.cat([old.thumbnails, small]),
     )
 
 

@@ -21,9 +21,9 @@ from PIL import Image
 
 from dpdl_core import protocol
 from dpdl_core.images import ImageRejected, Pixels, decode_image
+from dpdl_core.twins import SIDE, Thumbnail, deal_together, thumbnail, twins
 from infra.errors import DataError
 from pipelines.dataset_index import Progress
-from pipelines.twins import SIDE, Thumbnail, deal_together, thumbnail, twins
 
 
 @dataclass

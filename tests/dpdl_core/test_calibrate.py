@@ -67,10 +67,11 @@ def crossed(module, normals, seen):
         generator=torch.Generator().manual_seed(1),
     )
     rows = torch.arange(COUNT)
+    small = torch.randint(256, (COUNT, 32, 32), generator=torch.Generator().manual_seed(2)).byte()
     kept = Normals(
-        normals.pooled, rows, rows, normals, [features(SPOILED, 3)], torch.arange(SPOILED)
+        normals.pooled, rows, rows, normals, [features(SPOILED, 3)], torch.arange(SPOILED), small
     )
-    fold_of = calibrate.deal_folds(normals.pooled, CONFIG.folds, torch.Generator().manual_seed(0))
+    fold_of = calibrate.deal_folds(small, CONFIG.folds, torch.Generator().manual_seed(0))
     return module.cross_fit(CONFIG, CHANNELS, kept, seen, full, generator=generator), fold_of
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dpdl_core.images import decode_image
 from dpdl_core.protocol import load_dataset
-from pipelines.twins import deal_together, thumbnail, twins
+from dpdl_core.twins import deal_together, thumbnail, twins
 
 
 def again(picture, rng):
@@ -28,12 +28,8 @@ def scene(rng):
     return picture.clip(0, 255).astype(np.uint8)[..., None].repeat(3, 2)
 
 
-def small(picture):
-    return thumbnail(cv2.resize(picture, (64, 64), interpolation=cv2.INTER_AREA))
-
-
 def found(pictures, at_most=12):
-    seen = [small(picture) for picture in pictures]
+    seen = [thumbnail(picture) for picture in pictures]
     return twins(seen, np.mean(seen, axis=0, dtype="f4"), at_most)
 
 
@@ -72,7 +68,7 @@ def test_no_group_is_larger_than_asked_even_of_one_scene():
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_few_pictures_are_no_special_case(number):
     rng = np.random.default_rng(0)
-    pictures = [small(scene(rng)) for _ in range(number)]
+    pictures = [thumbnail(scene(rng)) for _ in range(number)]
     assert twins(pictures, np.zeros((32, 32), np.float32), 5) == [[i] for i in range(number)]
 
 

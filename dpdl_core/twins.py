@@ -1,5 +1,6 @@
-"""Twins: the same thing pictured twice, or moments apart. datasets.py deals them to one side, since
-beside a twin that was learnt a held-out picture passes for one unseen.
+"""Twins: the same thing pictured twice, or moments apart. An import deals them to one side
+(pipelines/dealing.py) and a cross-fit to one fold (calibrate.py), since beside a twin that was
+learnt a held-out picture passes for one unseen.
 
 Two pictures are twins where one of them, shifted a little and with another brightness and contrast,
 leaves less than ALIKE of what the mean picture of the whole set leaves of the other: what all
@@ -38,7 +39,9 @@ Thumbnail = npt.NDArray[np.uint8]
 
 
 def thumbnail(pixels: Pixels) -> Thumbnail:
-    """(2 S, 2 S, 3) decoded -> (S, S) grey."""
+    """Decoded, square, 2 S pixels wide or more, (., ., 3) -> (S, S) grey."""
+    if len(pixels) != 2 * SIDE:
+        pixels = cv2.resize(pixels, (2 * SIDE, 2 * SIDE), interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
     grey = cv2.GaussianBlur(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), (0, 0), _BLUR)
     return cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.uint8)
 
