@@ -79,19 +79,23 @@ def application(
     on_gpu = args.device == "cuda" or (not args.device and cluster.get("GPU", 0) > 0)
     consumers = consumer_bounds(settings, num_cpus)
     # Two paths travel, never a secret: replicas read the settings again.
-    runtime_env = {"env_vars": settings.worker_env()}
+    environment = settings.worker_env()
 
-    def actor(cpus: float, gpus: float = 0.0) -> dict[str, Any]:
+    def actor(cpus: float, gpus: float = 0.0, **variables: str) -> dict[str, Any]:
         return {
             "num_cpus": cpus if roomy else 0,
             "num_gpus": gpus,
-            "runtime_env": runtime_env,
+            "runtime_env": {"env_vars": environment | variables},
         }
 
     in_flight = settings.stream.max_in_flight
     scorer = serve.deployment(
         name=SCORER,
-        ray_actor_options=actor(1, ray_runtime.SCORER_GPU_SHARE if on_gpu else 0),
+        # One heap for all threads: it is a thread that scores, and a thread's own heap holds no
+        # block above 64 MB, which would be given back after every layer (dpdl_core/memory.py).
+        ray_actor_options=actor(
+            1, ray_runtime.SCORER_GPU_SHARE if on_gpu else 0, MALLOC_ARENA_MAX="1"
+        ),
         # A queue before the device, never a refusal: the consumers bound what is in flight.
         max_ongoing_requests=consumers[1] * in_flight * settings.stream.max_models + 4,
         health_check_period_s=5,

@@ -116,8 +116,10 @@ def test_no_secret_travels_with_the_deployments():
         settings = settings.model_copy(update={group: part})
     parts = deployments(application(AppArgs(), settings, {"CPU": 16, "GPU": 1}))
     assert set(parts) == {"Console", "Consumer", "Scorer"}
-    for part in parts.values():
-        assert set(part.ray_actor_options["runtime_env"]["env_vars"]) == {"DPDL_STATE_DIR"}
+    for name, part in parts.items():
+        variables = part.ray_actor_options["runtime_env"]["env_vars"]
+        heaps = {"MALLOC_ARENA_MAX": "1"} if name == "Scorer" else {}
+        assert variables == {"DPDL_STATE_DIR": str(settings.state_dir)} | heaps
         shown = [part._deployment_config.to_proto_bytes(), str(part.init_args).encode()]
         assert not any(secret.encode() in each for each in shown)
         assert secret not in str(part.ray_actor_options)
