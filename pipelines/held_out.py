@@ -5,8 +5,10 @@
     new normals   the held-out share of what a refresh brings, or, at a training, of what the
                   current version has accepted and the training has not looked at
 
-A new normal is held out or not by the digest of its bytes, so it stays on its side for ever,
-whichever refresh reads it: no model is judged by a normal that it or an ancestor has learnt. The
+A new normal is held out or not by what its object says of it, so it stays on its side for ever,
+whichever refresh reads it: no model is judged by a normal that it or an ancestor has learnt. What a
+camera saw within one minute is held out or learnt as a whole, since next to a twin that was learnt
+an image is no news; where nobody knows when, the digest of its bytes decides for each image. The
 defects are the very ones that directions and heads were fitted on, so AUROC on them is better than
 on others; it says which of two models that learnt them alike is better, and no more. What only one
 of the two has learnt is left out: defects that people have confirmed since, and, where the data set
@@ -15,6 +17,7 @@ was imported anew between them, all of the import.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -40,10 +43,16 @@ row groups, evenly from all, so that a refresh costs the same however much there
 cameras would lose thresholds of their own (enough())."""
 HELD_OUT_OF = 5
 """One in so many new normals is held out, the share that an import holds out by default."""
+MOMENT_S = 60
+"""What one camera saw within so long is on one side."""
 
 
 def is_held_out(row: RowRef) -> bool:
-    return int(row.digest[:8], 16) % HELD_OUT_OF == 0
+    name = row.digest
+    if row.captured_at_ns:
+        moment = row.captured_at_ns // (MOMENT_S * 10**9)
+        name = hashlib.sha256(f"{row.camera} {moment}".encode()).hexdigest()
+    return int(name[:8], 16) % HELD_OUT_OF == 0
 
 
 def usable(data: Mapping[str, Any]) -> Keep:

@@ -66,6 +66,8 @@ class RowRef:
     defect: str
     camera: str
     source: str
+    captured_at_ns: int = 0
+    """By the camera's clock; 0: nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ _COLUMNS: list[tuple[str, Any]] = [
     ("defect", object),
     ("camera", object),
     ("source", object),
+    ("captured_at_ns", np.int64),
 ]
 """RowRef's fields, in order, as columns of a Ray Data block."""
 
@@ -292,7 +295,7 @@ def _found(filesystem: pa.fs.FileSystem, settings: Settings, key: str) -> Any:
         return filesystem.open_input_file(f"{settings.s3.evidence_bucket}/{taken_back(key)}")
 
 
-_READ = ["image", "label", "defect", "camera", "source"]
+_READ = ["image", "label", "defect", "camera", "source", "captured_at"]
 
 
 def _check_columns(path: str, found: pa.Schema) -> None:
@@ -304,8 +307,9 @@ def _check_columns(path: str, found: pa.Schema) -> None:
         wanted = SCHEMA.field(name)
         if found.get_field_index(name) < 0 or not found.field(name).equals(wanted):
             raise DataError(
-                f"{path} is none of our Parquet files: it has no column `{name}: {wanted.type} not "
-                "null`; remove it, and bring images by `dpdl data add`"
+                f"{path} is none of our Parquet files: it has no column `{name}: {wanted.type}"
+                f"{'' if wanted.nullable else ' not null'}`; remove it, and bring images by "
+                "`dpdl data add`"
             )
 
 
@@ -315,7 +319,9 @@ def _encoded(
     with _opened(filesystem, settings, group.key) as file:
         first = sum(file.metadata.row_group(i).num_rows for i in range(group.index))
         for batch in file.iter_batches(DECODE_BATCH, row_groups=[group.index], columns=_READ):
-            values = batch.to_pydict()
+            columns = {name: batch.column(name) for name in _READ}
+            columns["captured_at"] = columns["captured_at"].cast(pa.int64()).fill_null(0)
+            values = {name: column.to_pylist() for name, column in columns.items()}
             refs = [
                 RowRef(
                     key=group.key,
@@ -325,6 +331,7 @@ def _encoded(
                     defect=values["defect"][i],
                     camera=values["camera"][i],
                     source=values["source"][i],
+                    captured_at_ns=values["captured_at"][i],
                 )
                 for i in range(batch.num_rows)
             ]

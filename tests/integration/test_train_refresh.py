@@ -6,6 +6,7 @@ known. Refresh needs no Ray: its tests start from a version that was fitted once
 
 import hashlib
 import io
+import itertools
 import json
 import signal
 import subprocess
@@ -35,7 +36,7 @@ from infra.s3_client import make_minio
 from pipelines import candidate, promotion, refresh_loop
 from pipelines.dataset_index import SCHEMA, incoming, load_index, snapshot
 from pipelines.datasets import NewImage, import_dataset, put_incoming
-from pipelines.held_out import HeldOut, images, is_held_out, usable
+from pipelines.held_out import MOMENT_S, HeldOut, images, is_held_out, usable
 from pipelines.promotion import consider, load, who
 from pipelines.refresh import RefreshOptions, refresh_once
 from pipelines.refresh_loop import refresh_every
@@ -174,7 +175,8 @@ def test_few_new_images_wait_for_company(settings, deployed):
 def answer(settings, offset, kind, image):
     """What the console does for a person."""
     frame = FrameResult(
-        frame_id=f"frames/0/{offset}", camera="cam-1", captured_at_ns=offset, scored_at_ns=1,
+        frame_id=f"frames/0/{offset}", camera="cam-1", scored_at_ns=1,
+        captured_at_ns=(1 + offset) * MOMENT_S * 10**9,
         score=9.0, threshold=1.0, energy=0.0, is_anomaly=True, model="plates", version="train-0",
         evidence_key="",
     )  # fmt: skip
@@ -210,6 +212,20 @@ def test_answers_are_learnt_past_the_sieve_and_forgotten_when_taken_back(setting
     assert alarms[0].key not in third["data"]["incoming"]
     assert not usable(third["data"])(RowRef("k", 0, digests[8], 0, "", "", ""))
     assert refresh_once(settings, options).decision == "none"
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_all_new_normals_may_be_of_one_moment(settings, deployed, held_out):
+    moments = (minute * MOMENT_S * 10**9 for minute in itertools.count(1))
+    at = next(
+        m for m in moments if is_held_out(RowRef("", 0, "", 0, "", "cam-1", "", m)) == held_out
+    )
+    new = [replace(each, captured_at_ns=at + i) for i, each in enumerate(new_plates(20))]
+    put_incoming(settings, "plates", new)
+    report = refresh_once(settings, OPTIONS)
+    manifest = deployed.manifest("plates", report.to_version)
+    assert manifest["renewal"]["new_normals"] == (0 if held_out else 20)
+    assert manifest["new_normals"] == 20
 
 
 def candidate_of(settings, store, report):
