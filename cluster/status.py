@@ -139,7 +139,7 @@ def _cameras(settings: Settings) -> list[dict[str, Any]]:
     finally:
         store.close()
     now = time.time()
-    return [
+    found = [
         {
             "camera": one.camera,
             "seen_s_ago": _ago(one.last_scored_at_ns, now),
@@ -152,6 +152,8 @@ def _cameras(settings: Settings) -> list[dict[str, Any]]:
         }
         for one in known
     ]
+    # Only the first are shown: who needs a person comes first, then as the store has them.
+    return sorted(found, key=lambda one: not one["silent"])
 
 
 def _ago(at_ns: int | None, now: float) -> float | None:

@@ -25,6 +25,11 @@ class ThresholdOverride:
     threshold: float
     by: str
     at_ns: int
+    model: str
+    """That the camera was bound to then, "" for the default one. Scores of different models do not
+    compare, so it holds while this one scores and for no other's."""
+    version: str
+    """That had scored the camera last, "" for none of that model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,26 @@ class CameraState:
     binding: ModelBinding | None = None
     debounce: Debounce | None = None
 
+    @property
+    def override_is_for(self) -> str:
+        """What the override was chosen for where that does not score now, "" where it does: a
+        model, and then it does not hold; or a version, and then a person should look again."""
+        if self.override is None:
+            return ""
+        chosen, bound = self.override.model, self.binding.model if self.binding else ""
+        if chosen != bound or (chosen and self.model not in (None, chosen)):
+            return f"model {chosen}" if chosen else "the default model"
+        if self.override.version and self.override.version != self.version:
+            return f"version {self.override.version}"
+        return ""
+
+    @property
+    def threshold(self) -> float | None:
+        """The override where it holds, else that of the last frame."""
+        if self.override and self.override_is_for in ("", f"version {self.override.version}"):
+            return self.override.threshold
+        return self.threshold_used
+
     def is_silent(self, now_s: float) -> bool:
         """By when a frame was scored, not captured: a camera's clock may be anything."""
         return now_s - (self.last_scored_at_ns or 0) / 1e9 > SILENT_S
@@ -84,11 +109,6 @@ def camera_state(camera: str, found: Mapping[str, str]) -> CameraState:
     def number(name: str, kind: type[Any]) -> Any:
         return kind(found[name]) if name in found else None
 
-    override = None
-    if "threshold" in found:
-        override = ThresholdOverride(
-            float(found["threshold"]), found["threshold_by"], int(found["threshold_at"])
-        )
     frames_per_s, alert_share = _rates(found)
     binding = None
     if "bound" in found:
@@ -113,7 +133,7 @@ def camera_state(camera: str, found: Mapping[str, str]) -> CameraState:
         threshold_used=number("threshold_used", float),
         model=found.get("model"),
         version=found.get("version"),
-        override=override,
+        override=threshold_override(found),
         frames_per_s=frames_per_s,
         alert_share=alert_share,
         last_alert_at_ns=number("last_alert_at", int),
@@ -121,6 +141,25 @@ def camera_state(camera: str, found: Mapping[str, str]) -> CameraState:
         last_alert_evidence=found.get("last_alert_evidence"),
         binding=binding,
         debounce=debounce,
+    )
+
+
+OVERRIDE_FIELDS = (
+    "threshold", "threshold_by", "threshold_at", "threshold_model", "threshold_version", "bound",
+)  # fmt: skip
+
+
+def threshold_override(found: Mapping[str, str]) -> ThresholdOverride | None:
+    """Of these fields of a camera's hash, as far as it has them."""
+    if "threshold" not in found:
+        return None
+    return ThresholdOverride(
+        threshold=float(found["threshold"]),
+        by=found["threshold_by"],
+        at_ns=int(found["threshold_at"]),
+        # One that was set before this was kept stays with the model that the camera has.
+        model=found.get("threshold_model", found.get("bound", "")),
+        version=found.get("threshold_version", ""),
     )
 
 

@@ -36,7 +36,14 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, cast
 
-from infra.cameras import SMOOTHED_S, CameraState, ThresholdOverride, camera_state
+from infra.cameras import (
+    OVERRIDE_FIELDS,
+    SMOOTHED_S,
+    CameraState,
+    ThresholdOverride,
+    camera_state,
+    threshold_override,
+)
 from infra.errors import Fenced
 from infra.messages import FrameResult, check_camera
 from infra.redis_connection import make_redis, redis_errors
@@ -327,12 +334,24 @@ class ResultStore:
     def set_threshold(self, camera: str, threshold: float | None, *, by: str) -> None:
         """Set a person's threshold for a camera, or take it back with None.
 
+        It is for the model that the camera is bound to by now, and says which version of it scores.
         ValueError for NaN and infinity: no score lies above them, so nothing would ever alert.
         """
         if threshold is not None and not math.isfinite(threshold):
             raise ValueError(f"threshold {threshold}: wanted a finite number")
-        value = None if threshold is None else repr(float(threshold))
-        self._set(camera, "threshold", {"threshold": value}, by)
+        values: dict[str, str | None] = dict.fromkeys(
+            ("threshold", "threshold_model", "threshold_version")
+        )
+        if threshold is not None:
+            state = self.camera(camera)
+            bound = state.binding.model if state and state.binding else ""
+            scored = state and (not bound or state.model == bound)
+            values = {
+                "threshold": repr(float(threshold)),
+                "threshold_model": bound,
+                "threshold_version": (state.version or "") if state and scored else "",
+            }
+        self._set(camera, "threshold", values, by)
 
     def set_debounce(self, camera: str, rule: tuple[int, int] | None, *, by: str) -> None:
         """Alert at k of a camera's last n frames, or as all cameras do with None."""
@@ -395,14 +414,14 @@ class ResultStore:
         with redis_errors(self._where):
             pipeline = self._redis.pipeline(transaction=False)
             for name in names:
-                fields = ["threshold", "threshold_by", "threshold_at"]
-                pipeline.hmget(self._key(f"camera:{name}"), fields)
+                pipeline.hmget(self._key(f"camera:{name}"), OVERRIDE_FIELDS)
             rows = pipeline.execute()
-        return {
-            name: ThresholdOverride(float(value), by, int(at))
-            for name, (value, by, at) in zip(names, rows, strict=True)
-            if value is not None
-        }
+        found = {}
+        for name, row in zip(names, rows, strict=True):
+            fields = {k: v for k, v in zip(OVERRIDE_FIELDS, row, strict=True) if v is not None}
+            if override := threshold_override(fields):
+                found[name] = override
+        return found
 
     # --- keys ----------------------------------------------------------------------------
 

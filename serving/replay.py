@@ -97,7 +97,7 @@ def replay(settings: Settings, options: ReplayOptions, progress: Progress) -> di
     consumer, decoder = make_consumer(settings), Decoder(settings.stream.decode_threads)
     try:
         with kafka_errors(settings.kafka):
-            ranges = _ranges(consumer, settings, options)
+            ranges, cut = _ranges(consumer, settings, options)
             run = _Run(settings, options, held, decoder, run_id, ranges)
             for done, (place, records, next_offset) in enumerate(
                 _batches(consumer, ranges, settings)
@@ -117,6 +117,14 @@ def replay(settings: Settings, options: ReplayOptions, progress: Progress) -> di
         "version": options.version,
         "device": options.device,
         "offsets": {str(place.partition): list(span) for place, span in ranges.items()},
+        "begun": {
+            str(place.partition): {
+                "offset": first,
+                "at": run.begun_at(place),
+                "expired_before": place in cut,
+            }
+            for place, (first, _) in ranges.items()
+        },
         "bad": dict(+run.bad),
         "seconds": round(seconds, 2),
         "frames_per_second": round(run.comparison.total.frames / seconds, 1),
@@ -135,8 +143,11 @@ def _version(settings: Settings, options: ReplayOptions) -> InUse:
 Ranges = dict[TopicPartition, tuple[int, int]]
 
 
-def _ranges(consumer: KafkaConsumer, settings: Settings, options: ReplayOptions) -> Ranges:
-    """Partition -> (first, end) offsets that are there and asked for."""
+def _ranges(
+    consumer: KafkaConsumer, settings: Settings, options: ReplayOptions
+) -> tuple[Ranges, set[TopicPartition]]:
+    """Partition -> (first, end) offsets that are there and asked for; those partitions where more
+    was asked for than Kafka has kept: it begins later, and has held frames before."""
     places = partitions_of(consumer, settings.kafka.topic)
     begins, ends = consumer.beginning_offsets(places), consumer.end_offsets(places)
     firsts = _offsets(consumer, options.start, places, ends)
@@ -151,7 +162,14 @@ def _ranges(consumer: KafkaConsumer, settings: Settings, options: ReplayOptions)
             f"{settings.kafka.topic} holds no frames in that range: it has offsets "
             + ", ".join(f"{begins[p]} to {ends[p]} in partition {p.partition}" for p in places)
         )
-    return ranges
+    by_time = options.start.time_ms is not None
+    cut = {
+        place
+        for place, (first, _) in ranges.items()
+        # By time Kafka itself says its first offset, where what was asked for is older.
+        if 0 < begins[place] == first and (by_time or firsts[place] < first)
+    }
+    return ranges, cut
 
 
 def _offsets(
@@ -214,9 +232,11 @@ class _Run:
         redis = settings.redis.model_copy(update={"prefix": self.prefix})
         self._own = ResultStore(settings.model_copy(update={"redis": redis}))
         self._at = {place: first for place, (first, _) in ranges.items()}
+        self._begun_ms: dict[TopicPartition, int] = {}
         self._alerts_then = self._alerts_of_then()
         self._last_alert = "0"
         self._ruled: set[str] = set()
+        self._overrides: dict[str, float] = {}
         self._then: dict[str, Iterator[FrameResult]] = {}
         self._ahead: dict[str, FrameResult | None] = {}
         self.bad: Counter[str] = Counter()
@@ -227,16 +247,22 @@ class _Run:
         done = sum(self._at[place] - first for place, (first, _) in self._ranges.items())
         return done / todo
 
+    def begun_at(self, place: TopicPartition) -> str | None:
+        """The time of a partition's first record, by Kafka; ISO, UTC. None: it had none to give."""
+        at_ms = self._begun_ms.get(place)
+        return None if at_ms is None else datetime.fromtimestamp(at_ms / 1000, UTC).isoformat()
+
     def score(self, place: TopicPartition, records: list[KafkaRecord], next_offset: int) -> None:
+        self._begun_ms.setdefault(place, records[0].timestamp)
         if self._options.cameras:
             names = {camera.encode() for camera in self._options.cameras}
             records = [record for record in records if record.key in names]
         decoded = self._decoder(Polled(records, []), Plan(self._held.image_size))
         dead = Counter(bad.reason for bad in decoded.bad)
         self.bad.update(dead)
+        self._look_up({frame.camera for batch in decoded.batches for frame in batch.frames})
         results = [each for batch in decoded.batches for each in self._results(batch)]
         cameras = {result.camera for result in results}
-        self._copy_rules(cameras)
         first, self._at[place] = self._at[place], next_offset
         topic, number = place.topic, place.partition
         self._own.publish(GROUP, topic, number, first, next_offset, results, dead)
@@ -253,10 +279,9 @@ class _Run:
 
     def _results(self, batch: Batch) -> list[FrameResult]:
         cameras = [frame.camera for frame in batch.frames]
-        overrides = {c: o.threshold for c, o in self._live.thresholds(cameras).items()}
         name, device = self._options.model, self._options.device
         with torch.inference_mode():
-            scored = score_batch(self._held, name, batch.images, cameras, overrides, device)
+            scored = score_batch(self._held, name, batch.images, cameras, self._overrides, device)
         assert isinstance(scored, Scored), "decoded at this very version's size"
         finite = np.isfinite(scored.score) & np.isfinite(scored.energy)
         self.bad["score-not-finite"] += int((~finite).sum())
@@ -279,12 +304,16 @@ class _Run:
             if finite[row]
         ]
 
-    def _copy_rules(self, cameras: set[str]) -> None:
-        """A camera's own debounce rule is kept where publishing looks for it."""
+    def _look_up(self, cameras: set[str]) -> None:
+        """What persons have set: a debounce rule is kept where publishing looks for it; a threshold
+        holds where it was chosen for this model ("": the default one, which scores the camera)."""
         for camera in cameras - self._ruled:
             state = self._live.camera(camera)
             if state and (rule := state.debounce):
                 self._own.set_debounce(camera, (rule.k, rule.n), by=rule.by)
+            chosen = state.override if state else None
+            if state and chosen and (chosen.model or state.model) == self._options.model:
+                self._overrides[camera] = chosen.threshold
         self._ruled |= cameras
 
     def _alerts_of_then(self) -> set[str]:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from ray import serve
 
-from infra.cameras import SILENT_S
+from infra.cameras import SILENT_S, ThresholdOverride
 from infra.errors import DpdlError
 from infra.metrics import GAUGES_S, ReplicaMetrics, ScorerMetrics
 from infra.model_store import ModelStore
@@ -63,7 +63,8 @@ def score_batch(
 ) -> Scored | WrongSize:
     """(B,S,S,3) uint8 RGB -> one answer by one version; heat maps only of anomalies.
 
-    Threshold of a camera: a person's override, else the version's own for it, else its default.
+    Threshold of a camera: a person's override for this model, else the version's own for it, else
+    its default.
     """
     if images.shape[1:] != (held.image_size, held.image_size, 3):
         return WrongSize(held.image_size)
@@ -97,18 +98,25 @@ def score_batch(
 class Overrides:
     """Persons' thresholds by camera, read again every LOOK_S; a new camera's at first sight."""
 
-    def __init__(self, results: ResultStore) -> None:
-        self._results = results
-        self._known: dict[str, float | None] = {}
+    def __init__(self, results: ResultStore, default_model: str) -> None:
+        self._results, self._default_model = results, default_model
+        self._known: dict[str, ThresholdOverride | None] = {}
 
-    def of(self, cameras: Sequence[str]) -> dict[str, float]:
-        """Of these cameras, those that have one. ServiceUnavailable: a new one, Redis away."""
+    def of(self, cameras: Sequence[str], model: str) -> dict[str, float]:
+        """Of these cameras, those that have one for the model that scores them now.
+
+        ServiceUnavailable: a new one, Redis away.
+        """
         known = self._known
         new = [camera for camera in cameras if camera not in known]
         if new:
             known.update(self._read(new))
         found = {camera: known[camera] for camera in cameras}
-        return {camera: value for camera, value in found.items() if value is not None}
+        return {
+            camera: one.threshold
+            for camera, one in found.items()
+            if one and (one.model or self._default_model) == model
+        }
 
     def refresh(self) -> None:
         # Camera ids come from outside: beyond a bound all are forgotten and read again as they
@@ -116,9 +124,9 @@ class Overrides:
         names = list(self._known)
         self._known = self._read(names) if len(names) <= MAX_CAMERAS else {}
 
-    def _read(self, cameras: Sequence[str]) -> dict[str, float | None]:
+    def _read(self, cameras: Sequence[str]) -> dict[str, ThresholdOverride | None]:
         found = self._results.thresholds(cameras)
-        return {camera: found[camera].threshold if camera in found else None for camera in cameras}
+        return {camera: found.get(camera) for camera in cameras}
 
 
 class DeviceHealth:
@@ -165,7 +173,7 @@ class Scorer:
             torch.set_num_threads(cpu_threads())
         max_batch = settings.stream.max_batch
         coalesced = 0 if on_cpu else COALESCED_BATCHES * max_batch
-        self._overrides = Overrides(ResultStore(settings))
+        self._overrides = Overrides(ResultStore(settings), model_name)
         self._models = Models(
             ModelStore(settings),
             model_name,
@@ -234,7 +242,7 @@ class Scorer:
         self, images: NDArray[np.uint8], cameras: Sequence[str], model: str
     ) -> Scored | WrongSize:
         name, held = self._models.of(model)  # read once per batch
-        overrides = self._overrides.of(cameras)
+        overrides = self._overrides.of(cameras, name)
         with self._device_health.watched(), torch.inference_mode():
             return score_batch(held, name, images, cameras, overrides, self._device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,10 @@ from cluster.commands.shared import duration, out
 
 if TYPE_CHECKING:
     from infra.cameras import CameraState
+    from infra.redis_client import ResultStore
+
+NAMED = 5
+"""Cameras that are named, the most alike ones, beside one that is not known."""
 
 app = typer.Typer(
     help="Cameras: list them, forget some; give one its own threshold, model or debounce rule.",
@@ -30,14 +35,17 @@ def camera_list() -> None:
     settings = load_settings()
     store = ResultStore(settings)
     table = Table(box=None, pad_edge=False)
-    for column in ("camera", "frames", "alerts", "last score", "threshold", "model", "set by"):
-        number = column in ("frames", "alerts", "last score", "threshold")
-        table.add_column(column, justify="right" if number else "left")
+    for column in ("camera", "last frame"):
+        table.add_column(column)
+    for column in ("frames", "alerts", "last score", "threshold"):
+        table.add_column(column, justify="right")
+    for column in ("model", "set by"):
+        table.add_column(column)
     for one in store.cameras():
-        override = one.override
-        used = override.threshold if override else one.threshold_used
+        used = one.threshold
         table.add_row(
             escape(one.camera),
+            "never" if one.last_scored_at_ns is None else _moment(one.last_scored_at_ns),
             str(one.frames),
             str(one.alerts),
             "" if one.last_score is None else f"{one.last_score:.3f}",
@@ -91,19 +99,22 @@ def camera_set(
             "there is, `dpdl models promote` makes one current"
         )
     store = ResultStore(settings)
+    unseen = _unseen(camera, store)
     done = []
+    if model is not None or clear_model:  # first: a threshold is for the model that is bound
+        store.bind_model(camera, model, by=by)
+        done.append("model " + (model or "the default one"))
     if threshold is not None or clear_threshold:
         store.set_threshold(camera, threshold, by=by)
         done.append("threshold " + ("the model's" if threshold is None else f"{threshold:g}"))
-    if model is not None or clear_model:
-        store.bind_model(camera, model, by=by)
-        done.append("model " + (model or "the default one"))
     if rule is not None or clear_alert:
         store.set_debounce(camera, rule, by=by)
         done.append("alerts " + (f"at {alert}" if rule else "as all cameras"))
     if not done:
         raise ValueError("nothing to set: give --threshold, --model, --alert or one to clear")
     out.print(f"{camera}: {', '.join(done)}", markup=False)
+    if unseen:
+        out.print(unseen, style="yellow", markup=False, highlight=False)
 
 
 @app.command("forget")
@@ -145,6 +156,17 @@ def camera_forget(
     out.print(f"{store.forget(cameras or ())} cameras forgotten")
 
 
+def _unseen(camera: str, store: ResultStore) -> str:
+    """What to say of a camera that has sent nothing: one to come, or a slip of the pen."""
+    state = store.camera(camera)
+    if state and state.frames:
+        return ""
+    known = [one.camera for one in store.cameras() if one.frames]
+    alike = difflib.get_close_matches(camera, known, n=NAMED, cutoff=0.0)
+    more = ", ..." if len(known) > NAMED else ""
+    return f"{camera} has sent no frame yet; known: {', '.join(alike) or 'none'}{more}"
+
+
 def _rule(text: str) -> tuple[int, int]:
     from infra.redis_client import MAX_ALERT_N
 
@@ -165,13 +187,19 @@ def _model(one: CameraState) -> str:
     return used
 
 
+def _moment(at_ns: int) -> str:
+    return f"{datetime.fromtimestamp(at_ns / 1e9):%Y-%m-%d %H:%M}"
+
+
 def _settings(one: CameraState) -> list[str]:
     def stamp(by: str, at_ns: int) -> str:
-        return f"{by} {datetime.fromtimestamp(at_ns / 1e9):%Y-%m-%d %H:%M}"
+        return f"{by} {_moment(at_ns)}"
 
     found = []
     if one.override:
-        found.append(f"threshold: {stamp(one.override.by, one.override.at_ns)}")
+        other = f" for {one.override_is_for}" if one.override_is_for else ""
+        of = f"threshold {one.override.threshold:g}{other}"
+        found.append(f"{of}: {stamp(one.override.by, one.override.at_ns)}")
     if one.binding:
         found.append(f"model: {stamp(one.binding.by, one.binding.at_ns)}")
     if one.debounce:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
@@ -32,7 +33,7 @@ def models_list(model: Model = "default") -> None:
         table.add_row(
             "*" if one.current else "",
             one.version,
-            one.created_at[:16].replace("T", " "),
+            _local(one.created_at),
             "" if one.auroc is None else f"{one.auroc:.3f}",
             one.decision,
             escape(one.why),
@@ -62,12 +63,17 @@ def models_show(
     out.print(table)
 
 
+def _local(moment: str) -> str:
+    """Of ISO 8601, which is kept as UTC, on this machine's clock."""
+    return f"{datetime.fromisoformat(moment).astimezone():%Y-%m-%d %H:%M}"
+
+
 def _lines(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What people ask of a version first, as (name, text)."""
     manifest = shown["manifest"]
     yield "version", shown["version"] + (", current" if shown["current"] else "")
     parent = f" of {manifest['parent']}" if manifest["parent"] else ""
-    yield "made", f"{manifest['created_at']}, {manifest['kind']}{parent}"
+    yield "made", f"{_local(manifest['created_at'])}, {manifest['kind']}{parent}"
     data = manifest["data"]
     yield "data", f"{data['dataset']}, {len(data['incoming'])} objects of later normals"
     if "new_normals" in manifest:
@@ -81,7 +87,7 @@ def _lines(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "test AUROC", f"{manifest['auroc']:.3f}"
     if "decision" in shown:
         gate = shown["decision"]
-        yield "gate", f"{gate['decision']} {gate['at'][:19]}: {gate['why']}"
+        yield "gate", f"{gate['decision']} {_local(gate['at'])}: {gate['why']}"
         for name, value in sorted(gate["numbers"].items()):
             yield f"  {name}", f"{value:.4g}"
     found = shown["thresholds"]
@@ -90,7 +96,7 @@ def _lines(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for camera, value in sorted(found["cameras"].items()):
         yield f"  {camera}", f"{value:.4g}"
     for move in shown.get("moves", []):
-        yield "made current", f"{move['at'][:19]} by {move['by']}: {move['why']}"
+        yield "made current", f"{_local(move['at'])} by {move['by']}: {move['why']}"
     for note in manifest.get("notes", []):
         yield "note", note
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.commands.shared import Report, check_device, out, progress_line, write_report
+from cluster.commands.shared import Report, check_device, err, out, progress_line, write_report
 
 app = typer.Typer()
 
@@ -56,7 +57,28 @@ def replay_command(
     write_report(report, done)
 
 
+def _show_begun(begun: dict[str, dict[str, Any]]) -> None:
+    """Where it began; and a warning where that is later than was asked for."""
+
+    def where(partition: str) -> str:
+        one = begun[partition]
+        at = datetime.fromisoformat(one["at"]).astimezone() if one["at"] else None
+        of = f" of {at:%Y-%m-%d %H:%M:%S}" if at else ""
+        return f"partition {partition} at offset {one['offset']}{of}"
+
+    out.print(f"begun in {', '.join(map(where, begun))}", markup=False, highlight=False)
+    if cut := [partition for partition, one in begun.items() if one["expired_before"]]:
+        err.print(
+            f"Kafka keeps nothing older of {', '.join(map(where, cut))}: if you asked for more, it "
+            "has expired (kafka.retention_hours, kafka.retention_mb)",
+            style="yellow",
+            markup=False,
+            highlight=False,
+        )
+
+
 def _show(done: dict[str, Any]) -> None:
+    _show_begun(done["begun"])
     table = Table(box=None, pad_edge=False)
     columns = ("frames", "compared", "agreement", "alerts then", "now", "only then", "only now")
     for column in ("camera", *columns, "correlation"):

@@ -20,6 +20,15 @@ export function raised(line, threshold) {
   return alerts;
 }
 
+// Who set the threshold, and for what, where another model or version scores by now.
+function whose(state) {
+  if (state.override === null) return "the model\u2019s";
+  const stamp = `set by ${state.override_by}, ${moment(state.override_at_ms)}`;
+  const other = state.override_is_for;
+  if (!other) return stamp;
+  return other.startsWith("version") ? `${stamp} for ${other}` : `the model\u2019s; ${figure(state.override)} is ${stamp} for ${other}`;
+}
+
 export function openCamera(root, camera) {
   const at = `api/v1/cameras/${encodeURIComponent(camera)}`;
   const facts = h("dl", { class: "facts" });
@@ -68,7 +77,7 @@ export function openCamera(root, camera) {
       facts.replaceChildren(...pairs({
         state: state.state, "alerts now": percent(state.alert_share),
         rate: state.frames_per_s === null ? "\u2013" : `${state.frames_per_s.toFixed(1)} frames/s`,
-        threshold: `${figure(state.threshold)}${state.override === null ? ", the model\u2019s" : `, set by ${state.override_by}, ${moment(state.override_at_ms)}`}`,
+        threshold: `${figure(state.threshold)}, ${whose(state)}`,
       }));
       clear.disabled = state.override === null;
     }

@@ -97,10 +97,13 @@ class Camera(BaseModel):
     last_alert_frame_url: str | None
     last_alert_heat_url: str | None
     threshold: float | None
-    """In use: the override where there is one."""
+    """In use: the override where there is one that holds."""
     override: float | None
     override_by: str | None
     override_at_ms: float | None
+    override_is_for: str
+    """ "version V" or "model M" where it was chosen for another than scores now; for another model
+    it does not hold. "" else."""
     model: str | None
     version: str | None
 

@@ -65,10 +65,11 @@ def camera(state: CameraState, now_s: float | None = None) -> schema.Camera:
         last_alert_at_ms=_ms(state.last_alert_at_ns),
         last_alert_frame_url=pictures[0],
         last_alert_heat_url=pictures[1],
-        threshold=override.threshold if override else state.threshold_used,
+        threshold=state.threshold,
         override=override.threshold if override else None,
         override_by=override.by if override else None,
         override_at_ms=_ms(override.at_ns) if override else None,
+        override_is_for=state.override_is_for,
         model=state.model,
         version=state.version,
     )

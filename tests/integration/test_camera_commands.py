@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import datetime
 
 import pytest
 from typer.testing import CliRunner
@@ -19,13 +20,18 @@ pytestmark = pytest.mark.integration
 
 
 def run(*words):
-    done = CliRunner().invoke(cli, ["camera", *words], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(cli, ["camera", *words], env={"COLUMNS": "300"})
     if done.exception and not isinstance(done.exception, SystemExit):
         raise done.exception
     return done.output
 
 
-def said(camera, offset, scored_at_ns=2):
+def listed():
+    """Camera -> its line."""
+    return {line.split()[0]: line for line in run("list").splitlines()}
+
+
+def said(camera, offset, scored_at_ns=2, model="default", version="v1"):
     return FrameResult(
         frame_id=f"frames/0/{offset}",
         camera=camera,
@@ -35,8 +41,8 @@ def said(camera, offset, scored_at_ns=2):
         threshold=1.25,
         energy=0.0,
         is_anomaly=False,
-        model="default",
-        version="v1",
+        model=model,
+        version=version,
         evidence_key="",
     )
 
@@ -50,19 +56,42 @@ def test_a_camera_is_set_shown_and_cleared(settings):
     results.publish("g", "frames", 0, 0, 2, [said("cam-1", 0), said("cam-2", 1)])
 
     words = ["--model", "special", "--threshold", "3.5", "--alert", "2/5", "--by", "ada"]
-    assert "threshold 3.5, model special, alerts at 2/5" in run("set", "cam-1", *words)
-    shown = {line.split()[0]: line for line in run("list").splitlines()}
+    assert "model special, threshold 3.5, alerts at 2/5" in run("set", "cam-1", *words)
+    shown = listed()
     assert "special (last scored by default)" in shown["cam-1"]
-    assert "3.500" in shown["cam-1"]
-    assert all(f"{what}: ada 20" in shown["cam-1"] for what in ("threshold", "model", "alert 2/5"))
+    words = ("threshold 3.5 for model special", "model", "alert 2/5")
+    assert all(f"{what}: ada 20" in shown["cam-1"] for what in words)
+    assert "1.250" in shown["cam-1"]  # what default scores is not held against 3.5
     assert "1.250" in shown["cam-2"]
     assert "default" in shown["cam-2"]
+
+    results.publish("g", "frames", 0, 2, 3, [said("cam-1", 2, model="special", version="s1")])
+    assert "threshold 3.5: ada" in listed()["cam-1"]
+    assert "3.500" in listed()["cam-1"]
+    run("set", "cam-1", "--threshold", "3.75", "--by", "ada")
+    results.publish("g", "frames", 0, 3, 4, [said("cam-1", 3, model="special", version="s2")])
+    assert "threshold 3.75 for version s1: ada" in listed()["cam-1"]
+    assert "3.750" in listed()["cam-1"]
 
     run("set", "cam-1", "--clear-model", "--clear-threshold", "--clear-alert")
     assert results.bindings() == {}
     state = results.camera("cam-1")
     assert (state.override, state.binding, state.debounce) == (None, None, None)
     assert "ada" not in run("list")
+
+
+def test_a_camera_that_has_sent_nothing_is_set_and_said_to_be_unknown(settings):
+    results, now_ns = ResultStore(settings), time.time_ns()
+    names = ["belt-1", "belt-2", "dock", "gate", "hall", "cam-7"]
+    rows = [said(name, i, now_ns) for i, name in enumerate(names)]
+    results.publish("g", "frames", 0, 0, len(rows), rows)
+    told = run("set", "cam7", "--threshold", "3")
+    assert "cam7: threshold 3" in told
+    assert "cam7 has sent no frame yet; known: cam-7, " in told
+    assert "cam7 has sent no frame yet" in run("set", "cam7", "--clear-threshold")
+    assert "yet" not in run("set", "cam-7", "--threshold", "3")
+    assert " never " in listed()["cam7"]
+    assert f"{datetime.fromtimestamp(now_ns / 1e9):%Y-%m-%d %H:%M}" in listed()["dock"]
 
 
 def test_forgotten_cameras_make_room_for_others(settings, monkeypatch):

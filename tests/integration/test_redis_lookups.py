@@ -107,6 +107,8 @@ def test_a_threshold_has_an_owner_and_a_time(store: ResultStore) -> None:
     assert set(found) == {"seen", "not yet seen"}
     assert found["seen"].threshold == 1 / 3
     assert found["seen"].by == "anna@line-2"
+    assert (found["seen"].model, found["seen"].version) == ("", "v-1")
+    assert (found["not yet seen"].model, found["not yet seen"].version) == ("", "")
     assert abs(found["seen"].at_ns - time.time_ns()) < 60e9
     assert [camera.camera for camera in store.cameras()] == ["seen", "not yet seen"]
     put(store, 1, [result(1, "seen")])
@@ -118,6 +120,37 @@ def test_a_threshold_has_an_owner_and_a_time(store: ResultStore) -> None:
     assert set(store.thresholds(["seen", "not yet seen"])) == {"not yet seen"}
     with pytest.raises(ValueError, match="control characters"):
         store.set_threshold("a\nb", 1.0, by="x")
+
+
+def test_a_threshold_is_for_the_model_that_the_camera_is_bound_to(store: ResultStore) -> None:
+    put(store, 0, [result(0, "cam")])
+    store.bind_model("cam", "welds", by="anna")
+    store.set_threshold("cam", 2.0, by="anna")
+    found = store.thresholds(["cam"])["cam"]
+    assert (found.model, found.version) == ("welds", "")  # the default one's version is another's
+    put(store, 1, [replace(result(1, "cam"), model="welds", version="w-1")])
+    store.set_threshold("cam", 2.5, by="anna")
+    found = store.thresholds(["cam"])["cam"]
+    assert (found.threshold, found.model, found.version) == (2.5, "welds", "w-1")
+    store.bind_model("cam", None, by="anna")
+    cam = store.camera("cam")
+    assert cam is not None
+    assert cam.override == found
+    assert cam.override_is_for == "model welds"
+    store.set_threshold("cam", None, by="anna")
+    assert store.thresholds(["cam"]) == {}
+
+
+def test_a_threshold_of_before_the_model_was_kept_stays_with_the_cameras_own(
+    settings: Settings, store: ResultStore
+) -> None:
+    for camera in ("bound", "not bound"):
+        store.set_threshold(camera, 2.0, by="anna")
+        key = f"{settings.redis.prefix}:camera:{camera}"
+        make_redis(settings).hdel(key, "threshold_model", "threshold_version")
+    store.bind_model("bound", "welds", by="anna")
+    found = store.thresholds(["bound", "not bound"])
+    assert {name: one.model for name, one in found.items()} == {"bound": "welds", "not bound": ""}
 
 
 @pytest.mark.parametrize("camera", ["a:b", "käm{1} *?[x]", "'; flushall", "x" * 128, "0"])

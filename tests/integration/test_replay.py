@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from datetime import datetime
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from kafka import TopicPartition
 from typer.testing import CliRunner
 
 from cluster.cli import app as cli
@@ -18,7 +20,13 @@ from dpdl_core.config import recipe
 from dpdl_core.fit import fit
 from dpdl_core.images import ArraySource, decode_image
 from infra.errors import DataError, NotFound
-from infra.kafka_client import ensure_topics, make_producer
+from infra.kafka_client import (
+    end_offsets,
+    ensure_topics,
+    make_admin,
+    make_consumer,
+    make_producer,
+)
 from infra.messages import FrameResult, frame_headers, frame_id
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
@@ -174,9 +182,48 @@ def test_a_replay_scores_compares_and_touches_nothing(past, tmp_path):
     assert done["versions_then"] == {"default/v1": len(kept)}
     assert sum(c["frames"] for c in done["cameras"].values()) == len(scores)
     assert "only now" in ran.output
+    assert "expired" not in ran.output
 
     _check_ranges(settings, scores)
     _check_debounce(settings, scores, threshold, done)
+    _check_thresholds(settings, scores)
+    _check_what_expired(settings)
+
+
+def _check_thresholds(settings, scores):
+    """A person's holds where it was chosen for the model that is replayed."""
+    live = ResultStore(settings)
+    live.set_threshold("cam-0", -1e9, by="test")
+    live.bind_model("cam-2", "welds", by="test")
+    live.set_threshold("cam-2", -1e9, by="test")
+    chosen = ReplayOptions(model="default", version="v2", start=Place(offset=0))
+    found = replay(settings, chosen, lambda *_: None)["cameras"]
+    kept = [name for _, (name, _, here) in scores.items() if here]
+    assert found["cam-0"]["alerts_now"] == kept.count("cam-0")
+    assert found["cam-2"]["alerts_now"] < kept.count("cam-2")
+
+
+def _check_what_expired(settings):
+    """Retention has removed the beginning: it is said where it began, and that more was asked."""
+    topic = settings.kafka.topic
+    number, end = max(end_offsets(settings, topic).items(), key=lambda found: found[1])
+    admin = make_admin(settings)
+    admin.delete_records({TopicPartition(topic, number): 3})
+    admin.close()
+    consumer = make_consumer(settings)
+    found = consumer.offsets_for_times({TopicPartition(topic, number): 0})
+    consumer.close()
+    at_ms = found[TopicPartition(topic, number)].timestamp
+    for start, cut in (("0", True), ("1h", True), ("3", False)):
+        ran = CliRunner().invoke(
+            cli, ["replay", "--from", start, "--model", "v2"], env={"COLUMNS": "400"}
+        )
+        assert ran.exit_code == 0, ran.output
+        at = datetime.fromtimestamp(at_ms / 1000)
+        where = f"partition {number} at offset 3 of {at:%Y-%m-%d %H:%M:%S}"
+        assert where in ran.output
+        assert (f"keeps nothing older of {where}: if you" in ran.output) is cut
+    assert end > 3
 
 
 def _check_debounce(settings, scores, threshold, without):

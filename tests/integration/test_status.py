@@ -72,6 +72,20 @@ def test_lag_and_cameras_are_those_of_the_stream(settings):
     assert found["stream"] == {}
 
 
+def test_silent_cameras_are_shown_before_those_that_send(settings, monkeypatch):
+    monkeypatch.setattr("cluster.status.SHOWN_CAMERAS", 3)
+    ensure_topics(settings)
+    store, now = ResultStore(settings), time.time_ns()
+    rows = [scored(settings, f"sends-{i}", i, now) for i in range(5)]
+    rows += [scored(settings, "silent-1", 5, now - 3600 * 10**9)]
+    store.publish(settings.kafka.group, settings.kafka.topic, 0, 0, len(rows), rows)
+    store.close()
+    found, text = shown(settings)
+    assert found["cameras"][0]["camera"] == "silent-1"
+    assert "silent-1" in text
+    assert "and 3 more" in text
+
+
 def test_a_part_that_is_away_is_one_line_and_the_others_are_shown(settings, stack):
     ensure_topics(settings)
     stack.pause("redis")

@@ -3,7 +3,7 @@
 import pytest
 
 from infra.answers import Answer
-from infra.cameras import CameraState, ThresholdOverride
+from infra.cameras import CameraState, ModelBinding, ThresholdOverride
 from infra.messages import FrameResult
 from infra.model_store import Move, Pointer
 from infra.redis_client import StoredResult
@@ -70,9 +70,28 @@ def test_the_worst_camera_comes_first(monkeypatch):
     assert shown == ["worse", "bad", "gone", "also quiet", "quiet"]
 
 
-def test_an_override_shows_with_who_and_when():
-    shown = views.camera(state(override=ThresholdOverride(2.5, "ann", 7 * 10**6)), NOW_S)
-    assert (shown.threshold, shown.override, shown.override_by) == (2.5, 2.5, "ann")
+WELDS = ModelBinding("welds", "ann", 7 * 10**6)
+
+
+@pytest.mark.parametrize(
+    ("chosen_for", "now", "threshold", "is_for"),
+    [
+        (("", "v"), {}, 2.5, ""),
+        (("", ""), {"model": None, "version": None}, 2.5, ""),  # before its first frame
+        (("", "v"), {"version": "v2"}, 2.5, "version v"),
+        (("", "v"), {"binding": WELDS}, 1.0, "the default model"),
+        (("welds", "w"), {"binding": WELDS, "model": "welds", "version": "w"}, 2.5, ""),
+        (("welds", "w"), {"binding": WELDS}, 1.0, "model welds"),  # the default one stands in
+        (("welds", "w"), {}, 1.0, "model welds"),
+    ],
+)
+def test_an_override_shows_with_who_and_when_and_what_it_was_chosen_for(
+    chosen_for, now, threshold, is_for
+):
+    override = ThresholdOverride(2.5, "ann", 7 * 10**6, *chosen_for)
+    shown = views.camera(state(override=override, **now), NOW_S)
+    assert (shown.threshold, shown.override, shown.override_by) == (threshold, 2.5, "ann")
+    assert shown.override_is_for == is_for
     assert shown.override_at_ms == 7.0
 
 

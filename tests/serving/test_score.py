@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from infra.cameras import SILENT_S
+from infra.cameras import SILENT_S, ThresholdOverride
 from infra.errors import ServiceUnavailable
 from serving import score as subject
 from serving.batch import WrongSize
-from serving.score import DeviceHealth, Scorer, score_batch
+from serving.score import DeviceHealth, Overrides, Scorer, score_batch
 from serving.versions import InUse
 
 
@@ -67,6 +67,20 @@ def test_pieces_make_the_same_answer(held, num, monkeypatch):
     assert (found.model, found.version) == ("m", "v1")
 
 
+def test_a_persons_threshold_holds_for_the_model_it_was_chosen_for_alone():
+    """Whatever stands in for that one, or is bound in its place."""
+    known = {
+        "a": ThresholdOverride(1.0, "ann", 0, "", ""),
+        "b": ThresholdOverride(2.0, "ann", 0, "welds", "w1"),
+        "c": ThresholdOverride(3.0, "ann", 0, "plates", "p1"),
+    }
+    overrides = Overrides(SimpleNamespace(thresholds=lambda cameras: known), "plates")
+    assert overrides.of(["a", "b", "c", "d"], "plates") == {"a": 1.0, "c": 3.0}
+    assert overrides.of(["a", "b", "c", "d"], "welds") == {"b": 2.0}
+    overrides.refresh()
+    assert overrides.of(["b"], "welds") == {"b": 2.0}
+
+
 def test_another_size_is_not_scored(held):
     images = np.zeros((2, 3, 3, 3), np.uint8)
     assert score_batch(held, "m", images, ["a", "b"], {}, "cpu") == WrongSize(2)
@@ -87,7 +101,7 @@ def scorer(held):
     real, held.loaded.model.score = held.loaded.model.score, score
     alive = SimpleNamespace(is_alive=lambda: True, close=lambda: None)
     made._models = SimpleNamespace(of=lambda model: ("m", held))
-    made._overrides = SimpleNamespace(of=lambda cameras: {})
+    made._overrides = SimpleNamespace(of=lambda cameras, model: {})
     made._calls, made._watches, made._closing = alive, [alive], threading.Event()
     made._device, made._device_health = "cpu", DeviceHealth()
     return made
@@ -124,7 +138,7 @@ def test_what_is_not_the_devices_fault_replaces_no_scorer(scorer, monkeypatch):
     now_s = [time.monotonic()]
     monkeypatch.setattr(subject.time, "monotonic", lambda: now_s[0])
 
-    def away(cameras):
+    def away(cameras, model):
         raise ServiceUnavailable("Redis is away")
 
     scorer.failing = ValueError("an input that does not fit")
