@@ -1,23 +1,30 @@
 """Refresh again and again: by the clock, or when normals arrive in S3.
 
-What a look at S3 shows (the pointer, and the objects in incoming/ with their ETags) is the
-watermark: as long as it is the same, there is nothing to do. A notification only says when to look
-again, so nothing is missed where one is lost, late, or not to be had. Knows nothing of models.
+What a look at S3 shows (the pointer, and the objects in incoming/ with their ETags)
+is the watermark: as long as it is the same, there is nothing to do. A notification only says when
+to look again, so nothing is missed where one is lost, late, or not to be had. Knows nothing of
+models.
+
+Guarantee: nothing but `stop` and an error of settings ends a loop. What a person must put right (a
+data set imported anew, a refused key) is reported, and looked at again after growing pauses.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 from collections.abc import Callable
 
-from infra.errors import DpdlError
+from infra.errors import DpdlError, SettingsError
 from infra.model_store import ModelStore
 from infra.s3_events import listen
 from infra.settings import Settings
 from pipelines.dataset_index import Progress, incoming
 from pipelines.refresh import RefreshOptions, RefreshReport, refresh_once
+
+log = logging.getLogger("dpdl.refresh")
 
 POLL_S = 15.0
 """Between looks where the store tells nothing; one look is three small requests."""
@@ -29,6 +36,8 @@ LONGEST_WAIT_S = 60.0
 """And no longer than this: under a steady inflow it goes with what is there."""
 ALIVE_S = 3.0
 """MinIO gives a sign of life every half second."""
+LONGEST_PAUSE_S = 900.0
+"""Between two looks that end in the same error, which a person has to put right."""
 RETRY_S = (1.0, 300.0)
 """First and longest pause before the store is asked to tell again."""
 _SLICE_S = 0.2
@@ -46,12 +55,13 @@ def refresh_every(
 ) -> None:
     """Refresh every interval_s until `stop`; finding too few costs a few small requests.
 
-    What may pass (a service away, a lost race for the pointer) is reported and tried again; any
-    other error ends the loop.
+    Errors are reported, and the next look comes after interval_s or the longer pause. Raises
+    SettingsError.
     """
+    attempts = _Attempts(report)
     while True:
-        _attempt(lambda: report(refresh_once(settings, options, progress)), report)
-        if stop.wait(interval_s):
+        attempts.make(lambda: report(refresh_once(settings, options, progress)))
+        if stop.wait(attempts.pause_s(interval_s)):
             return
 
 
@@ -70,7 +80,7 @@ def refresh_on_arrival(
     Listens to MinIO's bucket notifications where they come in time, and looks every poll_s where
     the store has none or holds them back. `say` is told which of the two, when it changes.
     """
-    ears = _Ears(settings, say)
+    ears, attempts = _Ears(settings, say), _Attempts(report)
     ears.start()
     done: _Watermark | None = None
     try:
@@ -86,10 +96,10 @@ def refresh_on_arrival(
                     report(made)
 
             ears.heard.clear()
-            if _attempt(look, report):
+            if attempts.make(look):
                 ears.wait(stop, poll_s)
             else:
-                stop.wait(poll_s)
+                stop.wait(attempts.pause_s(poll_s))
     finally:
         ears.end()
 
@@ -118,15 +128,39 @@ def _settled(settings: Settings, model: str, stop: threading.Event) -> _Watermar
     return found
 
 
-def _attempt(act: Callable[[], None], report: Report) -> bool:
-    try:
-        act()
-        return True
-    except DpdlError as error:
-        if not error.retryable:
+class _Attempts:
+    """Makes attempts and reports how they fail; knows how often one failure came in a row."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._failure, self._repeats = "", 0
+
+    def make(self, act: Callable[[], None]) -> bool:
+        """Whether it succeeded. Raises SettingsError."""
+        try:
+            act()
+        except SettingsError:
             raise
-        report(error)
-        return False
+        except DpdlError as error:
+            self._failed("" if error.retryable else str(error))
+            self._report(error)
+            return False
+        except Exception as error:  # such as memory that did not suffice
+            log.exception("a refresh failed")
+            known = DpdlError(f"{type(error).__name__}: {error}")
+            self._failed(str(known))
+            self._report(known)
+            return False
+        self._failed("")
+        return True
+
+    def pause_s(self, usual_s: float) -> float:
+        """Before the next attempt; doubled each time that the same failure came again."""
+        return min(usual_s * 2.0**self._repeats, max(usual_s, LONGEST_PAUSE_S))
+
+    def _failed(self, why: str) -> None:
+        self._repeats = min(self._repeats + 1, 20) if why and why == self._failure else 0
+        self._failure = why
 
 
 class _Ears(threading.Thread):

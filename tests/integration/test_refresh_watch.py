@@ -12,7 +12,13 @@ import time
 import pytest
 
 from infra.embedded import Stack
-from infra.errors import AuthFailed, PointerConflict, ServiceUnavailable
+from infra.errors import (
+    AuthFailed,
+    DataError,
+    PointerConflict,
+    ServiceUnavailable,
+    SettingsError,
+)
 from infra.model_store import ModelStore
 from infra.s3_client import ensure_buckets, make_minio
 from infra.s3_events import listen
@@ -148,24 +154,66 @@ def test_a_moved_pointer_is_looked_at_too(store, watching):
     assert loop.wait_for(2, 10) == 2
 
 
-def test_what_may_pass_is_tried_again_and_the_rest_ends_the_loop(watching):
-    failures = [PointerConflict("moved"), ServiceUnavailable("away")]
+def failing(*failures):
+    """A refresh that fails in these ways, then works."""
+    left = list(failures)
 
-    def flaky():
-        if failures:
-            raise failures.pop()
+    def once():
+        if left:
+            raise left.pop(0)
 
-    loop = watching(once=flaky)
-    assert loop.wait_for(3, 10) == 3
+    return once
+
+
+FAILURES = [
+    PointerConflict("moved"),
+    ServiceUnavailable("away"),
+    DataError("imported anew"),
+    AuthFailed("no"),
+    MemoryError("too large"),
+]
+
+
+def test_a_watch_goes_on_after_every_failure_but_of_settings(watching):
+    loop = watching(poll_s=0.1, once=failing(*FAILURES))
+    assert loop.wait_for(6, 20) == 6
     loop.end()
     assert [type(r).__name__ for r in loop.reports] == [
-        "ServiceUnavailable",
-        "PointerConflict",
+        *(type(failure).__name__ for failure in FAILURES[:-1]),
+        "DpdlError",
         "RefreshReport",
     ]
-    broken = watching(once=lambda: (_ for _ in ()).throw(AuthFailed("no")))
+    assert str(loop.reports[-2]) == "MemoryError: too large"
+    broken = watching(once=failing(SettingsError("s3.endpoint is no address")))
     broken.thread.join(10)
-    assert [type(e) for e in broken.errors] == [AuthFailed]
+    assert [type(e) for e in broken.errors] == [SettingsError]
+
+
+def test_the_clock_goes_on_after_every_failure_but_of_settings(settings, monkeypatch):
+    run = lambda me: refresh_every(settings, OPTIONS, 0.05, me.reports.append, me.stop)  # noqa: E731
+    loop = Loop(monkeypatch, run, failing(*FAILURES))
+    assert loop.wait_for(7, 10) >= 7
+    loop.end()
+    assert loop.errors == []
+    broken = Loop(monkeypatch, run, failing(SettingsError("s3.endpoint is no address")))
+    broken.thread.join(10)
+    assert [type(e) for e in broken.errors] == [SettingsError]
+
+
+def test_pauses_grow_while_the_same_failure_waits_for_a_person(settings, monkeypatch):
+    """And are as usual again after another one, a passing one, or success."""
+    again = DataError("imported anew")
+    once = failing(again, again, again, AuthFailed("no"), *[ServiceUnavailable("away")] * 2)
+    pauses = []
+
+    class Stop(threading.Event):
+        def wait(self, timeout=None):
+            pauses.append(timeout)
+            return len(pauses) == 7
+
+    monkeypatch.setattr(refresh_loop, "refresh_once", lambda *_: once())
+    refresh_every(settings, OPTIONS, 300, lambda _: None, Stop())
+    assert pauses == [300, 600, 900, 300, 300, 300, 300]
 
 
 def test_an_s3_that_goes_away_and_comes_back_is_watched_on(settings, stack: Stack, watching):
