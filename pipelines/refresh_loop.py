@@ -1,6 +1,6 @@
 """Refresh again and again: by the clock, or when normals arrive in S3.
 
-What a look at S3 shows (the pointer, and the objects in incoming/ with their ETags)
+What a look at S3 shows (the pointer, and the objects in incoming/ and anomalies/ with their ETags)
 is the watermark: as long as it is the same, there is nothing to do. A notification only says when
 to look again, so nothing is missed where one is lost, late, or not to be had. Knows nothing of
 models.
@@ -17,11 +17,12 @@ import threading
 import time
 from collections.abc import Callable
 
+from infra.answers import ANOMALIES, INCOMING
 from infra.errors import DpdlError, SettingsError
 from infra.model_store import ModelStore
 from infra.s3_events import listen
 from infra.settings import Settings
-from pipelines.dataset_index import Progress, incoming
+from pipelines.dataset_index import Progress, incoming, list_objects
 from pipelines.refresh import RefreshOptions, RefreshReport, refresh_once
 
 log = logging.getLogger("dpdl.refresh")
@@ -113,7 +114,8 @@ def _watermark(settings: Settings, model: str) -> _Watermark:
     if pointer is None:
         return None, frozenset()
     dataset = store.manifest(model, pointer.version)["data"]["dataset"]
-    return pointer.version, frozenset((o.key, o.etag) for o in incoming(settings, dataset))
+    found = incoming(settings, dataset) + list_objects(settings, f"{dataset}/{ANOMALIES}/")
+    return pointer.version, frozenset((o.key, o.etag) for o in found)
 
 
 def _settled(settings: Settings, model: str, stop: threading.Event) -> _Watermark:
@@ -212,7 +214,7 @@ class _Ears(threading.Thread):
             self._prompt_until = self._last_sign + ALIVE_S
 
     def _created(self, key: str) -> None:
-        if "/incoming/" in key:
+        if f"/{INCOMING}/" in key or f"/{ANOMALIES}/" in key:
             self.heard.set()
 
     def wait(self, stop: threading.Event, poll_s: float) -> None:

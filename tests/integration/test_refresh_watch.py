@@ -140,6 +140,8 @@ def test_what_arrives_is_refreshed_once_and_the_end_is_quick(settings, watching)
     assert loop.wait_for(3, 2) == 2
     put(settings, "plates/incoming/part-0.parquet", b"other content")
     assert loop.wait_for(3, 15) == 3
+    put(settings, "plates/anomalies/answer-0.parquet")  # a defect that somebody confirmed
+    assert loop.wait_for(4, 15) == 4
     assert loop.end() < 3
     assert loop.errors == []
     if not ON_MINIO:
