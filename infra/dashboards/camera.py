@@ -148,7 +148,9 @@ def camera(console_url: str) -> Json:
                         ALERT_COLUMNS,
                         params={"count": "200", "camera": "${camera}"},
                     ),
-                    help="Its newest 200, from the alert API; images open in the console.",
+                    help="Its newest 200 among as many alerts of all cameras as the alert API "
+                    "looks through in 2 s; those further back are in the console, "
+                    "which goes on as you scroll. Images open there.",
                     size=(24, 12),
                     overrides=ALERT_LINKS,
                 )

@@ -13,6 +13,7 @@ from infra.messages import FrameResult, frame_id
 from infra.redis_client import ResultStore
 from infra.redis_connection import make_redis
 from infra.settings import Settings
+from serving.console import lookup
 
 pytestmark = pytest.mark.integration
 
@@ -97,6 +98,33 @@ def test_a_follower_wakes_at_the_next_alert(settings: Settings, store: ResultSto
     assert [each.result.offset for each in store.alerts(block_s=3)] == [0]
     assert time.monotonic() - started < 2.5
     timer.join()
+
+
+def test_the_alerts_of_a_quiet_camera_are_found_far_behind_those_of_others(
+    settings: Settings, store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, 0, [result(0, "quiet", anomaly=True)])
+    noise = result(1, "noisy", anomaly=True).to_redis()
+    pipeline = make_redis(settings).pipeline(transaction=False)
+    for _ in range(8_000):
+        pipeline.xadd(f"{settings.redis.prefix}:alerts", noise)
+    pipeline.execute()
+    monkeypatch.setattr(lookup, "SEARCH_S", 60.0)  # a busy machine
+    found, older, newest = lookup.alerts_back(store, 50, "", "quiet", None, None)
+    assert ([each.result.offset for each in found], older) == ([0], None)
+    assert newest == store.latest_alerts(1)[0].id
+    # When the time is up the page says where to go on, and going on ends.
+    monkeypatch.setattr(lookup, "SEARCH_S", 0.0)
+    before, pages = "", 0
+    while True:
+        found, older, _ = lookup.alerts_back(store, 50, before, "quiet", None, None)
+        pages += 1
+        if older is None:
+            break
+        assert found == []
+        before = older
+    assert [each.result.offset for each in found] == [0]
+    assert pages == 5
 
 
 def test_a_threshold_has_an_owner_and_a_time(store: ResultStore) -> None:
