@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -34,6 +35,9 @@ from pipelines.sources import RowRef, row_groups, stack
 
 EXEMPLARS = 512
 """Old normals that a renewal looks at again: whole row groups, evenly from all there are."""
+HELD_TRIES = 3
+"""A new normal that was in so many candidates that the gate held is left out from then on: whatever
+it is that spoils them must not keep the model as it is for ever. Answers are never left out."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,21 @@ class Inputs:
         return f"refresh-{hashlib.sha256(identity).hexdigest()[:12]}"
 
 
+@dataclass(frozen=True)
+class Found:
+    """What there is to refresh with."""
+
+    inputs: Inputs
+    images: int
+    """New ones and confirmed defects."""
+    waiting: int
+    """Of these, the ones that were not in the last candidate that the gate held; all of them where
+    something that was in it is gone."""
+    notes: list[str]
+    """On objects that cannot be read: those count as new until somebody puts them right, and keep
+    no refresh from the others."""
+
+
 def find_inputs(
     settings: Settings,
     current: str,
@@ -66,25 +85,30 @@ def find_inputs(
     index: DatasetIndex,
     past: Iterable[decisions.Decision],
     seed: int,
-) -> tuple[Inputs, int, list[str]]:
-    """What is new to this version: not in its manifest, and not held or rolled back on its line.
+) -> Found:
+    """What is new to this version: not in its manifest, and not rolled back on its line.
 
-    Also how many rows that is, defects that people have confirmed since included, and notes on
-    objects that cannot be read: those count as new until somebody puts them right, and keep no
-    refresh from the others.
+    What the gate held on it, in company that may have been to blame, comes again with others,
+    HELD_TRIES times at most, answers without end.
     Decisions of another line do not count: a model trained from scratch gets everything again.
     """
     data = parent["data"]
     settled = {*data["incoming"].items(), *data["objects"].items()}
+    held = []
     for decision in _descended({current, *parent["line"]}, past):
-        settled |= set(decision.inputs.items())
+        if decision.decision == "held":
+            held.append(decision)
+        else:
+            settled |= set(decision.inputs.items())
+    tries = Counter(each for decision in held for each in decision.inputs.items())
+    settled |= {each for each, n in tries.items() if n >= HELD_TRIES and not is_answer(each[0])}
     stored = {o.key: o.etag for o in incoming(settings, index.name)}
-    new, rows, notes = {}, 0, []
+    new, rows, notes = {}, {}, []
     for key, etag in stored.items():
         if (key, etag) in settled:
             continue
         try:
-            rows += sum(group.rows for group in row_groups(settings, [key]))
+            rows[key, etag] = sum(group.rows for group in row_groups(settings, [key]))
             new[key] = etag
         except DataError as error:
             notes.append(f"left out: {error}")
@@ -92,7 +116,13 @@ def find_inputs(
     defects = {
         key: etag for key, etag in objects.items() if is_answer(key) and (key, etag) not in settled
     }
-    rows += len(defects)
+    rows |= dict.fromkeys(defects.items(), 1)
+    last = max(held, key=lambda decision: decision.at, default=None)
+    again = set(last.inputs.items()) - settled if last is not None else set()
+    if not again <= set(rows):
+        again = set()
+    elif again:
+        notes.append(f"{sum(rows[each] for each in again)} of the images were held before")
     inputs = Inputs(
         parent=current,
         dataset=index.name,
@@ -104,7 +134,8 @@ def find_inputs(
         set_aside=list(data["set_aside"]),
         seed=seed,
     )
-    return inputs, rows, notes
+    images = sum(rows.values())
+    return Found(inputs, images, images - sum(rows[each] for each in again), notes)
 
 
 def _descended(line: set[str], past: Iterable[decisions.Decision]) -> Iterator[decisions.Decision]:

@@ -1,6 +1,6 @@
 """Renew the deployed model on the new normals in S3; the gate decides; the pointer moves once.
 
-    1. inputs     objects in incoming/ that no decision has used
+    1. inputs     objects in incoming/ that no version of this line has used
     2. candidate  renew (VQ, dpdl_core) > thresholds > version in S3 (candidate.py)
     3. gate       candidate against current on the same held-out images
     4. pointer    conditional PUT, if promoted
@@ -9,9 +9,10 @@
 Guarantee: killed between any two steps and run again, there is one version and one decision. The
 candidate's id is a digest of its parent and inputs, so a second run finds or repeats the same
 version. What a version has used stands in its own manifest, which becomes current in the one PUT of
-step 4; a held candidate's inputs stand in its record. Either way the inputs count as used exactly
-when the decision stands: that is the watermark, with no clock and no order of keys to rely on.
-After a rollback the record remains, so what a person has taken back does not come again.
+step 4, and in its record: after a rollback that remains, so what a person has taken back does not
+come again. A held candidate's record says that these inputs together are not tried again; each of
+them is, in other company (find_inputs). That is the watermark, with no clock and no order of keys
+to rely on.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def refresh_once(
     if parent["kind"] == "refresh":
         # Killed between pointer and record: without it, a rollback would bring these inputs again.
         consider(settings, store, name, pointer.version)
-    inputs, waiting, notes = find_inputs(
+    found = find_inputs(
         settings,
         pointer.version,
         parent,
@@ -110,13 +111,17 @@ def refresh_once(
         decisions.recorded(settings, name),
         options.seed,
     )
+    inputs, notes = found.inputs, found.notes
 
     def nothing(why: str) -> RefreshReport:
         seconds = time.perf_counter() - started
         return RefreshReport("none", pointer.version, None, why, seconds, [why], notes=notes)
 
-    if waiting < max(1, options.min_new):
-        return nothing(f"{waiting} new images, {options.min_new} are awaited")
+    if found.waiting < max(1, options.min_new):
+        return nothing(f"{found.waiting} new images, {options.min_new} are awaited")
+    decided = decisions.find(settings, name, inputs.candidate)
+    if decided is not None:
+        return nothing(f"{inputs.candidate} of the same images was {decided.decision} before")
     device = chosen_device(options.device)
     current = load(store, name, pointer.version, device)
     held_out = None
@@ -124,8 +129,8 @@ def refresh_once(
         repeats = repeated(
             settings, index, used=inputs.used, new=inputs.new, set_aside=inputs.set_aside
         )
-        if sum(map(len, repeats.values())) == waiting:
-            why = f"all {waiting} new images are known already"
+        if sum(map(len, repeats.values())) == found.images:
+            why = f"all {found.images} new images are known already"
             _settle(settings, name, inputs, why)
             return nothing(why)
         held_out = build(

@@ -309,7 +309,9 @@ def test_of_two_refreshes_with_different_inputs_one_wins_and_the_other_looks_aga
     assert refresh_once(settings, OPTIONS).decision == "none"
 
 
-def test_a_bad_candidate_is_held_and_its_inputs_do_not_come_again(settings, deployed, monkeypatch):
+def test_a_bad_candidate_is_held_and_what_was_in_it_comes_again_with_others(
+    settings, deployed, monkeypatch
+):
     """The renewal is made to forget: all its energies in reverse."""
     put_incoming(settings, "plates", new_plates(20))
     real = candidate.renew
@@ -324,14 +326,15 @@ def test_a_bad_candidate_is_held_and_its_inputs_do_not_come_again(settings, depl
         report = refresh_once(settings, OPTIONS)
     assert report.decision == "held"
     assert "AUROC falls" in report.why
-    assert report.reasons == ["AUROC falls by more than 0.01"]
+    assert report.reasons[0] == "AUROC falls by more than 0.01"
     assert deployed.current("plates").version == "train-0"
-    assert refresh_once(settings, OPTIONS).decision == "none"
+    assert refresh_once(settings, OPTIONS).why == "0 new images, 8 are awaited"
     assert Registry(settings, "plates").show(report.to_version)["decision"]["decision"] == "held"
     put_incoming(settings, "plates", new_plates(20, first=8000))
     second = refresh_once(settings, OPTIONS)
     assert second.decision == "promoted"
-    assert len(deployed.manifest("plates", second.to_version)["data"]["incoming"]) == 1
+    assert "20 of the images were held before" in second.notes
+    assert len(deployed.manifest("plates", second.to_version)["data"]["incoming"]) == 2
     assert refresh_once(settings, OPTIONS).decision == "none"
 
 
@@ -394,8 +397,46 @@ def test_what_was_taken_back_in_two_steps_does_not_come_again(settings, dataset)
         decisions.Decision("refresh-3", "train-9", "promoted", "", {}, three),
     ]
     manifest = {"line": [], "data": snapshot(dataset)}
-    inputs, rows, _ = candidate.find_inputs(settings, "train-0", manifest, dataset, past, 0)
-    assert (inputs.new, rows) == (three, 10)
+    found = candidate.find_inputs(settings, "train-0", manifest, dataset, past, 0)
+    assert (found.inputs.new, found.images, found.waiting) == (three, 10, 10)
+
+
+@pytest.mark.storage
+def test_what_was_held_comes_again_in_other_company_and_not_for_ever(settings, dataset):
+    """An answer comes again whatever happens: a person stands behind it."""
+
+    def put(first):
+        (key,) = put_incoming(settings, "plates", new_plates(10, first=first)).keys
+        return {key: {o.key: o.etag for o in incoming(settings, "plates")}[key]}
+
+    def find():
+        return candidate.find_inputs(settings, "train-0", manifest, dataset, past, 0)
+
+    def hold(inputs):
+        at = f"2026-01-0{len(past) + 1}"
+        past.append(decisions.Decision(f"r-{at}", "train-0", "held", "", {}, inputs, at))
+
+    past, manifest = [], {"line": [], "data": snapshot(dataset)}
+    given = answer(settings, 1, "false-alarm", plate(9000, spot=True))
+    answered = {o.key: o.etag for o in incoming(settings, "plates")}
+    assert list(answered) == [given.key]
+    one = put(5000)
+    first = find()
+    assert (first.inputs.new, first.waiting) == (one | answered, 11)
+    hold(first.inputs.new)
+    assert find().inputs.candidate == first.inputs.candidate
+    assert find().waiting == 0  # the same once more would be held again
+
+    two = put(6000)
+    second = find()
+    assert (second.inputs.new, second.images, second.waiting) == (one | two | answered, 21, 10)
+    assert second.notes == ["11 of the images were held before"]
+    hold(second.inputs.new)
+    answer(settings, 1, "undo", b"")
+    assert find().waiting == 20  # without the answer it may pass
+    answer(settings, 1, "false-alarm", plate(9000, spot=True))
+    hold(one | two | answered)
+    assert find().inputs.new.keys() == two.keys() | answered.keys()  # one has been in three
 
 
 def test_defects_among_the_new_normals_are_set_aside_and_listed(settings, deployed):
