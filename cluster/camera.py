@@ -128,12 +128,21 @@ def stream(
         on_lost(len(waiting))
 
 
-def folder_frames(folder: Path, camera: str) -> Iterator[OutgoingFrame]:
-    """The images below a folder, sorted by name, as one camera's frames. DataError: none there."""
+def folder_frames(folder: Path, camera: str, *, recursive: bool = True) -> Iterator[OutgoingFrame]:
+    """The images below a folder, sorted by name, as one camera's frames.
+
+    DataError where there are none and, without `recursive`, where some lie in folders below it.
+    """
     check_camera(camera)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise DataError(f"{folder}: no images found; wanted files ending in {_suffixes()}")
+    deeper = [path.relative_to(folder).as_posix() for path in paths if path.parent != folder]
+    if deeper and not recursive:
+        raise DataError(
+            f"{folder}: {len(deeper)} images lie in folders below it, such as {deeper[0]}: "
+            "name one folder, or take all of them with --recursive"
+        )
     for path in paths:
         yield OutgoingFrame(camera, path.read_bytes(), str(path.relative_to(folder)))
 

@@ -42,15 +42,20 @@ def data_add(
     folder: Annotated[Path, typer.Argument(help="Folder of normal images.")],
     name: Annotated[str, typer.Option(help="Name of the data set in S3.")],
     camera: Annotated[str, typer.Option(help="The camera that took them.")] = "",
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Also those in folders below it: normal, too.")
+    ] = False,
 ) -> None:
-    """Add new normal images to a data set, for the next refresh."""
+    """Add new normal images to a data set, for the next refresh; exit code 1 where none is."""
     from cluster.camera import folder_frames
     from infra.settings import load_settings
     from pipelines.datasets import NewImage, put_incoming
 
-    frames = folder_frames(folder, camera or "unnamed")
+    frames = folder_frames(folder, camera or "unnamed", recursive=recursive)
     images = (NewImage(f.image, camera=camera, source=f.source) for f in frames)
     done = put_incoming(load_settings(), name, images)
     for image in done.skipped:
         err.print(f"left out: {escape(image['source'])}: {image['reason']}", style="yellow")
     out.print(f"{done.images} new normal images for {name}")
+    if not done.images:
+        raise typer.Exit(1)

@@ -18,6 +18,17 @@ def test_a_folder_is_read_in_the_order_of_names_and_byte_for_byte(tmp_path):
     ]
 
 
+def test_where_all_is_taken_as_normal_folders_below_are_asked_for(tmp_path):
+    """nok/crack/ is not what a person means who names the folder above it."""
+    (tmp_path / "a.png").write_bytes(b"a")
+    (tmp_path / "nok" / "crack").mkdir(parents=True)
+    assert len(list(folder_frames(tmp_path, "line-1", recursive=False))) == 1
+    (tmp_path / "nok" / "crack" / "b.png").write_bytes(b"b")
+    with pytest.raises(DataError, match=r"1 images lie .* nok/crack/b\.png: .* --recursive"):
+        list(folder_frames(tmp_path, "line-1", recursive=False))
+    assert len(list(folder_frames(tmp_path, "line-1"))) == 2
+
+
 def test_a_folder_without_images_says_what_it_looked_for(tmp_path):
     with pytest.raises(DataError, match=r"no images found; wanted files ending in .*\.jpg"):
         list(folder_frames(tmp_path, "line-1"))

@@ -8,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from cluster.cli import app as cli
 from dpdl_core.images import decode_image
 from infra.errors import DataError
 from infra.s3_client import make_filesystem, make_minio
@@ -139,6 +141,22 @@ def test_incoming_images_are_checked_and_sending_twice_is_one_object(settings, f
     source = images(settings, first.keys, 32)
     assert [row.camera for row in source.rows] == ["cam-1", "cam-2"]
     assert put_incoming(settings, "plates", [b""]).keys == []
+
+
+def test_the_command_takes_normals_of_one_folder_or_fails(settings, folder, tmp_path):
+    import_dataset(settings, folder, "plates", shots=4)
+
+    def add(*words):
+        return CliRunner().invoke(cli, ["data", "add", str(tmp_path), "--name", "plates", *words])
+
+    (tmp_path / "a.png").write_bytes(b"none")
+    assert add().exit_code == 1
+    (tmp_path / "nok").mkdir()
+    (tmp_path / "nok" / "b.png").write_bytes(texture(5000))
+    assert "--recursive" in str(add().exception)
+    assert incoming(settings, "plates") == []
+    done = add("--recursive")
+    assert (done.exit_code, done.stdout) == (0, "1 new normal images for plates\n")
 
 
 def test_a_large_folder_arrives_in_parts_and_is_never_held_as_a_whole(
