@@ -21,6 +21,10 @@ from pipelines.gate import GateLimits, Verdict, judge
 from pipelines.held_out import HeldOut, enough
 from pipelines.scoring import chosen_device
 
+RACES = 5
+"""So often a training is judged anew when the pointer moves under it: a refresh takes longer than
+the gate, so one lost race is rare, and five in a row say that something is wrong."""
+
 
 def consider(
     settings: Settings,
@@ -69,6 +73,24 @@ def consider(
         move(settings, store, name, version, pointer, verdict.why)
     _record(settings, name, version, manifest, verdict)
     return verdict
+
+
+def consider_training(
+    settings: Settings,
+    store: ModelStore,
+    name: str,
+    version: str,
+    progress: Progress | None = None,
+) -> Verdict:
+    """consider() a version that descends from none: whatever a refresh makes current meanwhile, it
+    can be judged against that. PointerConflict after RACES lost races."""
+    for _ in range(RACES - 1):
+        try:
+            return consider(settings, store, name, version, progress=progress)
+        except PointerConflict as error:
+            if progress is not None:
+                progress("gate", 0.0, {"because": f"{error}; judged against the new one"})
+    return consider(settings, store, name, version, progress=progress)
 
 
 def load(store: ModelStore, name: str, version: str, device: str = "cpu") -> LoadedVersion:

@@ -45,7 +45,7 @@ from pipelines.dataset_index import (
 from pipelines.datasets import import_dataset
 from pipelines.patience import patiently
 from pipelines.people import data_of_training
-from pipelines.promotion import code_version, consider
+from pipelines.promotion import code_version, consider_training
 from pipelines.ray_network import MeetOnRaysNetwork
 from pipelines.ray_run import Introduce, RayRun, cluster_free, cluster_total
 from pipelines.run_record import EPOCHS, RUN, RunRecord, epochs_from_lines, load_run, save_run
@@ -231,7 +231,7 @@ def _carry_out(
     store, name = ModelStore(settings), record.model
     _when_s3_answers(lambda: store.put_version(name, record.run, files, manifest), progress)
     verdict = _when_s3_answers(
-        lambda: consider(settings, store, name, record.run, progress=progress), progress
+        lambda: consider_training(settings, store, name, record.run, progress), progress
     )
     return TrainReport(
         version=record.run,

@@ -37,7 +37,7 @@ from pipelines import candidate, promotion, refresh_loop
 from pipelines.dataset_index import SCHEMA, incoming, load_index, snapshot
 from pipelines.datasets import NewImage, import_dataset, put_incoming
 from pipelines.held_out import MOMENT_S, HeldOut, images, is_held_out, usable
-from pipelines.promotion import consider, load, who
+from pipelines.promotion import RACES, consider, consider_training, load, who
 from pipelines.refresh import RefreshOptions, refresh_once
 from pipelines.refresh_loop import refresh_every
 from pipelines.registry import Registry
@@ -365,6 +365,35 @@ def test_a_training_is_decided_once_and_the_decision_is_kept(
     again = consider(settings, deployed, "plates", "train-2")  # `dpdl train --resume train-2`
     assert (again.promote, again.why, again.numbers) == (True, first.why, first.numbers)
     assert deployed.current("plates").version == "train-0"
+
+
+@pytest.mark.parametrize("races", [1, 5])
+def test_a_training_that_loses_the_race_for_the_pointer_is_judged_against_who_won(
+    settings, deployed, dataset, fitted, monkeypatch, races
+):
+    put_training(deployed, "train-1", fitted, snapshot(dataset))
+    real, winners = ModelStore.move_pointer, []
+
+    def another_is_quicker(self, name, version, seen, **kwargs):
+        if version == "train-1" and len(winners) < races:
+            winners.append(f"train-{len(winners) + 2}")
+            put_training(self, winners[-1], fitted, snapshot(dataset))
+            real(self, name, winners[-1], seen, **kwargs)
+        return real(self, name, version, seen, **kwargs)
+
+    monkeypatch.setattr(ModelStore, "move_pointer", another_is_quicker)
+    if races == RACES:
+        with pytest.raises(PointerConflict):
+            consider_training(settings, deployed, "plates", "train-1")
+        return
+    told = []
+    verdict = consider_training(
+        settings, deployed, "plates", "train-1", lambda *at: told.append(at[2])
+    )
+    assert verdict.promote
+    moves = [move.version for move in deployed.current("plates").moves]
+    assert moves == ["train-0", "train-2", "train-1"]
+    assert any("judged against the new one" in figures.get("because", "") for figures in told)
 
 
 def test_what_a_person_rolled_back_does_not_come_again(settings, deployed):
