@@ -119,10 +119,6 @@ class WorkerKeeper:
         source, numbers = self._sources[-1]
         return shard, numbers[torch.tensor([is_answer(row.key) for row in source.rows]).bool()]
 
-    def answers(self) -> list[RowGroup]:
-        """The normals that people vouch for, held out or not."""
-        return row_groups(self._settings, filter(is_answer, self.data["incoming"]))
-
     def joined(self) -> dict[str, Any]:
         """JOINED of the run's data as it is now."""
         return {part: self.data[part] for part in JOINED}

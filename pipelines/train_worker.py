@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,12 @@ from dpdl_core.config import from_json
 from dpdl_core.fit import fit
 from dpdl_core.metrics import auroc, average_precision
 from infra.errors import DpdlError
-from pipelines.held_out import is_held_out, usable
 from pipelines.ray_network import node_address
 from pipelines.run_record import CURVES, EPOCHS, draw, epochs_to_lines
 from pipelines.scoring import Observed, calibrate, drift_reference, observe, yield_cores
 from pipelines.sources import (
+    Keep,
     RowGroup,
-    RowRef,
     StreamedImages,
     read_here,
     read_with_ray,
@@ -118,7 +117,7 @@ def _train(job: TrainJob) -> None:
     started = time.perf_counter()
     model, waited = worker.fit()
     fitted = time.perf_counter()
-    calibration, normals = worker.calibration(model)
+    calibration, normals = worker.score(model, worker.job.calibration, "calibrate")
     test, _ = worker.score(model, worker.job.test, "test")
     set_aside = worker.keeper.digests(worker.keeper.left_out)
     if worker.rank != 0:
@@ -203,28 +202,13 @@ class _Worker:
         )
         return model, self.keeper.waited_s
 
-    def calibration(self, model: Any) -> tuple[list[tuple[float, int, str]], list[Observed]]:
-        """score() of the calibration split and of the held-out share of what people vouch for."""
-        of_data_set = {group.key for group in self.job.calibration}
-        groups = [*self.job.calibration, *self.keeper.answers()]
-        may_use = usable(self.keeper.data)
-
-        def held_out(row: RowRef) -> bool:
-            return row.key in of_data_set or (is_held_out(row) and may_use(row))
-
-        return self.score(model, groups, "calibrate", held_out)
-
     def score(
-        self,
-        model: Any,
-        groups: Sequence[RowGroup],
-        stage: str,
-        keep: Callable[[RowRef], bool] | None = None,
+        self, model: Any, groups: Sequence[RowGroup], stage: str
     ) -> tuple[list[tuple[float, int, str]], list[Observed]]:
         """(score, label, camera) of all rows of all ranks, the same on each; and all that was
         seen of them, in the same order."""
         self.progress(stage, 0.0, {})
-        source = self._shard(groups, keep)
+        source = self._shard(groups)
         seen = observe(model, source)
         rows = [(float(s), r.label, r.camera) for s, r in zip(seen.score, source.rows, strict=True)]
         everyone = gather((rows, seen))
@@ -235,9 +219,7 @@ class _Worker:
         if self.rank == 0:
             self.job.board.put.remote(stage, fraction, figures)
 
-    def _shard(
-        self, groups: Sequence[RowGroup], keep: Callable[[RowRef], bool] | None = None
-    ) -> StreamedImages:
+    def _shard(self, groups: Sequence[RowGroup], keep: Keep | None = None) -> StreamedImages:
         mine = groups[self.rank :: self.world]
         size, tasks = self.config.image_size, self.job.decode_tasks
         return StreamedImages(

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from ray.train import WorkerGroupError
 
+from infra.answers import is_answer
 from infra.settings import load_settings
 from pipelines.candidate import Inputs
 from pipelines.held_out import AT_MOST, HELD_OUT_OF, enough, evenly, is_held_out, usable
@@ -87,6 +88,19 @@ def test_without_a_time_about_one_in_five_is_held_out_by_its_content_alone():
     assert share == pytest.approx(1 / HELD_OUT_OF, abs=0.02)
     moved = dataclasses.replace(rows[7], key="other", row=0, camera="cam-9", source="renamed")
     assert is_held_out(moved) == is_held_out(rows[7])
+
+
+def test_what_people_answered_is_never_held_out():
+    """A fifth of the very same rows would be, were they not answers."""
+    answers = [
+        RowRef(
+            "plates/incoming/answer-0.parquet", 0, f"{i * 2654435761 % 2**32:08x}", 0, "", "", ""
+        )
+        for i in range(100)
+    ]
+    assert is_answer(answers[0].key)
+    assert not any(map(is_held_out, answers))
+    assert any(is_held_out(dataclasses.replace(row, key="k")) for row in answers)
 
 
 @pytest.fixture
