@@ -70,9 +70,10 @@ def _read_plain(root: Path) -> Dataset | None:
     normal, anomaly = root / "normal", root / "anomaly"
     if not normal.is_dir():
         return None
-    return Dataset(
-        root.name, _normals(root, normal), None, _by_class(root, anomaly, default="anomaly")
-    )
+    normals, anomalies = _normals(root, normal), _by_class(root, anomaly, default="anomaly")
+    if normals and not anomalies:
+        raise _no_anomaly(root, anomaly, (normal, anomaly))
+    return Dataset(root.name, normals, None, anomalies)
 
 
 def _read_mvtec(root: Path) -> Dataset | None:
@@ -80,6 +81,8 @@ def _read_mvtec(root: Path) -> Dataset | None:
         return None
     test = root / "test"
     anomalies = _by_class(root, test, default="", skip=("good",))
+    if not anomalies:
+        raise _no_anomaly(root, test, (root / "train", test))
     return Dataset(
         root.name, _normals(root, root / "train" / "good"), _normals(root, test / "good"), anomalies
     )
@@ -297,6 +300,14 @@ def _by_class(
         if sub.name not in skip
         for path in _flat(root, sub)
     ]
+
+
+def _no_anomaly(root: Path, wanted: Path, read: tuple[Path, ...]) -> DatasetError:
+    others = ", ".join(f"{d.name}/" for d in _folders(root) if d not in read)
+    return DatasetError(
+        f"{root}: no anomalies; looked for images in {wanted.name}/<class>/"
+        f"{f', and passed over {others}' if others else ''}: put them there"
+    )
 
 
 def _boxes(path: Path, cut: Callable[[int, int], list[Box]]) -> Iterator[Box | None]:

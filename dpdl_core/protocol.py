@@ -156,10 +156,13 @@ def split(
     elif seen_class is not None:
         raise DatasetError(f"seen_class={seen_class!r} belongs to the hard setting")
     candidates = [s for s in dataset.anomalies if seen_class is None or s.defect == seen_class]
-    if not 0 <= shots <= len(candidates):
+    # In the hard setting the other classes are the test.
+    most = len(candidates) - (seen_class is None)
+    if not 0 <= shots <= most:
         raise DatasetError(
-            f"{dataset.name} has {len(candidates)} anomalies to see "
-            f"{f'in {seen_class} ' if seen_class else ''}and shots={shots} asks for more: lower it"
+            f"{dataset.name} has {len(candidates)} anomalies "
+            f"{f'in {seen_class}' if seen_class else 'and the test needs one'}: shots={shots} can "
+            f"be {max(0, most)} at most"
         )
     normals, test_normals = dataset.normals, dataset.test_normals
     if test_normals is None:
@@ -180,8 +183,6 @@ def split(
         for s in dataset.anomalies
         if s.source not in seen_names and (seen_class is None or s.defect != seen_class)
     ]
-    if not unseen:
-        raise DatasetError(f"{dataset.name}: shots={shots} leaves no anomaly for the test")
     test = [*test_normals, *unseen]
     return Split(dataset.name, setting, shots, seed, seen_class, list(normals), seen, test)
 

@@ -67,6 +67,25 @@ def test_images_deeper_than_the_layout_are_named(tmp_path, nested, inner, outer)
     assert f"directly into {outer}," in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["normal", "nok/crack"], "images in anomaly/<class>/, and passed over nok/:"),
+        (["normal"], "images in anomaly/<class>/: put them there"),
+        (
+            ["train/good", "defects"],
+            r"looked for images in test/<class>/, and passed over defects/",
+        ),
+    ],
+)
+def test_where_no_anomaly_is_found_folders_are_named(tmp_path, folders, message):
+    """ "shots=10 asks for more: lower it" would lead nowhere."""
+    for folder in folders:
+        draw(tmp_path / folder / "a.png")
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(tmp_path)
+
+
 def test_mvtec_category(tmp_path):
     for i in range(4):
         draw(tmp_path / "carpet" / "train" / "good" / f"{i:03}.png")

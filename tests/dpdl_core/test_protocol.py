@@ -77,9 +77,8 @@ def test_a_data_set_with_its_own_split_keeps_it():
         (made(), {"setting": "hard", "seen_class": "dent"}, "one of crack, hole"),
         (made(), {"setting": "hard", "seen_class": None}, "one of crack, hole"),
         (made(), {"setting": "general", "seen_class": "hole"}, "hard setting"),
-        (made(), {"setting": "general", "shots": 22}, "21 anomalies"),
-        (made(), {"setting": "general", "shots": 21}, "no anomaly for the test"),
-        (made(), {"setting": "hard", "seen_class": "hole"}, "9 anomalies to see in hole"),
+        (made(), {"setting": "general", "shots": 21}, "21 .* test needs one: .* be 20 at most"),
+        (made(), {"setting": "hard", "seen_class": "hole"}, "9 anomalies in hole: .* be 9 at most"),
         (made(normals=3), {"setting": "general"}, "3 normals"),
         (made(test_normals=0), {"setting": "general"}, "none to test on.*test/good"),
     ],
@@ -126,6 +125,8 @@ def test_undecodable_files_are_listed_and_the_rest_goes_on(tmp_path: Path):
     for i in range(4):
         grey = np.full((20, 30, 3), 50 * i, np.uint8)
         Image.fromarray(grey).save(root / "normal" / f"{i}.png")
+    (root / "anomaly").mkdir()
+    (root / "anomaly" / "0.png").write_bytes(b"never read")
     (root / "normal" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (root / "normal" / "2.png").write_bytes(b"")
     samples = load_dataset(root).normals

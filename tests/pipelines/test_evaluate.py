@@ -212,7 +212,7 @@ def test_progress_rises_to_one_and_names_the_seed(data):
         ({"overrides": {"flavour": "sweet"}}, "flavour"),
         ({"overrides": {"bank": "many"}}, "whole number"),
         ({"method": "dpdl", "overrides": {"flavour": "sweet"}}, "flavour"),
-        ({"shots": 12}, "no anomaly for the test"),
+        ({"shots": 12}, "12 anomalies and the test needs one: shots=12 can be 11 at most"),
         ({"protocol": "hard", "shots": 7}, "6 anomalies"),
         ({"data": "/nowhere"}, "no such folder"),
     ],
