@@ -17,10 +17,13 @@ to rely on.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from infra import decisions
 from infra.answers import is_answer
@@ -86,6 +89,8 @@ def refresh_once(
     options = options or RefreshOptions()
     started = time.perf_counter()
     yield_cores()
+    # A job's driver is given one thread by Ray. A stream beside it keeps half of the cores.
+    torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // 2))
     store = ModelStore(settings)
     name = options.model_name
     pointer = store.current(name)
