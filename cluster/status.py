@@ -21,7 +21,14 @@ from rich.table import Table
 
 from cluster.stack import show_services
 from infra.errors import DpdlError
-from infra.kafka_client import behind, bounds_of, kafka_errors, make_consumer, topic_id
+from infra.kafka_client import (
+    behind,
+    bounds_of,
+    kafka_errors,
+    make_consumer,
+    partitions_of,
+    topic_id,
+)
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
 from infra.settings import Settings
@@ -90,11 +97,14 @@ def _lag(settings: Settings) -> list[dict[str, int]]:
     kafka, store = settings.kafka, ResultStore(settings)
     try:
         with closing(make_consumer(settings)) as consumer, kafka_errors(kafka):
-            bounds, this = bounds_of(consumer, kafka.topic), topic_id(consumer, kafka.topic)
-        stored = store.next_offsets(kafka.group, kafka.topic, this, bounds)
+            this, places = topic_id(consumer, kafka.topic), partitions_of(consumer, kafka.topic)
+            # Before Kafka's end: what is published between the two is not beyond it then.
+            numbers = [place.partition for place in places]
+            stored = store.next_offsets(kafka.group, kafka.topic, this, numbers)
+            bounds = bounds_of(consumer, kafka.topic)
         found = []
         for partition, (begin, end) in bounds.items():
-            lag = behind(begin, end, stored[partition])
+            lag = behind(begin, end, stored.get(partition))
             found.append({"partition": partition, "next": end - lag, "end": end, "lag": lag})
         return found
     finally:

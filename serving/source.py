@@ -205,11 +205,12 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
         places = {partition: TopicPartition(*partition) for partition in sorted(self._unplaced)}
         if not places:
             return
+        group = self._kafka.group
+        # Before Kafka's end is asked: a former owner may publish meanwhile what came meanwhile.
+        stored = {each: self._offsets.next_offset(group, *each) for each in places}
         with kafka_errors(self._kafka):
             begins = self._consumer.beginning_offsets(list(places.values()))
             ends = self._consumer.end_offsets(list(places.values()))
-        group = self._kafka.group
-        stored = {each: self._offsets.next_offset(group, *each) for each in places}
         self._check_topic({each: ends[place] for each, place in places.items()}, stored)
         for partition, place in places.items():
             begin, next_offset = begins[place], stored[partition]

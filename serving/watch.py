@@ -19,7 +19,14 @@ from kafka import KafkaConsumer
 
 from infra.decisions import Decision, Recorded
 from infra.errors import DpdlError, VersionBroken
-from infra.kafka_client import behind, bounds_of, kafka_errors, make_consumer, topic_id
+from infra.kafka_client import (
+    behind,
+    bounds_of,
+    kafka_errors,
+    make_consumer,
+    partitions_of,
+    topic_id,
+)
 from infra.metrics import GAUGES_S, CameraFacts, ExpiryMetrics, ReplicaMetrics, WatchMetrics
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
@@ -94,27 +101,39 @@ class Watch:
             time.sleep(GAUGES_S)
 
     def _look_at_lag(self) -> None:
-        topic, group = self._settings.kafka.topic, self._settings.kafka.group
+        topic = self._settings.kafka.topic
         try:
             if self._kafka is None:
                 self._kafka = make_consumer(self._settings)
+            # Before Kafka's end: what is published between the two is not beyond it then.
+            stored = self._stored(self._kafka)
             with kafka_errors(self._settings.kafka):
-                bounds, this = bounds_of(self._kafka, topic), topic_id(self._kafka, topic)
+                bounds = bounds_of(self._kafka, topic)
         except DpdlError:
             if self._kafka is not None:
                 self._kafka.close()
             self._kafka = None
             raise
-        try:
-            stored = self._results.next_offsets(group, topic, this, bounds)
-        except DpdlError:
+        if stored is None:
             return  # Kafka answers; that Redis does not is said by its own thread
+        bounds = {p: found for p, found in bounds.items() if p in stored}
         self.waiting = {p: behind(*bounds[p], stored[p]) for p in bounds}
         self._metrics.lag(topic, self.waiting)
         # A consumer says so too, when it comes to them; here also while none is alive.
-        now_s = time.time()
-        self._expired_s |= {p: now_s for p in bounds if (stored[p] or bounds[p][0]) < bounds[p][0]}
+        for p, (begin, _) in bounds.items():
+            if (next_offset := stored[p]) is not None and next_offset < begin:
+                self._expired_s[p] = time.time()
         self._expiry.show(topic, self._expired_s)
+
+    def _stored(self, kafka: KafkaConsumer) -> dict[int, int | None] | None:
+        """Partition -> next offset; None where Redis does not answer."""
+        topic, group = self._settings.kafka.topic, self._settings.kafka.group
+        with kafka_errors(self._settings.kafka):
+            this, places = topic_id(kafka, topic), partitions_of(kafka, topic)
+        try:
+            return self._results.next_offsets(group, topic, this, [p.partition for p in places])
+        except DpdlError:
+            return None
 
     def _look_at_cameras(self) -> None:
         seen = self._results.cameras()

@@ -392,6 +392,36 @@ def test_a_topic_made_anew_is_not_read_from_where_the_old_one_ended(settings, to
         assert sum(len(report.results) for report in life.reports) == 220
 
 
+def test_what_a_former_owner_publishes_meanwhile_is_no_topic_made_anew(settings, topic):
+    """Frames come and are published between the two looks of who takes a partition over."""
+    results, group = ResultStore(settings), settings.kafka.group
+    for partition in range(settings.kafka.partitions):
+        results.set_start(group, topic, partition, 0)
+    done = []
+
+    def then_others_publish(look):
+        def looked(*asked):
+            found = look(*asked)
+            if not done:
+                done.append(look)
+                send(settings, 40)
+                for partition, end in end_offsets(settings, topic).items():
+                    if end:
+                        results.publish(group, topic, partition, 0, end, [])
+            return found
+
+        return looked
+
+    with Life(settings) as life:
+        life.source._consumer.end_offsets = then_others_publish(life.source._consumer.end_offsets)
+        life.results.next_offset = then_others_publish(life.results.next_offset)
+        until = time.monotonic() + 30
+        while len(life.source._leases) < settings.kafka.partitions and time.monotonic() < until:
+            life.source.poll(lambda: False)
+        assert done
+        assert len(life.source._leases) == settings.kafka.partitions
+
+
 def test_without_kafkas_id_a_topic_is_refused_for_as_long_as_the_process_lives(
     settings, topic, monkeypatch
 ):

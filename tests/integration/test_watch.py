@@ -63,19 +63,21 @@ def test_frames_that_expired_unscored_are_shown_while_no_consumer_lives(
     group, topic = settings.kafka.group, settings.kafka.topic
     shown = []
     monkeypatch.setattr(watch._expiry, "show", lambda topic, last_s: shown.append(dict(last_s)))
-    send(settings, (5, 3))
+    send(settings, (5, 3, 3))
     watch._results.publish(group, topic, 0, 0, 2, [])
+    watch._results.set_start(group, topic, 2, 0)  # and then the consumer died
     watch._look_at_lag()
     admin = make_admin(settings)
-    admin.delete_records({TopicPartition(topic, 0): 4, TopicPartition(topic, 1): 2})
+    admin.delete_records({TopicPartition(topic, p): to for p, to in ((0, 4), (1, 2), (2, 1))})
     admin.close()
     watch._look_at_lag()
     # Of partition 1 nothing was ever asked to be scored: a group that begins finds what is there.
-    assert [sorted(each) for each in shown] == [[], [0]]
+    assert [sorted(each) for each in shown] == [[], [0, 2]]
     assert shown[1][0] == pytest.approx(time.time(), abs=30)
     watch._results.publish(group, topic, 0, 2, 5, [])
     watch._look_at_lag()
-    assert shown[2] == shown[1]
+    assert shown[2][0] == shown[1][0]
+    assert shown[2][2] > shown[1][2]
 
 
 @pytest.mark.parametrize("sent", [1, 6])
