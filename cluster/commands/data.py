@@ -42,6 +42,13 @@ def data_add(
     folder: Annotated[Path, typer.Argument(help="Folder of normal images.")],
     name: Annotated[str, typer.Option(help="Name of the data set in S3.")],
     camera: Annotated[str, typer.Option(help="The camera that took them.")] = "",
+    vouched_by: Annotated[
+        str,
+        typer.Option(
+            help="Who looked at them: learnt as false alarms are, whatever the sieve says.",
+            metavar="PERSON",
+        ),
+    ] = "",
     recursive: Annotated[
         bool, typer.Option("--recursive", help="Also those in folders below it: normal, too.")
     ] = False,
@@ -53,7 +60,7 @@ def data_add(
 
     frames = folder_frames(folder, camera or "unnamed", recursive=recursive)
     images = (NewImage(f.image, camera=camera, source=f.source) for f in frames)
-    done = put_incoming(load_settings(), name, images)
+    done = put_incoming(load_settings(), name, images, vouched_by=vouched_by)
     for image in done.skipped:
         err.print(f"left out: {escape(image['source'])}: {image['reason']}", style="yellow")
     out.print(f"{done.images} new normal images for {name}")

@@ -12,12 +12,14 @@ from typer.testing import CliRunner
 
 from cluster.cli import app as cli
 from dpdl_core.images import decode_image
+from infra.answers import is_answer
 from infra.errors import DataError
 from infra.s3_client import make_filesystem, make_minio
 from pipelines import datasets
 from pipelines.dataset_index import check_snapshot, incoming, list_objects, load_index
 from pipelines.datasets import NewImage, import_dataset, iter_images, labels, put_incoming
-from pipelines.held_out import images
+from pipelines.held_out import images, usable
+from pipelines.people import data_of_training, repeated, said
 from pipelines.sources import StreamedImages, digests, read_here, row_groups
 
 pytestmark = [pytest.mark.integration, pytest.mark.storage]
@@ -157,6 +159,27 @@ def test_the_command_takes_normals_of_one_folder_or_fails(settings, folder, tmp_
     assert incoming(settings, "plates") == []
     done = add("--recursive")
     assert (done.exit_code, done.stdout) == (0, "1 new normal images for plates\n")
+
+
+def test_a_person_may_vouch_for_what_the_sieve_has_set_aside(settings, folder):
+    """As by an answer in the console: the same images are new again, and nobody's to set aside."""
+    import_dataset(settings, folder, "plates", shots=4)
+    batch = [texture(5000 + i, spot=True) for i in range(3)]
+    (doubtful,) = put_incoming(settings, "plates", batch).keys
+    aside = digests(settings, doubtful)
+    (key,) = put_incoming(settings, "plates", batch, vouched_by="ann").keys
+    before = {o.key: o.etag for o in incoming(settings, "plates")}
+    assert put_incoming(settings, "plates", batch, vouched_by="bob").keys == [key]
+    assert {o.key: o.etag for o in incoming(settings, "plates")} == before
+    assert before.keys() == {doubtful, key}
+    assert is_answer(key)
+    index = load_index(settings, "plates")
+    assert said(settings, index, [doubtful, key])["answered_by"] == {key: "ann"}
+    assert repeated(settings, index, used=[doubtful], new=[key], set_aside=aside) == {}
+    keep = usable({"set_aside": aside})
+    assert images(settings, [doubtful], 32, keep).num_images == 0
+    assert images(settings, [key], 32, keep).num_images == 3
+    assert data_of_training(settings, index)["incoming"] == {key: before[key]}
 
 
 def test_a_large_folder_arrives_in_parts_and_is_never_held_as_a_whole(
