@@ -141,7 +141,7 @@ def valves(settings, store, tmp_path):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         for i in range(8):
-            pixels = np.full((32, 32, 3), 40 * label + 10 * i, np.uint8)
+            pixels = np.full((32, 32, 3), 100 * label + 10 * i, np.uint8)
             cv2.imwrite(str(folder / f"{i}.png"), pixels)
     datasets.import_dataset(settings, tmp_path, "valves", shots=2)
     return load_index(settings, "valves")
