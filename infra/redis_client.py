@@ -337,8 +337,7 @@ class ResultStore:
         It is for the model that the camera is bound to by now, and says which version of it scores.
         ValueError for NaN and infinity: no score lies above them, so nothing would ever alert.
         """
-        if threshold is not None and not math.isfinite(threshold):
-            raise ValueError(f"threshold {threshold}: wanted a finite number")
+        check_threshold(threshold)
         values: dict[str, str | None] = dict.fromkeys(
             ("threshold", "threshold_model", "threshold_version")
         )
@@ -430,6 +429,12 @@ class ResultStore:
 
     def _progress(self, group: str, topic: str, partition: int | str) -> str:
         return self._key(f"progress:{group}:{topic}:{partition}")
+
+
+def check_threshold(threshold: float | None) -> None:
+    """ValueError for what set_threshold() does not take."""
+    if threshold is not None and not math.isfinite(threshold):
+        raise ValueError(f"threshold {threshold}: wanted a finite number")
 
 
 def _stored(entries: Iterable[tuple[str, dict[str, str]]]) -> list[StoredResult]:

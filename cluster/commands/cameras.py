@@ -81,7 +81,7 @@ def camera_set(
     """
     from infra.errors import NotFound
     from infra.model_store import ModelStore
-    from infra.redis_client import ResultStore
+    from infra.redis_client import ResultStore, check_threshold
     from infra.settings import load_settings
 
     for name, given, clear in (
@@ -92,6 +92,7 @@ def camera_set(
         if given is not None and clear:
             raise ValueError(f"--{name} and --clear-{name} are both given: keep one")
     rule = _rule(alert) if alert is not None else None
+    check_threshold(threshold)
     settings = load_settings()
     if model is not None and ModelStore(settings).current(model) is None:
         raise NotFound(

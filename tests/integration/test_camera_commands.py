@@ -73,6 +73,10 @@ def test_a_camera_is_set_shown_and_cleared(settings):
     assert "threshold 3.75 for version s1: ada" in listed()["cam-1"]
     assert "3.750" in listed()["cam-1"]
 
+    with pytest.raises(ValueError, match="finite"):
+        run("set", "cam-2", "--model", "special", "--threshold", "nan")
+    assert set(results.bindings()) == {"cam-1"}
+
     run("set", "cam-1", "--clear-model", "--clear-threshold", "--clear-alert")
     assert results.bindings() == {}
     state = results.camera("cam-1")
