@@ -24,7 +24,8 @@ class Decision:
     why: str
     numbers: dict[str, Any]
     inputs: dict[str, str]
-    """Incoming objects that this settles: key -> ETag."""
+    """Incoming objects that the candidate was made of, key -> ETag: settled where it was promoted,
+    and where it was held, settled together."""
     at: str = ""
     """UTC, ISO 8601; set when it is recorded."""
 
