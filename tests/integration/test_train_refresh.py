@@ -430,7 +430,6 @@ def test_what_was_taken_back_in_two_steps_does_not_come_again(settings, dataset)
     assert (found.inputs.new, found.images, found.waiting) == (three, 10, 10)
 
 
-@pytest.mark.storage
 def test_what_was_held_comes_again_in_other_company_and_not_for_ever(settings, dataset):
     """An answer comes again whatever happens: a person stands behind it."""
 
