@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dpdl_core.bridge import Bridge
 
-FIRST = 128
+FIRST = 256
 """Prototypes that every patch is held against; the others see an image's worst patches only. They
 are chosen to stand for all (estimate.covering)."""
 _CHUNK_ROWS = {"cpu": 512, "cuda": 1 << 15}
