@@ -3,7 +3,8 @@
 Sources, highest first:
 
 1. environment: `DPDL_<GROUP>_<FIELD>`, e.g. `DPDL_KAFKA_BOOTSTRAP`; a secret may also be named
-   by file, e.g. `DPDL_REDIS_PASSWORD_FILE`. An empty variable counts as not set.
+   by file, e.g. `DPDL_REDIS_PASSWORD_FILE`. An empty variable counts as not set, and so does what
+   Kubernetes sets for a Service whose name begins with `dpdl`.
 2. `dpdl.yaml`: `DPDL_CONFIG` names it, else ./dpdl.yaml where there is one. Relative paths in it
    are relative to it.
 3. `<state_dir>/services.yaml`: written by the embedded services, mode 0600.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,6 +44,12 @@ from infra.errors import SettingsError
 
 CONFIG_VARIABLE = "DPDL_CONFIG"
 _PREFIX = "DPDL_"
+_SERVICE_LINK = re.compile(
+    r"\w+_SERVICE_(HOST|PORT(_\w+)?)=.*"
+    r"|\w+_PORT(_\d+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://.*"
+    r"|\w+_PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)=.*"
+)
+"""Of a Service dpdl-redis kubelet tells every pod of its namespace DPDL_REDIS_PORT=tcp://..."""
 _ENDPOINTS = {"kafka": ("bootstrap",), "redis": ("host", "port"), "s3": ("endpoint",)}
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -323,6 +331,8 @@ def _from_environment(environ: Mapping[str, str]) -> _Layer:
     for name, value in sorted(environ.items()):
         if not name.startswith(_PREFIX) or name == CONFIG_VARIABLE or value == "":
             continue
+        if _SERVICE_LINK.fullmatch(f"{name}={value}"):
+            continue
         if name in names:
             layer[names[name]] = (value, name)
         elif name not in files:
@@ -359,7 +369,8 @@ def _from_yaml(path: Path) -> _Layer:
             continue
         if _is(key, SecretStr):
             _require_private(path, forbidden=0o077, wanted="0600")
-            value = str(value)
+            if not isinstance(value, str):  # to YAML 0123 is 83, and yes is true
+                raise SettingsError(f"{key} in {path} is no text to YAML: put it in quotes")
         if _is(key, Path):
             value = path.parent / Path(str(value)).expanduser()
         layer[key] = (value, str(path))

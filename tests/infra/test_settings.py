@@ -111,6 +111,23 @@ def test_a_misspelled_variable_names_the_nearest(
         load_settings(environ)
 
 
+@pytest.mark.parametrize("service", ["", "REDIS_", "SERVE_SVC_"])
+def test_what_kubernetes_sets_for_a_service_is_no_setting(home: Path, service: str) -> None:
+    """Its documentation, "Accessing the Service": the variables of a Service dpdl-redis."""
+    name = f"DPDL_{service}"
+    links = {
+        f"{name}SERVICE_HOST": "10.0.0.11",
+        f"{name}SERVICE_PORT": "6379",
+        f"{name}SERVICE_PORT_SERVE": "8000",
+        f"{name}PORT": "tcp://10.0.0.11:6379",
+        f"{name}PORT_6379_TCP": "tcp://10.0.0.11:6379",
+        f"{name}PORT_6379_TCP_PROTO": "tcp",
+        f"{name}PORT_6379_TCP_PORT": "6379",
+        f"{name}PORT_6379_TCP_ADDR": "10.0.0.11",
+    }
+    assert load_settings(links) == load_settings({})
+
+
 @pytest.mark.parametrize(
     ("content", "found"),
     [
@@ -188,6 +205,17 @@ def test_a_yaml_with_secrets_must_be_private(home: Path, name: str) -> None:
     write(home / name, {"redis": {"password": "hunter2"}}, mode=0o640)
     with pytest.raises(SettingsError, match=r"0640, wanted 0600"):
         load_settings({})
+
+
+@pytest.mark.parametrize("password", ["0123456", "yes", "1_000", "2026-11-28", "1.5"])
+def test_a_secret_that_yaml_takes_for_something_else_is_refused(home: Path, password: str) -> None:
+    """What YAML makes of it, 42798 of the first, would be sent as the password."""
+    path = write(home / "dpdl.yaml", f"redis:\n  password: {password}\n")
+    with pytest.raises(SettingsError, match=r"redis\.password .*put it in quotes") as raised:
+        load_settings({})
+    assert password not in str(raised.value)
+    write(path, f"redis:\n  password: '{password}'\n")
+    assert load_settings({}).redis.password == SecretStr(password)
 
 
 def test_a_yaml_without_secrets_may_be_public(home: Path) -> None:
