@@ -105,6 +105,11 @@ def test_secrets_are_files_and_every_variable_is_a_setting(tmp_path):
     assert policy["kind"] == "NetworkPolicy"
 
 
+def test_no_service_sets_variables_of_the_pods():
+    """KubeRay makes dpdl-serve-svc, whose DPDL_SERVE_SVC_PORT would be taken for a setting."""
+    assert all(pod["enableServiceLinks"] is False for pod in pods())
+
+
 def test_the_pods_that_submit_jobs_may_reach_the_dashboard_and_nothing_else():
     """KubeRay 1.6.2 labels the Job (rayjob_controller.go); its pods have Kubernetes' own label."""
     _, policy = yaml.safe_load_all((MANIFESTS / "settings.yaml").read_text())
