@@ -62,7 +62,7 @@ class Bridge(nn.Module):
         self.eps = float(eps)
         self.means = nn.Parameter(means.detach().clone())
         # S = sigmoid(log_ratio) exactly, for any positive variance: nothing is clamped here.
-        self.log_ratio = nn.Parameter((variances.detach() / eps).log())
+        self.log_ratio = nn.Parameter(variances.detach().log() - math.log(eps))
         self.log_weights = nn.Parameter(log_weights.detach().clone())
 
     @property

@@ -274,9 +274,11 @@ def weigh_seen(cross: CrossFit, num_energies: int, num_seen: int) -> Tensor:
     num_directions = cross.normals.shape[1] - num_energies - num_heads
     share = FULL_SHARE * num_seen / (num_seen + HALF_SHOTS)
     weights = torch.zeros(num_directions + num_heads)
-    # Directions and heads have half of it each: they err on different anomalies.
-    weights[:num_directions] = share / 2 / max(1, num_directions)
-    weights[num_directions:] = share / 2 / num_heads
+    # Directions and heads have half of it each, where there are both: they err on different
+    # anomalies.
+    half = share / 2 if num_directions else share
+    weights[:num_directions] = half / max(1, num_directions)
+    weights[num_directions:] = half / num_heads
     return weights * _worth(cross, num_energies)
 
 

@@ -6,6 +6,7 @@ Knows no tensors. Saved beside every model's weights; read by fit.py and model.p
 from __future__ import annotations
 
 import json
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -96,7 +97,7 @@ class DpdlConfig:
 
     # bounds
     max_maps: int = 2048
-    """Training normals whose feature maps are kept for prototypes (141 kB each in `edge`, 1.4 MB
+    """Training normals whose feature maps are kept for prototypes (188 kB each in `edge`, 1.4 MB
     in `paper`)."""
     batch_size: int = 32
     """Images per forward pass in fitting."""
@@ -110,8 +111,11 @@ class DpdlConfig:
         if self.tune_batch % 3:
             raise ValueError(f"tune_batch={self.tune_batch}: need a multiple of 3")
         for name in ("eps", "kappa", "tune_learning_rate", "head_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: need a number above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: need a finite number above 0")
+        for name in ("dispersion_weight", "head_weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: need a finite number, 0 or more")
         if not self.tuned_stages:
             idle = [f"{name}={getattr(self, name)}" for name in _idle(self)]
             if idle:

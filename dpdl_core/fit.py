@@ -6,7 +6,7 @@ passes and patches stay where the images are, sums and bounded samples travel, a
 ends with the same model.
 
 Held in memory: pooled vectors of at most observe.MAX_POOLED normals (11 kB each in Lite0), the maps
-of at most config.max_maps of them (half precision: 141 kB each in `edge`, 1.4 MB in `paper`), the
+of at most config.max_maps of them (half precision: 188 kB each in `edge`, 1.4 MB in `paper`), the
 anomalies. Never the normals' pixels.
 Letters: N normals, K of them with maps kept, M anomalies, P pooled features, V parts.
 """
@@ -73,6 +73,7 @@ class RenewReport:
     seconds: float
 
 
+@torch.random.fork_rng(devices=[])
 def fit(
     config: DpdlConfig,
     normals: ImageSource,
@@ -98,25 +99,24 @@ def fit(
     known = _as_images(config, anomalies)
     if not len(known):
         config = untuned(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # modules draw their first weights from the global generator
-        trunk = Trunk(config.trunk, config.weights, config.image_size).to(device)
-        if config.tuned_stages > len(trunk.stages):
-            raise ValueError(
-                f"tuned_stages={config.tuned_stages}: {config.trunk} has {len(trunk.stages)}"
-            )
-        check_spaces(config, trunk.channels)
-        blank_heads(config, trunk.channels)
-        if config.tuned_stages:
-            normals = tune(
-                config,
-                trunk,
-                Shard.of(normals),
-                known,
-                generator=generator,
-                tell=tell,
-                keeper=keeper,
-            )
+    torch.manual_seed(seed)  # modules draw their first weights from the global generator
+    trunk = Trunk(config.trunk, config.weights, config.image_size).to(device)
+    if config.tuned_stages > len(trunk.stages):
+        raise ValueError(
+            f"tuned_stages={config.tuned_stages}: {config.trunk} has {len(trunk.stages)}"
+        )
+    check_spaces(config, trunk.channels)
+    blank_heads(config, trunk.channels)
+    if config.tuned_stages:
+        normals = tune(
+            config,
+            trunk,
+            Shard.of(normals),
+            known,
+            generator=generator,
+            tell=tell,
+            keeper=keeper,
+        )
     trunk.fuse()
     found = _observe(config, trunk, normals, seed, generator, tell)
     seen = look_at_all(trunk, known, map_stages(config), config.batch_size)
@@ -127,6 +127,7 @@ def fit(
     return _calibrated(config, trunk, energies, found, seen, generator, tell)
 
 
+@torch.random.fork_rng(devices=[])
 def renew(
     model: Dpdl,
     old_normals: ImageSource,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,7 +26,10 @@ from PIL import Image
 from dpdl_core.images import Box
 from dpdl_core.samples import Dataset, DatasetError, Sample
 
-_IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".npy"}
+_IMAGES = frozenset(
+    ".png .jpg .jpeg .jpe .jfif .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .pnm .npy".split()
+)
+"""Endings of what images.py decodes, and of arrays."""
 AITEX_PATCH = 256
 KOLEKTOR_PARTS = 3
 
@@ -42,6 +46,7 @@ def read_folder(root: Path) -> Dataset:
     """
     if not root.is_dir():
         raise DatasetError(f"{root}: no such folder")
+    root = Path(os.path.abspath(root))  # "." has no name; resolve() would change that of a link
     for reader in _READERS:
         dataset = reader(root)
         if dataset is not None:
@@ -304,6 +309,13 @@ def _by_class(
 
 def _no_anomaly(root: Path, wanted: Path, read: tuple[Path, ...]) -> DatasetError:
     others = ", ".join(f"{d.name}/" for d in _folders(root) if d not in read)
+    unread = [p for p in sorted(wanted.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    if unread:
+        raise DatasetError(
+            f"{root}: no anomalies; none of the {len(unread)} files in {wanted.name}/ is an image "
+            f"that is read, the first is {unread[0].relative_to(root).as_posix()}; wanted "
+            f"{' '.join(sorted(_IMAGES))}"
+        )
     return DatasetError(
         f"{root}: no anomalies; looked for images in {wanted.name}/<class>/"
         f"{f', and passed over {others}' if others else ''}: put them there"

@@ -1,7 +1,7 @@
 """The parts of a score: energies in three kinds of space, and tails that make them comparable.
 
 Knows feature maps and bridges; nothing of trunks, files or training.
-Letters: B batch, P = 2 * all channels, D features of a space, V parts, K knots, h w map sides.
+Letters: B batch, P pooled features (pool), D features of a space, V parts, K knots, h w map sides.
 """
 
 from __future__ import annotations
@@ -42,18 +42,16 @@ def pool(maps: list[Tensor]) -> Tensor:
         mean, square = (torch.cat(each) for each in zip(*moments, strict=True))
         # Features are of order 1, so the difference does not cancel.
         parts += [mean, (square - mean.square()).clamp_min(0).sqrt()]
-    last = maps[-1].float().permute(0, 2, 3, 1).flatten(1, 2)
-    quadrants = _quadrants(maps[-1].shape[-1]).to(last)
-    return torch.cat([*parts, (quadrants @ last).flatten(1)], 1)
+    return torch.cat([*parts, _quadrants(maps[-1].float()).flatten(1)], 1)
 
 
-def _quadrants(side: int) -> Tensor:
-    """(4, side * side) weights of the means over the quadrants of a map."""
+def _quadrants(last: Tensor) -> Tensor:
+    """Means over the quadrants of square maps, (B, c, h, h) -> (B, 4, c)."""
+    side = last.shape[-1]
     half = (side + 1) // 2
-    upper = torch.zeros(side)
-    upper[:half] = 1 / half
-    halves = torch.stack([upper, upper.flip(0)])
-    return torch.einsum("ay,bx->abyx", halves, halves).view(4, side * side)
+    corners = F.avg_pool2d(last, half, stride=max(1, side - half))
+    # A single place is all four of its quadrants.
+    return corners.expand(-1, -1, 2, 2).flatten(2).transpose(1, 2)
 
 
 class PooledEnergy(nn.Module):
@@ -311,7 +309,8 @@ def _costs(bridge: Bridge, x: Tensor, first: int | None) -> Iterator[tuple[Tenso
 
 
 def _stiffness(bridge: Bridge, x: Tensor) -> Tensor:
-    return (1 - bridge.shrink[0, 0]).to(x.dtype)
+    # As a sigmoid: 1 - S would lose its digits where eps is small.
+    return (-bridge.log_ratio[0, 0]).sigmoid().to(x.dtype)
 
 
 class Tails(nn.Module):

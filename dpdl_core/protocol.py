@@ -55,8 +55,10 @@ class Split:
 
     @property
     def sha256(self) -> str:
-        """Of the names and labels in each part: two machines with the same files agree."""
-        return hashlib.sha256(json.dumps(self._names(), sort_keys=True).encode()).hexdigest()
+        """Of the names and labels in each part: two machines with the same files agree, whatever
+        their folders are called."""
+        dealt = {key: value for key, value in self._names().items() if key != "dataset"}
+        return hashlib.sha256(json.dumps(dealt, sort_keys=True).encode()).hexdigest()
 
     def _names(self) -> dict[str, object]:
         parts = {
@@ -169,6 +171,8 @@ def split(
         if len(normals) < 4:
             raise DatasetError(f"{dataset.name}: {len(normals)} normals, 4 are needed to test")
         normals, test_normals = train_test_split(normals, test_size=0.25, random_state=42)
+    if not normals:
+        raise DatasetError(f"{dataset.name}: its own split holds no normals to train on")
     if not test_normals:
         raise DatasetError(
             f"{dataset.name}: its own split holds {len(normals)} normals to train on and none to "

@@ -112,7 +112,8 @@ class _Training:
         self.epoch = self.step = self.stream_start = 0
         if before is None:
             first = normals.everyone()[0][:START_IMAGES]
-            self.held_out = first[::8]
+            # What a renewal tells the shift of scores by; without renewals nothing is held out.
+            self.held_out = first[::8] if _renews(config, keeper) else first[:0]
             start = normals.only(first).without(self.held_out)
             self.network = TuneNetwork(
                 config, trunk, *_start_prototypes(config, trunk, start, generator)
@@ -298,6 +299,11 @@ class _Training:
         self.normals = self.normals.without(state.tensors["left_out"])
         for name in _COUNTERS:
             setattr(self, name, state.facts[name])
+
+
+def _renews(config: DpdlConfig, keeper: Keeper | None) -> bool:
+    arrivals = keeper is not None and config.renew_min_new > 0
+    return arrivals or config.renew_every_epochs > 0
 
 
 _COUNTERS = ("epoch", "step", "stream_start", "stream_seed")

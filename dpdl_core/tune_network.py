@@ -95,9 +95,7 @@ class TuneNetwork(nn.Module):
             ),
             transport=transport,
             margin=margin,
-            dispersion=dispersion_loss(
-                gather_with_grad(features[normal].mean((2, 3))), self.config.kappa
-            ),
+            dispersion=dispersion_loss(gather_with_grad(features.mean((2, 3))), self.config.kappa),
         )
         return Step(terms, image_energy[everyone == 0].detach().mean())
 

@@ -157,6 +157,13 @@ def one_anomaly_cannot_say_what_it_is_worth(module: ModuleType):
 
 
 @check
+def without_directions_the_heads_have_the_whole_share(module: ModuleType):
+    """M = 1, no pooled space: two energies and the three heads, 14 / 11 in all."""
+    one = calibrate.CrossFit(torch.zeros(10, 5), [], torch.zeros(0, 5))
+    assert module.weigh_seen(one, 2, 1).tolist() == pytest.approx([14 / 33] * 3)
+
+
+@check
 def directions_are_mean_unit_vectors_in_whitened_space(module: ModuleType):
     normals, seen = features(COUNT, 1), features(3, 2)
     generator = torch.Generator().manual_seed(1)

@@ -51,15 +51,25 @@ def test_hard_energy_is_within_its_bound_of_the_bridges():
         assert gap.max() <= eps * math.log(64) + 1e-5
 
 
-def test_pool_by_numpy():
-    maps = [torch.rand(2, 3, 6, 6), torch.rand(2, 4, 7, 7)]
+def test_energies_keep_their_size_however_small_eps_is():
+    """1 - S tends to eps over the variance, 1e-28 here, where 1 less a float is nothing."""
+    generator = torch.Generator().manual_seed(0)
+    means, x = torch.randn(8, 4, generator=generator), torch.randn(20, 4, generator=generator)
+    bridge = Bridge(means, torch.full((1, 4), 0.01), torch.zeros(8), 1e-30)
+    want = 1e-28 * cdist(x.numpy(), means.numpy(), "sqeuclidean").min(1) / 2
+    np.testing.assert_allclose(hard_energy(bridge, x).detach().numpy(), want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", [1, 2, 6, 7])
+def test_pool_by_numpy(side):
+    maps = [torch.rand(2, 3, 6, 6), torch.rand(2, 4, side, side)]
     got = pool(maps).numpy()
-    last = maps[1].numpy()
+    last, half = maps[1].numpy(), (side + 1) // 2
     want = [m.numpy().mean((2, 3)) for m in maps], [m.numpy().std((2, 3)) for m in maps]
     quadrants = [
         last[:, :, r, c].mean((2, 3))
-        for r in (np.s_[:4], np.s_[3:])
-        for c in (np.s_[:4], np.s_[3:])
+        for r in (np.s_[:half], np.s_[side - half :])
+        for c in (np.s_[:half], np.s_[side - half :])
     ]
     columns = [want[0][0], want[1][0], want[0][1], want[1][1], *quadrants]
     np.testing.assert_allclose(got, np.concatenate(columns, 1), rtol=1e-4, atol=1e-5)

@@ -20,14 +20,18 @@ from small import anomalies, normals, tiny_config
 
 from dpdl_core import deal as dealing
 from dpdl_core import distributed, renewal
+from dpdl_core.bridge import Bridge
+from dpdl_core.codebook import Codebook, EmaCodebook
 from dpdl_core.deal import deal
 from dpdl_core.features import Trunk
 from dpdl_core.fit import fit
 from dpdl_core.images import ArraySource
+from dpdl_core.losses import dispersion_loss
 from dpdl_core.norms import GlobalNorm
 from dpdl_core.renewal import stand_out
 from dpdl_core.shard import Shard
 from dpdl_core.tune import tune
+from dpdl_core.tune_network import TuneNetwork
 from dpdl_core.tune_state import TuneState
 
 NORMALS, SEEN = normals(60), anomalies(4)
@@ -109,6 +113,33 @@ def test_each_epoch_says_how_it_went(alone):
     heads = first["anomaly_head"] + first["normal_head"] + first["residual_head"]
     rest = first["transport"] + first["margin"] + 0.01 * first["dispersion"]
     assert first["loss"] == pytest.approx(heads + rest, rel=1e-4)
+
+
+def test_without_renewals_every_normal_is_tuned_on():
+    """What is held out tells renewals apart, and there are none."""
+    held_out = []
+    for every, arrivals in ((0, 0), (0, 10), (2, 0)):
+        keeper = Kept(arrive=False)
+        renewals = {"renew_every_epochs": every, "renew_min_new": arrivals}
+        run(keeper, config=replace(CONFIG, tune_epochs=1, **renewals))
+        held_out.append(len(TuneState.from_files(keeper.states[-1]).tensors["held_out"]))
+    assert held_out == [0, 8, 8]
+    run(None, config=replace(CONFIG, tune_epochs=1, renew_every_epochs=0))  # nobody brings any
+
+
+def test_dispersion_is_of_all_samples():
+    """Eq. 19 sums over normals and anomalies, U = N + M."""
+    torch.manual_seed(0)
+    means = torch.randn(6, Trunk(CONFIG.trunk).channels[-1])
+    bridge = Bridge(means, torch.ones(1, means.shape[1]), torch.zeros(6), CONFIG.eps)
+    book = Codebook(means, torch.ones(6), torch.ones_like(means), 0.0)
+    network = TuneNetwork(CONFIG, Trunk(CONFIG.trunk), bridge, EmaCodebook(book, decay=0.9))
+    images = torch.cat([NORMALS[:4], SEEN]).float()
+    label = torch.tensor([0.0] * 4 + [1.0] * 4)
+    with torch.no_grad():
+        got = network(images, label, torch.arange(4)).terms.dispersion
+        want = dispersion_loss(network.features(images).mean((2, 3)), CONFIG.kappa)
+    assert float(got) == pytest.approx(float(want))
 
 
 def test_renewals_come_by_the_clock_and_by_arrivals(alone):
