@@ -26,9 +26,9 @@ from PIL import Image
 from dpdl_core.images import Box
 from dpdl_core.samples import Dataset, DatasetError, Sample
 
-_IMAGES = frozenset(
-    ".png .jpg .jpeg .jpe .jfif .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .pnm .npy".split()
-)
+_JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}
+_PPM = {".ppm", ".pgm", ".pbm", ".pnm"}
+_IMAGES = {".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".npy", *_JPEG, *_PPM}
 """Endings of what images.py decodes, and of arrays."""
 AITEX_PATCH = 256
 KOLEKTOR_PARTS = 3
@@ -260,6 +260,10 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in _IMAGES and not path.name.startswith(".") and path.is_file()
 
 
+def _is_unread(path: Path) -> bool:
+    return path.is_file() and not _is_image(path) and not path.name.startswith(".")
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if _is_image(p)) if folder.is_dir() else []
 
@@ -309,11 +313,11 @@ def _by_class(
 
 def _no_anomaly(root: Path, wanted: Path, read: tuple[Path, ...]) -> DatasetError:
     others = ", ".join(f"{d.name}/" for d in _folders(root) if d not in read)
-    unread = [p for p in sorted(wanted.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    unread = [p for p in sorted(wanted.rglob("*")) if _is_unread(p)]
     if unread:
-        raise DatasetError(
-            f"{root}: no anomalies; none of the {len(unread)} files in {wanted.name}/ is an image "
-            f"that is read, the first is {unread[0].relative_to(root).as_posix()}; wanted "
+        return DatasetError(
+            f"{root}: no anomalies; {len(unread)} files in {wanted.name}/ are of no kind that is "
+            f"read, the first is {unread[0].relative_to(root).as_posix()}; wanted "
             f"{' '.join(sorted(_IMAGES))}"
         )
     return DatasetError(

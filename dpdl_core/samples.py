@@ -37,7 +37,7 @@ class Sample:
             return self.data
         if self.path is None:
             raise ValueError(f"{self.source}: a sample needs a path or data")
-        if self.path.suffix == ".npy":
+        if self.path.suffix.lower() == ".npy":
             return _npy_to_png(self.path)
         return self.path.read_bytes()
 
@@ -57,17 +57,34 @@ class Dataset:
         return sorted({sample.defect for sample in self.anomalies})
 
 
+_BEYOND = 64
+"""Grey levels by which a value may miss 0..255 and is cut to it: room for Mastcam's calibrated
+bands, and too little for 10 bits or more in a type that is wider."""
+
+
 def _npy_to_png(path: Path) -> bytes:
     """First three bands of a (H, W, bands) array as PNG, so that it takes the one decode path.
 
-    Mastcam: the bands are 0..255 and the first three are the colour image of the paper's section
-    7. Raises OSError for a file that is no such array.
+    uint16 is 0..65535, all else 0..255. Mastcam: the first three bands are the colour image of the
+    paper's section 7. Raises OSError for a file that is no such array.
     """
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise OSError(f"{path.name}: not a plain array: {error}") from None
-    if array.ndim != 3 or array.shape[2] < 3:
-        raise OSError(f"{path.name}: shape {array.shape}, wanted (H, W, 3 or more bands)")
-    rgb = np.clip(np.rint(np.nan_to_num(array[:, :, :3])), 0, 255).astype(np.uint8)
-    return cv2.imencode(".png", rgb[:, :, ::-1])[1].tobytes()
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.ndim != 3 or array.shape[2] < 3 or not array.size or array.dtype.kind not in "uif":
+        raise OSError(
+            f"{path.name}: {array.dtype} {array.shape}, wanted numbers (H, W, 3 or more bands)"
+        )
+    rgb = array[:, :, :3]
+    if array.dtype not in (np.uint8, np.uint16):
+        rgb = np.nan_to_num(rgb)
+        low, high = rgb.min(initial=0), rgb.max(initial=0)
+        if 0 < high <= 1 or low < -_BEYOND or high > 255 + _BEYOND:
+            raise OSError(
+                f"{path.name}: {array.dtype} from {low:.4g} to {high:.4g}, wanted 0 to 255: scale "
+                "the values, or save them as uint8 or uint16"
+            )
+        rgb = np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
+    return cv2.imencode(".png", np.ascontiguousarray(rgb[:, :, ::-1]))[1].tobytes()

@@ -62,9 +62,27 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={self.seeds}: need one or more, each once")
+        if not all(0 <= seed < 2**31 for seed in self.seeds):
+            raise ValueError(f"seeds={self.seeds}: need whole numbers from 0 to {2**31 - 1}")
         if self.protocol not in ("general", "hard"):
             raise ValueError(f"protocol={self.protocol!r}: general or hard")
         check_shots(self.method, self.shots)
+        if self.report is not None:
+            _check_report(self.report)
+
+
+def _check_report(path: Path) -> None:
+    """Raises ValueError where the report could not be written, hours before it is."""
+    if path.is_dir():
+        raise ValueError(f"report={path} is a folder: name a file in it, {path / 'report.json'}")
+    if path.suffix.lower() in (".png", ".runs"):
+        raise ValueError(
+            f"report={path}: that is where its picture or its runs are put; "
+            f"name it {path.with_suffix('.json')}"
+        )
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"report={path}: nothing can be written in {there}; name another place")
 
 
 @dataclass(frozen=True)
@@ -106,7 +124,10 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     with tempfile.TemporaryFile() as file:
         images, dataset, rejected = _decode(dataset, method.image_size, file, tell)
         if rejected:
-            plan, not_seen = _plan(dataset, options)
+            try:
+                plan, not_seen = _plan(dataset, options)
+            except DatasetError as error:
+                raise DatasetError(f"{error}; {left_out(rejected)}") from None
         runs = _run_all(options, plan, images, dataset, method, tell)
     report = _summary(options, dataset, rejected, method, [run for run, _ in runs])
     report["classes_not_seen"] = not_seen
@@ -118,6 +139,12 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
         report["picture"] = picture.name
         _write(options.report, json.dumps(report, indent=1) + "\n")
     return report
+
+
+def left_out(rejected: Sequence[Rejected]) -> str:
+    """What is said of one or more images that do not decode."""
+    first = rejected[0]
+    return f"{len(rejected)} images left out, the first: {first.source}: {first.reason}"
 
 
 def _plan(dataset: Dataset, options: EvaluateOptions) -> tuple[list[Split], dict[str, int]]:
@@ -153,6 +180,15 @@ def _decode(
 ) -> tuple[Pixels, Dataset, list[Rejected]]:
     """All images once, in a memory map: five seeds share them, and no set outgrows memory."""
     samples = [*dataset.normals, *(dataset.test_normals or []), *dataset.anomalies]
+    num_bytes = len(samples) * size * size * 3
+    try:
+        # A full disk is an error here; behind the map it would be a signal that ends the process.
+        os.posix_fallocate(file.fileno(), 0, num_bytes)
+    except OSError as error:
+        raise ValueError(
+            f"{len(samples)} images of {size} px take {num_bytes / 1e9:.3g} GB in "
+            f"{tempfile.gettempdir()} ({error.strerror}): set TMPDIR to a folder with room"
+        ) from error
     out = np.memmap(file, np.uint8, "w+", shape=(len(samples), size, size, 3))
 
     def decoded(done: int, total: int) -> None:

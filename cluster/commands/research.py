@@ -36,7 +36,8 @@ def evaluate(
 ) -> None:
     """Train and test by the paper's protocol, seed by seed; with --report it resumes."""
     check_device(device)
-    from pipelines.evaluate import EvaluateOptions
+    from dpdl_core.protocol import Rejected
+    from pipelines.evaluate import EvaluateOptions, left_out
     from pipelines.evaluate import evaluate as run
 
     chosen = EvaluateOptions(
@@ -52,11 +53,13 @@ def evaluate(
     )
     with progress_line("evaluate") as progress:
         done = run(chosen, progress)
+    if done["rejected"]:
+        _warn(left_out([Rejected(**each) for each in done["rejected"]]))
     for name, count in done["classes_not_seen"].items():
-        err.print(
-            f"{name}: {count} images, too few to see {shots} of; tested only",
-            style="yellow",
-            markup=False,
-        )
+        _warn(f"{name}: {count} images, too few to see {shots} of; tested only")
     for name in ("auroc", "ap"):
         out.print(f"{name}  {done[name]['mean']:.4f} +- {done[name]['sd']:.4f}")
+
+
+def _warn(line: str) -> None:
+    err.print(line, style="yellow", markup=False, soft_wrap=True)

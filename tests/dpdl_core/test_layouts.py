@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpdl_core.protocol import Dataset, DatasetError, decode_samples, load_dataset, split
+from dpdl_core.protocol import (
+    Dataset,
+    DatasetError,
+    Sample,
+    decode_samples,
+    load_dataset,
+    split,
+)
 
 
 def draw(path: Path, width=24, height=20, value=90, marks=()) -> None:
@@ -84,6 +91,43 @@ def test_where_no_anomaly_is_found_folders_are_named(tmp_path, folders, message)
         draw(tmp_path / folder / "a.png")
     with pytest.raises(DatasetError, match=message):
         load_dataset(tmp_path)
+
+
+def test_files_of_no_kind_that_is_read_are_named(tmp_path):
+    draw(tmp_path / "normal" / "a.png")
+    (tmp_path / "anomaly" / "crack").mkdir(parents=True)
+    (tmp_path / "anomaly" / "crack" / "b.heic").write_bytes(b"ftypheic")
+    message = r"1 files in anomaly/ are of no kind that is read, the first is anomaly/crack/b\.heic"
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(tmp_path)
+
+
+def test_all_that_is_decoded_is_found(tmp_path):
+    kinds = {"png": "PNG", "jpg": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "gif": "GIF"}
+    kinds |= {"webp": "WEBP", "bmp": "BMP", "tif": "TIFF", "ppm": "PPM", "pnm": "PPM"}
+    draw(tmp_path / "anomaly" / "a.png")
+    (tmp_path / "normal").mkdir()
+    for ending, kind in kinds.items():
+        Image.new("RGB", (9, 9), (1, 2, 3)).save(tmp_path / "normal" / f"a.{ending}", format=kind)
+    Image.new("1", (9, 9)).save(tmp_path / "normal" / "a.pbm", format="PPM")
+    data = load_dataset(tmp_path)
+    assert len(data.normals) == len(kinds) + 1
+    all_decode(data)
+
+
+def test_a_folder_goes_by_its_name_from_wherever_it_is_called(tmp_path, monkeypatch):
+    tiles = tmp_path / "tiles"
+    for i in range(4):
+        draw(tiles / "normal" / f"{i}.png")
+        draw(tiles / "anomaly" / f"{i}.png")
+    monkeypatch.chdir(tiles / "normal")
+    (tmp_path / "link").symlink_to(tiles)
+    splits = []
+    for path, name in ((tiles, "tiles"), (Path(".."), "tiles"), (tmp_path / "link", "link")):
+        data = load_dataset(path)
+        assert data.name == name
+        splits.append(split(data, setting="general", shots=1, seed=0).sha256)
+    assert len(set(splits)) == 1
 
 
 def test_mvtec_category(tmp_path):
@@ -216,6 +260,31 @@ def test_mastcam_arrays_that_are_none_are_listed(tmp_path):
     np.save(tmp_path / "train_typical" / "c.npy", np.array([{}], dtype=object))
     rejected = decode_samples(load_dataset(tmp_path).normals, 8)[2]
     assert [r.source for r in rejected] == [f"train_typical/{n}.npy" for n in "abc"]
+
+
+@pytest.mark.parametrize(
+    ("array", "want"),
+    [
+        (np.array([10, 20, 255], np.uint8), [10, 20, 255]),
+        (np.array([0, 25700, 65535], np.uint16), [0, 100, 255]),
+        (np.array([0, 25700, 65535], ">u2"), [0, 100, 255]),
+        (np.array([0, 100, 255], np.int64), [0, 100, 255]),
+        (np.array([0, 0.4, 1.0], np.float32), "from 0 to 1, wanted 0 to 255"),
+        (np.array([0, 100, 4095], np.float64), "from 0 to 4095, wanted 0 to 255"),
+        (np.array([0, 100, 40000], np.int32), "from 0 to 4e+04, wanted"),
+        (np.array([0, 100, -99.0]), "from -99 to 100, wanted"),
+        (np.array([1, 0, 1], bool), "bool"),
+    ],
+)
+def test_arrays_are_read_by_their_type(tmp_path, array, want):
+    """Values of 0..1 would be black, and of 16 bit white."""
+    np.save(tmp_path / "A.npy", np.tile(array, (4, 4, 1)))
+    (tmp_path / "A.npy").rename(tmp_path / "A.NPY")
+    images, _, rejected = decode_samples([Sample(0, "", "a", path=tmp_path / "A.NPY")], 4)
+    if isinstance(want, str):
+        assert want in rejected[0].reason
+    else:
+        assert images[0, 0, 0].tolist() == want
 
 
 def test_hyper_kvasir_upper_tract(tmp_path):

@@ -80,6 +80,7 @@ def test_a_data_set_with_its_own_split_keeps_it():
         (made(), {"setting": "general", "shots": 21}, "21 .* test needs one: .* be 20 at most"),
         (made(), {"setting": "hard", "seen_class": "hole"}, "9 anomalies in hole: .* be 9 at most"),
         (made(normals=3), {"setting": "general"}, "3 normals"),
+        (made(normals=0, test_normals=5), {"setting": "general"}, "no normals to train on"),
         (made(test_normals=0), {"setting": "general"}, "none to test on.*test/good"),
     ],
 )

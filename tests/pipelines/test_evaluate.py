@@ -1,7 +1,9 @@
 """The harness end to end on a tiny generated set: figures, resumption, files, refusals."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 
 import pipelines.evaluate
+from cluster.commands import research
 from dpdl_core.metrics import auroc, average_precision
 from dpdl_core.protocol import DatasetError, Split, load_dataset
 from pipelines.evaluate import EvaluateOptions, evaluate
@@ -194,6 +197,37 @@ def test_broken_files_are_left_out_and_listed(data, tmp_path):
     assert [r["source"] for r in report["rejected"]] == ["normal/2.png", "anomaly/dot/0.png"]
 
 
+def test_what_was_left_out_is_said_by_the_command(data, tmp_path, capsys):
+    copy = tmp_path / "tiles"
+    shutil.copytree(data, copy)
+    for i in range(2):
+        (copy / "normal" / f"{i}.png").write_bytes(b"scratched disk")
+    sets = [f"{key}={value}" for key, value in SMALL.items()]
+    research.evaluate(str(copy), shots=2, seeds="0", method="knn", sets=sets)
+    said = capsys.readouterr()
+    assert "2 images left out, the first: normal/0.png: not-an-image: starts with" in said.err
+    assert "auroc" in said.out
+
+
+def test_too_few_images_say_what_was_left_out(data, tmp_path):
+    copy = tmp_path / "tiles"
+    shutil.copytree(data, copy)
+    for path in (copy / "anomaly").rglob("*.png"):
+        path.write_bytes(b"")
+    message = "shots=2 can be 0 at most; 12 images left out, the first: anomaly/blot/0.png: empty"
+    with pytest.raises(DatasetError, match=message):
+        evaluate(options(copy))
+
+
+def test_a_full_disk_is_told_before_it_is_written(data, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match=r"28 images of 64 px take 0\.000344 GB .* set TMPDIR"):
+        evaluate(options(data))
+
+
 def test_progress_rises_to_one_and_names_the_seed(data):
     calls = []
     evaluate(options(data), lambda stage, share, figures: calls.append((stage, share, figures)))
@@ -242,6 +276,26 @@ def test_options_that_cannot_be():
         with pytest.raises(ValueError, match=f"{method} .* M=0: need at least 1"):
             EvaluateOptions(data="elpv", method=method, shots=0)
     EvaluateOptions(data="elpv", method="tails", shots=0)
+    for seed in (-1, 2**31, 20261128123456):
+        with pytest.raises(ValueError, match="from 0 to 2147483647"):
+            EvaluateOptions(data="elpv", seeds=(0, seed))
+
+
+def test_reports_that_could_not_be_written(tmp_path, monkeypatch):
+    """Not after hours of training."""
+    (tmp_path / "file").write_text("")
+    for path, message in (
+        (tmp_path, "is a folder: name a file in it"),
+        (tmp_path / "x.PNG", r"name it .*x\.json"),
+        (tmp_path / "x.runs", r"name it .*x\.json"),
+        (tmp_path / "file" / "deep" / "x.json", r"nothing can be written in .*file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EvaluateOptions(data="elpv", report=path)
+    EvaluateOptions(data="elpv", report=tmp_path / "new" / "x.json")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs this, root too
+    with pytest.raises(ValueError, match="nothing can be written in"):
+        EvaluateOptions(data="elpv", report=tmp_path / "x.json")
 
 
 def test_pictures_are_of_the_best_and_the_worst():
