@@ -118,7 +118,9 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     Raises ValueError (DatasetError and others are such) in one line for what cannot be done.
     """
     tell: Progress = progress or (lambda stage, share, figures: None)
-    method = make_method(options.method, options.recipe, options.overrides, options.device)
+    method = make_method(
+        options.method, options.recipe, options.overrides, options.device, options.shots
+    )
     dataset = protocol.load_dataset(options.data)
     plan, not_seen = _plan(dataset, options)  # before anything slow: what cannot be is said at once
     with tempfile.TemporaryFile() as file:

@@ -8,7 +8,7 @@ import json
 import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dpdl_core import baselines
 from dpdl_core.baselines import BaselineConfig, FrozenTrunk
-from dpdl_core.config import DpdlConfig, override, recipe, to_json
+from dpdl_core.config import DpdlConfig, override, recipe, to_json, untuned
 from dpdl_core.fit import fit
 from dpdl_core.images import ArraySource, Pixels
 
@@ -55,22 +55,43 @@ class Method(Protocol):
         ...
 
 
-def make_method(name: str, recipe_name: str, overrides: Mapping[str, str], device: str) -> Method:
-    """Raises ValueError for an unknown method, recipe, key or value."""
+def make_method(
+    name: str, recipe_name: str, overrides: Mapping[str, str], device: str, shots: int
+) -> Method:
+    """Raises ValueError for an unknown method, recipe, key or value, and for a key that would do
+    nothing."""
     if name == "dpdl":
-        return _Dpdl(override(recipe(recipe_name), overrides), device)
+        return _Dpdl(_dpdl_config(recipe(recipe_name), overrides, shots), device)
     if name not in baselines.BASELINES:
         known = ", ".join(("dpdl", *baselines.BASELINES))
         raise ValueError(f"method={name!r}: one of {known}")
-    return _Baseline(name, _baseline_config(recipe(recipe_name), overrides), device)
+    return _Baseline(name, _baseline_config(name, recipe(recipe_name), overrides), device)
 
 
-def _baseline_config(config: DpdlConfig, overrides: Mapping[str, str]) -> BaselineConfig:
+def _dpdl_config(start: DpdlConfig, overrides: Mapping[str, str], shots: int) -> DpdlConfig:
+    """What fit() will go by: without anomalies it tunes nothing, whatever the recipe says."""
+    if "renew_min_new" in overrides:
+        raise ValueError("renew_min_new would do nothing: no normals arrive in an evaluation")
+    config = override(start, overrides)
+    if shots:
+        return config
+    plain = untuned(config)
+    idle = [key for key in overrides if getattr(config, key) != getattr(plain, key)]
+    if idle:
+        raise ValueError(
+            f"shots=0: {', '.join(idle)} would do nothing, since without anomalies no stage of "
+            "the trunk is tuned; leave them out, or give shots"
+        )
+    return plain
+
+
+def _baseline_config(name: str, config: DpdlConfig, overrides: Mapping[str, str]) -> BaselineConfig:
     kinds = typing.get_type_hints(BaselineConfig)
+    used = baselines.SETTINGS[name]
     values: dict[str, Any] = {}
     for key, text in overrides.items():
-        if key not in kinds:
-            raise ValueError(f"{key}: no setting of a baseline; there are {', '.join(kinds)}")
+        if key not in used:
+            raise ValueError(f"{key}: no setting of {name}; there are {', '.join(used)}")
         try:
             values[key] = kinds[key](text)
         except ValueError:
@@ -133,7 +154,8 @@ class _Baseline:
         self._trunk = _frozen_trunk(config.trunk, config.weights, found, device)
         self.image_size, self.batch_size = config.image_size, self._trunk.batch_size
         where = {"device": device, "weights_sha256": found}
-        self.settings = json.dumps({"method": name, **asdict(config), **where})
+        used = {key: getattr(config, key) for key in baselines.SETTINGS[name]}
+        self.settings = json.dumps({"method": name, **used, **where})
 
     def fit(
         self,

@@ -36,6 +36,7 @@ def evaluate(
 ) -> None:
     """Train and test by the paper's protocol, seed by seed; with --report it resumes."""
     check_device(device)
+    from dpdl_core import config
     from dpdl_core.protocol import Rejected
     from pipelines.evaluate import EvaluateOptions, left_out
     from pipelines.evaluate import evaluate as run
@@ -53,6 +54,8 @@ def evaluate(
     )
     with progress_line("evaluate") as progress:
         done = run(chosen, progress)
+    if shots == 0 and method == "dpdl" and config.recipe(recipe).tuned_stages:
+        _warn(f"shots=0: without anomalies nothing is tuned, the trunk of {recipe} neither")
     if done["rejected"]:
         _warn(left_out([Rejected(**each) for each in done["rejected"]]))
     for name, count in done["classes_not_seen"].items():

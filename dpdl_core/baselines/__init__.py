@@ -18,6 +18,7 @@ from dpdl_core.baselines.tails import Tails
 
 __all__ = [
     "BASELINES",
+    "SETTINGS",
     "Baseline",
     "BaselineConfig",
     "FrozenTrunk",
@@ -35,6 +36,19 @@ _MAKERS: dict[str, Callable[[FrozenTrunk, BaselineConfig], Baseline]] = {
     "dra": Dra,
 }
 BASELINES = tuple(_MAKERS)
+
+_SHARED = ("trunk", "weights", "image_size")
+_BANK = (*_SHARED, "bank")
+_TRAINED = (*_SHARED, "iterations", "max_pool")
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "mahalanobis": _SHARED,
+    "mahalanobis-all": _SHARED,
+    "knn": _BANK,
+    "tails": _BANK,
+    "devnet": _TRAINED,
+    "dra": _TRAINED,
+}
+"""The fields of BaselineConfig that a method looks at."""
 
 
 def check_shots(name: str, shots: int) -> None:

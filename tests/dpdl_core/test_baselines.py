@@ -8,7 +8,7 @@ import torch
 from scipy.spatial.distance import cdist, mahalanobis
 from sklearn.covariance import LedoitWolf
 
-from dpdl_core.baselines import BASELINES, BaselineConfig, FrozenTrunk, make
+from dpdl_core.baselines import BASELINES, SETTINGS, BaselineConfig, FrozenTrunk, make
 from dpdl_core.baselines.base import sample_images
 from dpdl_core.baselines.distances import (
     PatchBank,
@@ -95,6 +95,24 @@ def test_without_anomalies_a_method_judges_or_says_that_it_needs_one(name, trunk
     else:
         fit()
         assert torch.isfinite(method.score(textures(2, 2)).score).all()
+
+
+def test_settings_are_fields_that_a_method_looks_at(trunk):
+    """Oracle: a config that tells what is read of it."""
+    config = BaselineConfig(image_size=SIDE, bank=200, iterations=1)
+    for name in BASELINES:
+        asked = {"trunk", "weights", "image_size"}  # what the trunk and the images come by
+
+        class Watched:
+            def __getattr__(self, key, asked=asked):
+                asked.add(key)
+                return getattr(config, key)
+
+        method = make(name, trunk, Watched())
+        method.fit(
+            ArraySource(textures(12, 0)), textures(3, 1), seed=0, progress=lambda share: None
+        )
+        assert set(SETTINGS[name]) == asked
 
 
 def test_unknown_names_are_listed(trunk):

@@ -20,7 +20,17 @@ from dpdl_core.protocol import DatasetError, Split, load_dataset
 from pipelines.evaluate import EvaluateOptions, evaluate
 from pipelines.evaluate_report import GROUPS, PER_GROUP, RunPictures, overlay
 
-SMALL = {"weights": "random", "trunk": "test_resnet", "image_size": "64", "bank": "300"}
+SMALL = {"weights": "random", "trunk": "test_resnet", "image_size": "64"}
+TINY = SMALL | {
+    "pooled_spaces": "4",
+    "patch_spaces": "3",
+    "patch_prototypes": "8",
+    "head_stages": "4",
+    "head_iterations": "1",
+    "pseudo_normals": "4",
+    "folds": "2",
+}
+"""Of DPDL."""
 
 
 @pytest.fixture(scope="module")
@@ -158,16 +168,7 @@ def test_changed_pixels_under_the_same_names_are_seen(data, tmp_path, monkeypatc
 @pytest.mark.parametrize("method", ["mahalanobis-all", "dpdl"])
 def test_changed_weights_under_the_same_path_are_seen(data, tmp_path, method):
     weights, path = tmp_path / "weights.pth", tmp_path / "report.json"
-    shared = {"trunk": "test_resnet", "image_size": "64", "weights": str(weights)}
-    small = {
-        "pooled_spaces": "4",
-        "patch_spaces": "3",
-        "patch_prototypes": "8",
-        "head_stages": "4",
-        "head_iterations": "1",
-        "pseudo_normals": "4",
-        "folds": "2",
-    }
+    small = TINY if method == "dpdl" else SMALL
     for seed in (0, 1):
         torch.manual_seed(seed)
         torch.save(timm.create_model("test_resnet").state_dict(), weights)
@@ -177,7 +178,7 @@ def test_changed_weights_under_the_same_path_are_seen(data, tmp_path, method):
                 report=path,
                 seeds=(0,),
                 method=method,
-                overrides=shared | (small if method == "dpdl" else {}),
+                overrides=small | {"weights": str(weights)},
             )
         )
         want = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -244,7 +245,18 @@ def test_progress_rises_to_one_and_names_the_seed(data):
         ({"method": "magic"}, "one of dpdl, mahalanobis"),
         ({"recipe": "soup"}, "edge"),
         ({"overrides": {"flavour": "sweet"}}, "flavour"),
-        ({"overrides": {"bank": "many"}}, "whole number"),
+        ({"method": "knn", "overrides": {"bank": "many"}}, "whole number"),
+        ({"overrides": {"iterations": "7"}}, "iterations: no setting of mahalanobis-all; there"),
+        ({"method": "devnet", "overrides": {"bank": "7"}}, "are .*image_size, iterations, max"),
+        ({"method": "dpdl", "overrides": {"renew_min_new": "5"}}, "would do nothing: no normals"),
+        (
+            {"method": "dpdl", "shots": 0, "overrides": TINY | {"tuned_stages": "2"}},
+            "shots=0: tuned_stages would do nothing",
+        ),
+        (
+            {"method": "dpdl", "shots": 0, "recipe": "paper", "overrides": {"kappa": "3"}},
+            "shots=0: kappa would do nothing",
+        ),
         ({"method": "dpdl", "overrides": {"flavour": "sweet"}}, "flavour"),
         ({"shots": 12}, "12 anomalies and the test needs one: shots=12 can be 11 at most"),
         ({"protocol": "hard", "shots": 7}, "6 anomalies"),
@@ -263,6 +275,19 @@ def test_too_few_classes_for_the_hard_setting(data, tmp_path):
     shutil.rmtree(copy / "anomaly" / "dot")
     with pytest.raises(DatasetError, match="two or more"):
         evaluate(options(copy, protocol="hard"))
+
+
+def test_the_report_states_the_settings_that_ran(data, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    sets = [f"{key}={value}" for key, value in TINY.items()]
+    research.evaluate(
+        str(data), shots=0, seeds="0", recipe="paper", sets=[*sets, "folds=2"], report=path
+    )
+    settings = json.loads(path.read_text())["settings"]
+    assert (settings["recipe"], settings["tuned_stages"], settings["rotate"]) == ("paper", 0, False)
+    assert "without anomalies nothing is tuned" in capsys.readouterr().err
+    settings = evaluate(options(data, seeds=(0,)))["settings"]
+    assert set(settings) == {"method", *SMALL, "device", "weights_sha256"}
 
 
 def test_options_that_cannot_be():
