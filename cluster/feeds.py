@@ -3,7 +3,8 @@
 Delivery: a file or folder waits for the broker, a minute for each frame, and then ends as failed;
 what it sent is counted. A live camera cannot wait: at most BUFFER_FRAMES frames or BUFFER_BYTES
 bytes of it are kept; beyond that its oldest unsent frame is dropped and counted. A lost camera is
-tried again with a growing, jittered pause, for ever; so is a broker that is away, for live cameras.
+tried again with a growing, jittered pause, for ever; so is a broker that is away, and at the last
+pause one that refuses us, for live cameras.
 A frame that is too large is left out and counted. Each camera has a thread and a producer of its
 own, so none waits for another's trouble.
 """
@@ -32,7 +33,7 @@ from cluster.sources import (
     video_pictures,
     video_rate,
 )
-from infra.errors import DataError, DpdlError, ServiceUnavailable
+from infra.errors import AuthFailed, DataError, DpdlError, ServiceUnavailable
 from infra.messages import check_camera
 from infra.settings import Settings
 
@@ -90,6 +91,8 @@ class Buffer:
 
     def put(self, frame: OutgoingFrame) -> None:
         with self._changed:
+            if self._closed:
+                return
             self._frames.append(frame)
             self._bytes += len(frame.image)
             while len(self._frames) > self._max_frames or self._bytes > self._max_bytes:
@@ -230,13 +233,31 @@ def _run_live(
     refused: Refusals,
 ) -> None:
     buffer = Buffer(count, frames=BUFFER_FRAMES, size=BUFFER_BYTES)
-    reader = threading.Thread(
+    # The camera's own: a reader that outlived it would show what has failed as live.
+    over = threading.Event()
+    # A read may take READ_S; what is in the buffer is not to wait for it.
+    threading.Thread(target=_close_at, args=(stop, buffer), daemon=True).start()
+    threading.Thread(
         target=_read_live,
-        args=(spec, address, buffer, count, stop, say, refused),
+        args=(spec, address, buffer, count, over, say, refused),
         name=f"read {spec.camera}",
         daemon=True,  # FFmpeg may sit in a read for READ_S; the end of the command does not wait
-    )
-    reader.start()
+    ).start()
+    try:
+        _send_live(settings, spec, buffer, count, stop, say, refused)
+    finally:
+        over.set()
+
+
+def _send_live(
+    settings: Settings,
+    spec: CameraSpec,
+    buffer: Buffer,
+    count: CameraCount,
+    stop: threading.Event,
+    say: Say,
+    refused: Refusals,
+) -> None:
     attempt = 0
     while True:
         before = count.sent
@@ -251,10 +272,13 @@ def _run_live(
                 on_lost=lambda number: _dropped(count, number),
             )
             return
-        except ServiceUnavailable as error:
+        except (ServiceUnavailable, AuthFailed) as error:
             attempt = 0 if count.sent > before else attempt + 1
+            pause = pause_s(attempt, jitter=random.random())
+            if isinstance(error, AuthFailed):  # only a person can change it
+                pause = LAST_PAUSE_S
             say(f"{spec.camera}: {error}; frames wait, the oldest are dropped")
-            if stop.wait(pause_s(attempt, jitter=random.random())):
+            if stop.wait(pause):
                 return
 
 
@@ -263,28 +287,25 @@ def _read_live(
     address: Address,
     buffer: Buffer,
     count: CameraCount,
-    stop: threading.Event,
+    over: threading.Event,
     say: Say,
     refused: Refusals,
 ) -> None:
     attempt = 0
-    # A read may take READ_S to see `stop`; what is in the buffer is not to wait for it.
-    threading.Thread(target=_close_at, args=(stop, buffer), daemon=True).start()
-    while not stop.is_set():
+    while not over.is_set():
         started = time.monotonic()
         try:
-            _read_until_lost(spec, address, buffer, count, stop, say, refused)
+            _read_until_lost(spec, address, buffer, count, over, say, refused)
             break
         except Exception as lost:  # a picture that cannot be encoded is no reason to stay blind
-            if stop.is_set():
+            if over.is_set():
                 break
             attempt = 0 if time.monotonic() - started > STEADY_S else attempt + 1
             pause = pause_s(attempt, jitter=random.random())
             count.losses += count.state == "live"
             count.state, count.why = "lost", _said(lost)
             say(f"{spec.camera}: {address.shown}: {count.why}; trying again in {pause:.1f} s")
-            stop.wait(pause)
-    buffer.close()
+            over.wait(pause)
 
 
 def _close_at(stop: threading.Event, buffer: Buffer) -> None:
@@ -297,13 +318,13 @@ def _read_until_lost(
     address: Address,
     buffer: Buffer,
     count: CameraCount,
-    stop: threading.Event,
+    over: threading.Event,
     say: Say,
     refused: Refusals,
 ) -> None:
     due = 0.0
-    for picture in live_pictures(address, stop):
-        if count.state != "live":
+    for picture in live_pictures(address, over):
+        if count.state != "live" and not over.is_set():
             count.state, count.why = "live", ""
             say(f"{spec.camera}: {address.shown}: live")
         now = time.monotonic()

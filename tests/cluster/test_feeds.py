@@ -7,11 +7,13 @@ import av
 import numpy as np
 import pytest
 
+from cluster import feeds
 from cluster.camera import OutgoingFrame
-from cluster.feeds import Buffer, CameraCount, load_cameras, pause_s
-from cluster.sources import Address, parse_source, video_pictures, video_rate
+from cluster.feeds import Buffer, CameraCount, CameraSpec, load_cameras, pause_s, run_cameras
+from cluster.sources import Address, Picture, parse_source, video_pictures, video_rate
 from dpdl_core.images import decode_image
-from infra.errors import DataError, SettingsError
+from infra.errors import AuthFailed, DataError, SettingsError
+from infra.settings import Settings
 
 SECRET = "rtsp://viewer:open-sesame@10.0.0.5:554/stream1"
 
@@ -51,6 +53,54 @@ def test_a_reader_waits_for_frames_and_ends_when_the_buffer_is_closed():
     reader.join(5)
     assert not reader.is_alive()
     assert got == [b"1", b"2"]
+
+
+def live(monkeypatch, send):
+    """A camera of an endless address whose frames `send` takes: (count, what was said)."""
+
+    def pictures(address, over):
+        while not over.wait(0.01):
+            yield Picture(0, lambda: b"image")
+        yield Picture(0, lambda: b"the one that was being read")
+
+    def stream(settings, frames, *, on_sent, on_lost, **_):
+        send(frames, on_sent)
+
+    monkeypatch.setattr(feeds, "live_pictures", pictures)
+    monkeypatch.setattr(feeds, "stream", stream)
+    stop, counts, said = threading.Event(), [], []
+    spec = CameraSpec(camera="line-1", source=Address("rtsp://10.0.0.5/1"))
+    run_cameras(Settings(), [spec], stop=stop, say=said.append, counts=counts)
+    for thread in threading.enumerate():
+        if thread.name == "read line-1":
+            thread.join(5)
+            assert not thread.is_alive()
+    return counts[0], said
+
+
+def test_a_live_camera_that_failed_is_not_shown_as_live_by_its_reader(monkeypatch):
+    def send(frames, on_sent):
+        next(iter(frames))
+        raise DataError("no topic")
+
+    count, _ = live(monkeypatch, send)
+    assert (count.state, count.why) == ("failed", "no topic")
+
+
+def test_a_live_camera_that_kafka_refuses_is_tried_again(monkeypatch):
+    """A person mends it at the broker; until then its frames wait, the oldest are dropped."""
+    monkeypatch.setattr(feeds, "LAST_PAUSE_S", 0.05)
+    tries = []
+
+    def send(frames, on_sent):
+        tries.append(next(iter(frames)))
+        if len(tries) < 3:
+            raise AuthFailed("Kafka refuses the login")
+        on_sent(tries[-1])
+
+    count, said = live(monkeypatch, send)
+    assert (count.state, count.sent, len(tries)) == ("ended", 1, 3)
+    assert len([line for line in said if "refuses the login; frames wait" in line]) == 2
 
 
 def test_pauses_grow_to_a_bound_and_differ():
