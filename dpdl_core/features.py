@@ -57,15 +57,24 @@ class Trunk(nn.Module):
         own = int(network.pretrained_cfg["input_size"][-1])
         size = image_size or own
         try:
-            with torch.inference_mode():
-                self.channels = [m.shape[1] for m in self(torch.zeros(1, size, size, 3))]
-        except (AssertionError, RuntimeError) as error:
-            # Most transformers take images of one size only.
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.channels = self.try_size(size)
+        except ValueError as error:
             raise ValueError(
-                f"trunk={name!r} takes no images of {size} px ({said}): set image_size={own}, "
-                f"what it was made for, or another trunk such as {PACKAGE_TRUNK}"
+                f"trunk={name!r} {error}: set image_size={own}, what it was made for, or another "
+                f"trunk such as {PACKAGE_TRUNK}"
             ) from error
+
+    @torch.inference_mode()
+    def try_size(self, size: int) -> list[int]:
+        """Channels of every stage's map of images of `size` px. Raises ValueError where they
+        cannot be: most transformers take images of one size only."""
+        try:
+            return [
+                m.shape[1] for m in self(torch.zeros(1, size, size, 3).to(self.mean_255.device))
+            ]
+        except (AssertionError, RuntimeError) as error:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"takes no images of {size} px ({said})") from error
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, S, S, 3) uint8 RGB -> one (B, c, h, w) float map per stage."""
@@ -179,7 +188,9 @@ def _match(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> d
 def _cut(network: Any) -> list[nn.Module]:
     blocks = getattr(network, "blocks", None)
     if hasattr(network, "conv_stem") and isinstance(blocks, nn.Sequential):
-        return [nn.Sequential(network.conv_stem, network.bn1, blocks[0]), *blocks[1:]]
+        # The norm brings its activation along in most of them, and the convolution both in some.
+        after = [getattr(network, name) for name in ("bn1", "act1") if hasattr(network, name)]
+        return [nn.Sequential(network.conv_stem, *after, blocks[0]), *blocks[1:]]
     if hasattr(network, "layer4") and hasattr(network, "maxpool"):
         stem = [network.conv1, network.bn1, network.act1, network.maxpool]
         return [

@@ -142,16 +142,19 @@ def _weights_sha256(weights: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _frozen_trunk(name: str, weights: str, weights_sha256: str, device: str) -> FrozenTrunk:
+def _frozen_trunk(
+    name: str, weights: str, weights_sha256: str, image_size: int, device: str
+) -> FrozenTrunk:
     """One for all baselines that a process compares: they look at the same images."""
-    return FrozenTrunk(name, weights, device=device)
+    return FrozenTrunk(name, weights, image_size, device=device)
 
 
 class _Baseline:
     def __init__(self, name: str, config: BaselineConfig, device: str) -> None:
         self._name, self._config = name, config
         found = _weights_sha256(config.weights)
-        self._trunk = _frozen_trunk(config.trunk, config.weights, found, device)
+        self._trunk = _frozen_trunk(config.trunk, config.weights, found, config.image_size, device)
+        baselines.make(name, self._trunk, config)  # what cannot be is said before images are read
         self.image_size, self.batch_size = config.image_size, self._trunk.batch_size
         where = {"device": device, "weights_sha256": found}
         used = {key: getattr(config, key) for key in baselines.SETTINGS[name]}

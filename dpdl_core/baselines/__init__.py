@@ -58,7 +58,8 @@ def check_shots(name: str, shots: int) -> None:
 
 
 def make(name: str, trunk: FrozenTrunk, config: BaselineConfig) -> Baseline:
-    """An unfitted baseline on a trunk that several may share. Raises ValueError for a bad name."""
+    """An unfitted baseline on a trunk that several may share. Raises ValueError for a bad name,
+    and for a trunk that takes no images of a size that the method looks at."""
     if name not in _MAKERS:
         raise ValueError(f"method={name!r}: one of {', '.join(BASELINES)}")
     return _MAKERS[name](trunk, config)

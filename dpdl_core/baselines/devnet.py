@@ -16,6 +16,7 @@ from dpdl_core.baselines.supervised import (
     STEPS_PER_EPOCH,
     Maps,
     TopKHead,
+    check_half,
     check_seen,
     deviation_loss,
     draw,
@@ -31,6 +32,7 @@ EPOCHS = 50
 
 class DevNet:
     def __init__(self, trunk: FrozenTrunk, config: BaselineConfig) -> None:
+        check_half("devnet", trunk, config.image_size)
         self._trunk, self._config = trunk, config
 
     def fit(

@@ -46,19 +46,41 @@ class PatchBank:
 
     patches: Tensor
 
-    @classmethod
-    def fit(cls, maps_NCHW: Tensor, size: int, seed: int) -> PatchBank:
-        flat = maps_NCHW.permute(0, 2, 3, 1).reshape(-1, maps_NCHW.shape[1])
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(flat), generator=generator)[:size]
-        return cls(flat[chosen.to(flat.device)])
-
     def map(self, maps_BCHW: Tensor) -> Tensor:
         """(B, c, h, w) -> (B, h, w): squared distance, 2 - 2 cos, in [0, 4]."""
-        b, c, h, w = maps_BCHW.shape
-        flat = maps_BCHW.permute(0, 2, 3, 1).reshape(-1, c)
-        nearest = [(part @ self.patches.T).amax(1) for part in torch.split(flat, 4096)]
+        b, _, h, w = maps_BCHW.shape
+        parts = torch.split(_patches(maps_BCHW), 4096)
+        nearest = [(part @ self.patches.T).amax(1) for part in parts]
         return (2 - 2 * torch.cat(nearest)).clamp_min(0).view(b, h, w)
+
+
+class PatchDraw:
+    """A bank's patches, drawn at random over all N normals while their maps pass by in batches."""
+
+    def __init__(self, num_images: int, size: int, seed: int) -> None:
+        self._num_images, self._size, self._seed = num_images, size, seed
+        self._chosen: Tensor | None = None
+        self._taken: list[Tensor] = []
+        self._passed = 0
+
+    def take(self, maps_BCHW: Tensor) -> None:
+        """The chosen ones of the next B images."""
+        flat = _patches(maps_BCHW)
+        if self._chosen is None:
+            total = self._num_images * maps_BCHW.shape[2] * maps_BCHW.shape[3]
+            generator = torch.Generator().manual_seed(self._seed)
+            self._chosen = torch.randperm(total, generator=generator)[: self._size]
+        own = self._chosen - self._passed
+        self._taken.append(flat[own[(own >= 0) & (own < len(flat))].to(flat.device)])
+        self._passed += len(flat)
+
+    def bank(self) -> PatchBank:
+        return PatchBank(torch.cat(self._taken))
+
+
+def _patches(maps_BCHW: Tensor) -> Tensor:
+    """(B, c, h, w) -> (B * h * w, c)."""
+    return maps_BCHW.permute(0, 2, 3, 1).reshape(-1, maps_BCHW.shape[1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from dpdl_core.baselines.supervised import (
     STEPS_PER_EPOCH,
     Maps,
     TopKHead,
+    check_half,
     check_seen,
     deviation_loss,
     draw,
@@ -72,6 +73,7 @@ def pseudo_anomalies(images: Tensor, generator: torch.Generator) -> Tensor:
 
 class Dra:
     def __init__(self, trunk: FrozenTrunk, config: BaselineConfig) -> None:
+        check_half("dra", trunk, config.image_size)
         self._trunk, self._config = trunk, config
 
     def fit(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -88,21 +89,33 @@ class FrozenTrunk:
     """A pretrained trunk that never trains, with a memory of the images it has seen."""
 
     def __init__(
-        self, name: str, weights: str, *, batch_size: int = 32, device: str = "cpu"
+        self,
+        name: str,
+        weights: str,
+        image_size: int | None = None,
+        *,
+        batch_size: int = 32,
+        device: str = "cpu",
     ) -> None:
-        """Raises what features.Trunk raises for an unknown name or missing weights."""
+        """Raises what features.Trunk raises for an unknown name, missing weights or a side S of
+        the images to come that the trunk does not take."""
         self.batch_size = batch_size
         self.device = torch.device(device)
         # Batch norms folded: the trunk is only ever run forward here.
-        self._trunk = Trunk(name, weights).fuse().to(self.device)
+        self._trunk = Trunk(name, weights, image_size).fuse().to(self.device)
         self._kept: dict[bytes, tuple[Views, float]] = {}
         self._kept_bytes = 0
         self.saved_seconds = 0.0
         """What forward passes would have taken that the memory has spared: timings add it."""
 
-    def of(self, source: ImageSource) -> Views:
-        """Views of all N images of a source."""
-        return Views.cat([self.views(batch) for batch in source.batches(self.batch_size)])
+    def try_size(self, size: int) -> None:
+        """Raises ValueError where the trunk takes no images of `size` px."""
+        self._trunk.try_size(size)
+
+    def look(self, source: ImageSource) -> Iterator[Views]:
+        """Views of all N images of a source, batch by batch: together their maps are many GB."""
+        for batch in source.batches(self.batch_size):
+            yield self.views(batch)
 
     def views(self, images: Tensor) -> Views:
         """uint8 (B, S, S, 3) -> Views."""

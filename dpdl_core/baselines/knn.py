@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dpdl_core.baselines.base import Judgement, Progress
-from dpdl_core.baselines.distances import PatchBank, mean_on_finest
+from dpdl_core.baselines.distances import PatchBank, PatchDraw, mean_on_finest
 from dpdl_core.baselines.frozen import BaselineConfig, FrozenTrunk, Views
 from dpdl_core.heads import top_mean
 from dpdl_core.images import ImageSource
@@ -22,10 +23,13 @@ class Banks:
     last: PatchBank
 
     @classmethod
-    def fit(cls, views: Views, size: int, seed: int) -> Banks:
-        return cls(
-            PatchBank.fit(views.mid, size, seed), PatchBank.fit(views.last_patches, size, seed)
-        )
+    def fit(cls, batches: Iterable[Views], num_images: int, size: int, seed: int) -> Banks:
+        """From the views of num_images normals, batch by batch."""
+        mid, last = PatchDraw(num_images, size, seed), PatchDraw(num_images, size, seed)
+        for views in batches:
+            mid.take(views.mid)
+            last.take(views.last_patches)
+        return cls(mid.bank(), last.bank())
 
     def maps(self, views: Views) -> tuple[Tensor, Tensor]:
         """Squared distances to the nearest patch, (B, h, w) of the middle and the last stage."""
@@ -40,7 +44,8 @@ class NearestPatches:
         self, normals: ImageSource, anomalies: Tensor, *, seed: int, progress: Progress
     ) -> None:
         """Anomalies are not used; seed draws the patches that are kept."""
-        self._banks = Banks.fit(self._trunk.of(normals), self._config.bank, seed)
+        views = self._trunk.look(normals)
+        self._banks = Banks.fit(views, normals.num_images, self._config.bank, seed)
         progress(1.0)
 
     @torch.inference_mode()

@@ -22,7 +22,8 @@ class Mahalanobis:
         self, normals: ImageSource, anomalies: Tensor, *, seed: int, progress: Progress
     ) -> None:
         """Anomalies and seed are not used: the fit is a closed form of the normals."""
-        self._whitener = Whitener.fit(self._vectors(self._trunk.of(normals)))
+        vectors = [self._vectors(views) for views in self._trunk.look(normals)]
+        self._whitener = Whitener.fit(torch.cat(vectors))
         progress(1.0)
 
     def _vectors(self, views: Views) -> Tensor:

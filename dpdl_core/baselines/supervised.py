@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpdl_core.baselines.frozen import FrozenTrunk
+from dpdl_core.features import PACKAGE_TRUNK
 from dpdl_core.heads import top_mean
 
 LEARNING_RATE = 2e-4
@@ -38,6 +39,17 @@ def check_seen(method: str, num_anomalies: int) -> None:
             f"{method} learns from seen anomalies and M={num_anomalies}: need at least 1; "
             "dpdl and the floors do without"
         )
+
+
+def check_half(method: str, trunk: FrozenTrunk, size: int) -> None:
+    """Raises ValueError where the trunk takes no images of half the side S."""
+    try:
+        trunk.try_size(size // 2)
+    except ValueError as error:
+        raise ValueError(
+            f"{method} looks at images of half the side, too, and the trunk {error}: take another, "
+            f"such as {PACKAGE_TRUNK}"
+        ) from error
 
 
 class TopKHead(nn.Module):

@@ -37,7 +37,7 @@ class Parts:
         return cls(
             Whitener.fit(normals.last_pooled),
             whitener,
-            Banks.fit(normals, bank, seed),
+            Banks.fit([normals], len(normals.pooled), bank, seed),
             direction,
         )
 
@@ -63,7 +63,7 @@ class Tails:
         self, normals: ImageSource, anomalies: Tensor, *, seed: int, progress: Progress
     ) -> None:
         """anomalies uint8 (M, S, S, 3), M >= 0; seed draws folds and patches."""
-        views = self._trunk.of(normals)
+        views = Views.cat(list(self._trunk.look(normals)))
         seen = self._trunk.views(anomalies) if len(anomalies) else None
         bank = self._config.bank
         progress(0.5)

@@ -1,6 +1,7 @@
 """The baselines against SciPy and hand-worked values, and each on an easy set it must solve."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -8,10 +9,10 @@ import torch
 from scipy.spatial.distance import cdist, mahalanobis
 from sklearn.covariance import LedoitWolf
 
-from dpdl_core.baselines import BASELINES, SETTINGS, BaselineConfig, FrozenTrunk, make
+from dpdl_core.baselines import BASELINES, SETTINGS, BaselineConfig, FrozenTrunk, frozen, make
 from dpdl_core.baselines.base import sample_images
 from dpdl_core.baselines.distances import (
-    PatchBank,
+    PatchDraw,
     Tail,
     Whitener,
     cross_fitted,
@@ -120,6 +121,19 @@ def test_unknown_names_are_listed(trunk):
         make("magic", trunk, CONFIG)
 
 
+def test_a_trunk_that_takes_no_images_of_these_sizes_is_told():
+    with pytest.raises(ValueError, match=r"no images of 96 px .* set image_size=224"):
+        FrozenTrunk("vit_tiny_patch16_224", "random", 96)
+    trunk = FrozenTrunk("vit_tiny_patch16_224", "random", 224)
+    config = BaselineConfig(trunk="vit_tiny_patch16_224", image_size=224)
+    for name in BASELINES:
+        if name in ("devnet", "dra"):
+            with pytest.raises(ValueError, match=f"{name} looks at .* no images of 112 px"):
+                make(name, trunk, config)
+        else:
+            make(name, trunk, config)
+
+
 @pytest.mark.parametrize("change", [{"image_size": 8}, {"bank": 0}, {"iterations": -1}])
 def test_configs_that_cannot_be(change):
     with pytest.raises(ValueError, match="need"):
@@ -170,11 +184,47 @@ def test_patch_distance_is_the_nearest_of_all():
     generator = torch.Generator().manual_seed(0)
     normals = torch.nn.functional.normalize(torch.randn(4, 5, 3, 2, generator=generator), dim=1)
     images = torch.nn.functional.normalize(torch.randn(2, 5, 3, 2, generator=generator), dim=1)
-    bank = PatchBank.fit(normals, 10_000, seed=0)
+    draw = PatchDraw(4, 10_000, seed=0)
+    for batch in normals.split(3):
+        draw.take(batch)
+    bank = draw.bank()
     rows = [m.permute(0, 2, 3, 1).reshape(-1, 5).numpy() for m in (images, normals)]
     want = cdist(*rows, "sqeuclidean").min(1).reshape(2, 3, 2)
     assert np.allclose(bank.map(images).numpy(), want, atol=1e-5)
     assert bank.map(normals).max() < 1e-5
+
+
+def test_patches_are_drawn_alike_from_any_batches():
+    maps = torch.arange(7 * 6).view(7, 1, 2, 3).float()
+    banks = []
+    for size in (1, 3, 7):
+        draw = PatchDraw(7, 20, seed=5)
+        for batch in maps.split(size):
+            draw.take(batch)
+        banks.append(draw.bank().patches.flatten().sort().values)
+    assert all(torch.equal(bank, banks[0]) for bank in banks)
+    assert len(set(banks[0].tolist())) == 20
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "mahalanobis-all", "knn"])
+def test_no_more_maps_are_held_than_a_batchs(name, monkeypatch):
+    """Those of a large set are many GB."""
+    monkeypatch.setattr(frozen, "KEPT_BYTES", 0)
+    trunk = FrozenTrunk("test_resnet", "random", batch_size=4)
+    look, maps, alive = trunk.views, [], []
+
+    def watched(images):
+        alive.append(sum(ref() is not None for ref in maps))
+        views = look(images)
+        maps.append(weakref.ref(views.mid))
+        return views
+
+    monkeypatch.setattr(trunk, "views", watched)
+    nothing = torch.zeros(0, SIDE, SIDE, 3, dtype=torch.uint8)
+    method = make(name, trunk, CONFIG)
+    method.fit(ArraySource(textures(24, 0)), nothing, seed=0, progress=lambda share: None)
+    assert len(alive) == 6
+    assert max(alive) <= 1  # the batch before, while the next is looked at
 
 
 def test_tail_by_hand():

@@ -56,6 +56,27 @@ def test_stages_of_lite0_are_its_seven_blocks():
     assert Trunk(PACKAGE_TRUNK).channels == [16, 24, 40, 80, 112, 192, 320]
 
 
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("ghostnet_050", "blocks"),  # an activation of its own behind the stem's norm
+        ("repghostnet_050", "blocks"),
+        ("tf_efficientnet_lite0", "blocks"),
+        ("test_resnet", "layer4"),
+    ],
+)
+def test_stages_one_after_the_other_are_the_network(name, last):
+    """Oracle: timm's own forward."""
+    network = load_network(name, "random").eval()
+    x, found = torch.randn(2, 3, 64, 64), []
+    getattr(network, last).register_forward_hook(lambda module, args, out: found.append(out))
+    with torch.inference_mode():
+        network.forward_features(x)
+        for stage in features._cut(network):
+            x = stage(x)
+    assert torch.equal(x, found[0])
+
+
 def test_a_path_gives_what_was_saved(tmp_path):
     network = timm.create_model("test_resnet", pretrained=False)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
