@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.stack import show_services
-from infra.errors import DpdlError
+from infra.errors import AuthFailed, DpdlError
 from infra.kafka_client import (
     behind,
     bounds_of,
@@ -68,15 +68,22 @@ def _part(
 
 
 def _stream(settings: Settings) -> dict[str, Any]:
-    """What the running application says of itself; {} where none answers."""
-    request = urllib.request.Request(
-        f"http://{settings.serve.http_host}:{settings.serve.http_port}/api/v1/status"
-    )
+    """What the running application says of itself; {} where none answers. AuthFailed."""
+    request = urllib.request.Request(f"{settings.serve.url}api/v1/status")
     if settings.serve.token is not None:
         request.add_header("Authorization", f"Bearer {settings.serve.token.get_secret_value()}")
+    # Past http_proxy, which holds for loopback too: the token is for nobody in between.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(request, timeout=ASK_S) as answer:
+        with opener.open(request, timeout=ASK_S) as answer:
             found = json.loads(answer.read(2**20))
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 403):
+            return {}
+        raise AuthFailed(
+            f"running at {settings.serve.url}, and refuses our serve.token ({error.code}): set "
+            "DPDL_SERVE_TOKEN_FILE to what the stream was started with"
+        ) from None
     except (urllib.error.URLError, OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -93,7 +100,8 @@ def _show_stream(found: dict[str, Any], console: Console) -> None:
                 console.print(f"  {part} {name}: {value}", style="yellow", markup=False)
 
 
-def _lag(settings: Settings) -> list[dict[str, int]]:
+def _lag(settings: Settings) -> list[dict[str, int | None]]:
+    """end and lag: None for a partition that has no leader."""
     kafka, store = settings.kafka, ResultStore(settings)
     try:
         with closing(make_consumer(settings)) as consumer, kafka_errors(kafka):
@@ -101,19 +109,26 @@ def _lag(settings: Settings) -> list[dict[str, int]]:
             # Before Kafka's end: what is published between the two is not beyond it then.
             numbers = [place.partition for place in places]
             stored = store.next_offsets(kafka.group, kafka.topic, this, numbers)
-            bounds = bounds_of(consumer, kafka.topic)
-        found = []
-        for partition, (begin, end) in bounds.items():
-            lag = behind(begin, end, stored.get(partition))
+            bounds = bounds_of(consumer, places)
+        found: list[dict[str, int | None]] = []
+        for partition, next_offset in stored.items():
+            if partition not in bounds:
+                found.append(
+                    {"partition": partition, "next": next_offset, "end": None, "lag": None}
+                )
+                continue
+            begin, end = bounds[partition]
+            lag = behind(begin, end, next_offset)
             found.append({"partition": partition, "next": end - lag, "end": end, "lag": lag})
         return found
     finally:
         store.close()
 
 
-def _show_lag(found: list[dict[str, int]], console: Console) -> None:
-    total = sum(one["lag"] for one in found)
-    each = ", ".join(f"{one['partition']}: {one['lag']}" for one in found)
+def _show_lag(found: list[dict[str, int | None]], console: Console) -> None:
+    total = sum(one["lag"] or 0 for one in found)
+    lags = [(one["partition"], "no leader" if one["lag"] is None else one["lag"]) for one in found]
+    each = ", ".join(f"{partition}: {lag}" for partition, lag in lags)
     console.print(f"lag: {total} frames ({each})", highlight=False)
 
 

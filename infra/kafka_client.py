@@ -10,7 +10,7 @@ of being refused where nobody sees it. Kafka's own request limit is 100 MB.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ from kafka.net.compat import KafkaNetClient
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
 from kafka.producer.transaction_manager import TransactionManager
+from kafka.protocol.consumer import OffsetSpec
 from kafka.protocol.metadata import MetadataRequest
 from kafka.record.default_records import DefaultRecordBatch
 
@@ -176,11 +177,33 @@ def partitions_of(client: KafkaConsumer, topic: str) -> list[TopicPartition]:
     return [TopicPartition(topic, partition) for partition in sorted(found)]
 
 
-def bounds_of(client: KafkaConsumer, topic: str) -> dict[int, tuple[int, int]]:
-    """Partition -> (the oldest offset that retention has kept, that of the next record)."""
-    places = partitions_of(client, topic)
-    begins, ends = client.beginning_offsets(places), client.end_offsets(places)
-    return {place.partition: (begins[place], ends[place]) for place in places}
+def bounds_of(
+    client: KafkaConsumer, places: Collection[TopicPartition]
+) -> dict[int, tuple[int, int]]:
+    """Partition -> (the oldest offset that retention has kept, that of the next record).
+
+    One without a leader is left out: no broker can say. KafkaTimeoutError where all are such.
+    """
+    begins, ends = (_led(client, places, end) for end in (OffsetSpec.EARLIEST, OffsetSpec.LATEST))
+    return {p.partition: (begins[p], ends[p]) for p in places if p in begins and p in ends}
+
+
+def _led(
+    client: KafkaConsumer, places: Collection[TopicPartition], end: OffsetSpec
+) -> dict[TopicPartition, int]:
+    # kafka-python 3.0.12: client.end_offsets() ends in KeyError where one of many has no leader.
+    asked = dict.fromkeys(places, end)
+    found = client._fetcher.offsets_by_times(asked, int(REQUEST_TIMEOUT_S * 1000))
+    return {place: each.offset for place, each in found.items() if each is not None}
+
+
+def no_leader(topic: str, partitions: Iterable[int]) -> ServiceUnavailable:
+    """For those that bounds_of() leaves out."""
+    numbers = ", ".join(map(str, sorted(partitions)))
+    return ServiceUnavailable(
+        f"Kafka has no leader for partition {numbers} of {topic}, whose frames wait: start the "
+        "broker that is down"
+    )
 
 
 def behind(begin: int, end: int, stored: int | None) -> int:

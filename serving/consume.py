@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import Any
 
@@ -41,6 +41,8 @@ log = logging.getLogger("dpdl.stream")
 
 ANSWER_S = 120.0
 """Longest wait for one batch's scores before it is asked for again."""
+INFO_S = 3.0
+"""Longest wait of the loop's own thread for a scorer: it shows no life and sees no stop then."""
 LOOK_S = 1.0
 """How often the bindings of cameras to models are read."""
 STUCK_S = 90.0
@@ -62,14 +64,15 @@ class HandleScore:
         self._scorer, self._results = scorer, results
         self._pool = ThreadPoolExecutor(depth, thread_name_prefix="score")
         self._sizes: dict[str, int] = {}
+        self._info: Future[dict[str, Any]] | None = None
+        """The question still open while no scorer answers; a retry looks at it again."""
         self._bound: dict[str, str] = {}
         self._looked_s = float("-inf")
 
     def plan(self) -> Plan:
         """Sizes as of the last answers, bindings as of LOOK_S ago. ServiceUnavailable."""
         if DEFAULT_MODEL not in self._sizes:
-            info = _answer(lambda: self._scorer.info.remote().result(timeout_s=ANSWER_S))
-            self._sizes[DEFAULT_MODEL] = int(info["image_size"])
+            self._sizes[DEFAULT_MODEL] = self._default_size()
         if time.monotonic() - self._looked_s > LOOK_S:
             self._bound = self._results.bindings()
             self._looked_s = time.monotonic()
@@ -80,6 +83,19 @@ class HandleScore:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _default_size(self) -> int:
+        asked = self._info = self._info or self._pool.submit(self._ask_info)
+        if wait([asked], timeout=INFO_S).not_done:
+            raise ServiceUnavailable("the scorer: none has answered yet (`dpdl status`)")
+        self._info = None
+        return int(asked.result()["image_size"])
+
+    def _ask_info(self) -> dict[str, Any]:
+        found: dict[str, Any] = _answer(
+            lambda: self._scorer.info.remote().result(timeout_s=ANSWER_S)
+        )
+        return found
 
     def _ask(self, batch: Batch) -> Scored | WrongSize:
         call, cameras = self._scorer.score, [frame.camera for frame in batch.frames]
@@ -112,7 +128,6 @@ class Consumer:
         self._stopping = threading.Event()
         self._loop: Loop | None = None
         self._source: KafkaSource | None = None
-        self._lag: dict[int, int] = {}
         self._trouble = "starting"
         self._alive_s = time.monotonic()
         self._totals: dict[str, int] = {"batches": 0, "frames": 0, "alerts": 0, "dropped_spans": 0}
@@ -130,14 +145,21 @@ class Consumer:
             "pid": os.getpid(),
             **self._totals,
             "dead_letters": dict(self._bad),
-            "lag": dict(self._lag),
-            "trouble": self._trouble or (self._loop.trouble if self._loop else ""),
+            "lag": self._lag(),
+            "trouble": self._trouble_now(),
             "last_batch": self._last,
         }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For serving.scaling.LagPolicy."""
-        return {LAG: float(sum(self._lag.values()))}
+        return {LAG: float(sum(self._lag().values()))}
+
+    def _trouble_now(self) -> str:
+        said = [part.trouble for part in (self._loop, self._source) if part]
+        return next(filter(None, [self._trouble, *said]), "")
+
+    def _lag(self) -> dict[int, int]:
+        return self._source.behind if self._source else {}
 
     def check_health(self) -> None:
         """RuntimeError, and Serve replaces the replica, when the thread is dead or stuck."""
@@ -221,8 +243,6 @@ class Consumer:
         }
         log.info("batch %s", json.dumps(line, separators=(",", ":")))
         self._last = line
-        if self._source:
-            self._lag = self._source.lag()  # here, since the client belongs to this thread
         self._totals["batches"] += 1
         for name in ("frames", "alerts", "dropped_spans"):
             self._totals[name] += line[name]

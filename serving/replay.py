@@ -25,7 +25,13 @@ from kafka.structs import TopicPartition
 
 from dpdl_core.artifact import ArtifactError
 from infra.errors import DataError, ServiceUnavailable
-from infra.kafka_client import kafka_errors, make_consumer, partitions_of
+from infra.kafka_client import (
+    bounds_of,
+    kafka_errors,
+    make_consumer,
+    no_leader,
+    partitions_of,
+)
 from infra.messages import FrameResult, KafkaRecord
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
@@ -149,7 +155,11 @@ def _ranges(
     """Partition -> (first, end) offsets that are there and asked for; those partitions where more
     was asked for than Kafka has kept: it begins later, and has held frames before."""
     places = partitions_of(consumer, settings.kafka.topic)
-    begins, ends = consumer.beginning_offsets(places), consumer.end_offsets(places)
+    bounds = bounds_of(consumer, places)
+    if leaderless := {place.partition for place in places} - bounds.keys():
+        raise no_leader(settings.kafka.topic, leaderless)
+    begins = {place: bounds[place.partition][0] for place in places}
+    ends = {place: bounds[place.partition][1] for place in places}
     firsts = _offsets(consumer, options.start, places, ends)
     lasts = _offsets(consumer, options.end, places, ends) if options.end else ends
     ranges = {

@@ -21,7 +21,7 @@ from kafka.errors import KafkaError, OffsetOutOfRangeError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from infra.errors import DpdlError, ServiceUnavailable
-from infra.kafka_client import kafka_errors, partitions_of, topic_id
+from infra.kafka_client import bounds_of, kafka_errors, no_leader, partitions_of, topic_id
 from infra.messages import KafkaRecord
 from infra.settings import Settings
 from serving.batch import Partition, Polled, Span
@@ -62,8 +62,12 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
         self._unplaced: set[Partition] = set()
         self._refused = ""
         """Why the topic is not read. Kept: soon it ends beyond what is stored of the old one."""
+        self.trouble = ""
+        """Which of our partitions cannot be read just now, for people; "" when all can."""
         self.expired_s: dict[int, float] = {}
         """Partition -> when frames were last found to have expired unscored (Unix seconds)."""
+        self.behind: dict[int, int] = {}
+        """Frames in Kafka beyond what was polled, per partition that we read; for any thread."""
         consumer.subscribe([settings.kafka.topic], listener=self)
         with kafka_errors(settings.kafka):
             # Before joining: kafka-python 3.0.12 forgets to ask for the topic when a metadata
@@ -93,6 +97,12 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
 
         ServiceUnavailable when Kafka or Redis is away; nothing polled is forgotten then.
         """
+        try:
+            return self._polled(until)
+        finally:
+            self._measure()
+
+    def _polled(self, until: Callable[[], bool]) -> Polled | None:
         self._place()
         records: list[KafkaRecord] = []
         spans: dict[Partition, Span] = {}
@@ -164,20 +174,20 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
         finally:
             ours = self._consumer.assignment() & {TopicPartition(*each) for each in self._leases}
             self._consumer.resume(*ours)
+            self._measure()
         time.sleep(max(0.0, until - time.monotonic()))
 
     def close(self, timeout_s: float) -> None:
         """Leaves the group at once, so that another consumer need not wait for the session."""
         self._consumer.close(autocommit=False, timeout_ms=int(timeout_s * 1000))
 
-    def lag(self) -> dict[int, int]:
-        """Frames in Kafka beyond what was polled, per partition that we read."""
-        behind = {}
-        for partition, position in list(self._positions.items()):
-            end = self._consumer.highwater(TopicPartition(*partition))
-            if end is not None:
-                behind[partition.number] = max(0, end - position)
-        return behind
+    def _measure(self) -> None:
+        ends = {each: self._consumer.highwater(TopicPartition(*each)) for each in self._positions}
+        self.behind = {
+            each.number: max(0, end - self._positions[each])
+            for each, end in ends.items()
+            if end is not None
+        }
 
     def _take(
         self, partition: Partition, polled: list[KafkaRecord], spans: dict[Partition, Span]
@@ -204,16 +214,21 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
         """Seeks each new or rewound partition to the stored offset, and leases it."""
         places = {partition: TopicPartition(*partition) for partition in sorted(self._unplaced)}
         if not places:
+            self.trouble = ""
             return
         group = self._kafka.group
         # Before Kafka's end is asked: a former owner may publish meanwhile what came meanwhile.
         stored = {each: self._offsets.next_offset(group, *each) for each in places}
         with kafka_errors(self._kafka):
-            begins = self._consumer.beginning_offsets(list(places.values()))
-            ends = self._consumer.end_offsets(list(places.values()))
-        self._check_topic({each: ends[place] for each, place in places.items()}, stored)
+            # With the topic's others: the client waits in vain where none it asks for has a leader.
+            others = partitions_of(self._consumer, self._kafka.topic)
+            bounds = bounds_of(self._consumer, {*others, *places.values()})
+        self._say_who_waits([each.number for each in places if each.number not in bounds])
+        places = {each: place for each, place in places.items() if each.number in bounds}
+        if places:
+            self._check_topic({each: bounds[each.number][1] for each in places}, stored)
         for partition, place in places.items():
-            begin, next_offset = begins[place], stored[partition]
+            begin, next_offset = bounds[partition.number][0], stored[partition]
             if next_offset is None:
                 next_offset = self._offsets.set_start(group, *partition, begin)
             if next_offset < begin:
@@ -232,6 +247,13 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
             log.info(
                 "partition %d: reading from offset %d", partition.number, max(next_offset, begin)
             )
+
+    def _say_who_waits(self, leaderless: Sequence[int]) -> None:
+        """They are tried again at each poll, and do not keep the others from being read."""
+        error = no_leader(self._kafka.topic, leaderless) if leaderless else None
+        if error and str(error) != self.trouble:
+            log.warning("%s", error)
+        self.trouble = str(error or "")
 
     def _check_topic(
         self, ends: Mapping[Partition, int], stored: Mapping[Partition, int | None]

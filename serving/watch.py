@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from kafka import KafkaConsumer
@@ -24,6 +24,7 @@ from infra.kafka_client import (
     bounds_of,
     kafka_errors,
     make_consumer,
+    no_leader,
     partitions_of,
     topic_id,
 )
@@ -105,10 +106,11 @@ class Watch:
         try:
             if self._kafka is None:
                 self._kafka = make_consumer(self._settings)
-            # Before Kafka's end: what is published between the two is not beyond it then.
-            stored = self._stored(self._kafka)
             with kafka_errors(self._settings.kafka):
-                bounds = bounds_of(self._kafka, topic)
+                this, places = topic_id(self._kafka, topic), partitions_of(self._kafka, topic)
+                # Before Kafka's end: what is published between the two is not beyond it then.
+                stored = self._stored(this, [place.partition for place in places])
+                bounds = bounds_of(self._kafka, places)
         except DpdlError:
             if self._kafka is not None:
                 self._kafka.close()
@@ -116,7 +118,6 @@ class Watch:
             raise
         if stored is None:
             return  # Kafka answers; that Redis does not is said by its own thread
-        bounds = {p: found for p, found in bounds.items() if p in stored}
         self.waiting = {p: behind(*bounds[p], stored[p]) for p in bounds}
         self._metrics.lag(topic, self.waiting)
         # A consumer says so too, when it comes to them; here also while none is alive.
@@ -124,14 +125,14 @@ class Watch:
             if (next_offset := stored[p]) is not None and next_offset < begin:
                 self._expired_s[p] = time.time()
         self._expiry.show(topic, self._expired_s)
+        if leaderless := stored.keys() - bounds.keys():
+            raise no_leader(topic, leaderless)
 
-    def _stored(self, kafka: KafkaConsumer) -> dict[int, int | None] | None:
+    def _stored(self, topic_id: str, partitions: Sequence[int]) -> dict[int, int | None] | None:
         """Partition -> next offset; None where Redis does not answer."""
         topic, group = self._settings.kafka.topic, self._settings.kafka.group
-        with kafka_errors(self._settings.kafka):
-            this, places = topic_id(kafka, topic), partitions_of(kafka, topic)
         try:
-            return self._results.next_offsets(group, topic, this, [p.partition for p in places])
+            return self._results.next_offsets(group, topic, topic_id, partitions)
         except DpdlError:
             return None
 

@@ -22,6 +22,7 @@ from kafka.errors import KafkaTimeoutError
 from infra.dead_letters import DeadLetters
 from infra.errors import ServiceUnavailable
 from infra.kafka_client import (
+    bounds_of,
     end_offsets,
     ensure_topics,
     make_admin,
@@ -301,6 +302,26 @@ def test_two_consumers_share_and_one_takes_over(settings, topic):
     check_nothing_lost_nothing_twice(settings)
 
 
+def test_frames_behind_are_told_at_each_poll_and_not_of_partitions_that_are_gone(settings, topic):
+    """The autoscaler goes by them, also while no batch comes to its end."""
+    send(settings, 40)
+    limits = settings.stream.model_copy(update={"max_batch": 1})
+    one_by_one = settings.model_copy(update={"stream": limits})
+    with Life(one_by_one) as life:
+        ends = {p: end for p, end in end_offsets(settings, topic).items() if end}
+        at, until = dict.fromkeys(ends, 0), time.monotonic() + 30
+        while not life.source.behind.keys() >= ends.keys() and time.monotonic() < until:
+            if polled := life.source.poll(lambda: False):
+                at |= {span.partition.number: span.next for span in polled.spans}
+        told = {p: end - at[p] for p, end in ends.items()}
+        assert told == {p: life.source.behind[p] for p in ends}
+        assert sum(told.values()) > 0
+        busiest = max(told, key=told.get)
+        life.source.on_partitions_revoked([TopicPartition(topic, busiest)])
+        life.source.idle(0)
+        assert busiest not in life.source.behind
+
+
 def test_a_zombie_is_fenced(settings, topic):
     """A consumer that sleeps while its partitions go to another: what it publishes is refused."""
     send(settings, 64)
@@ -392,7 +413,9 @@ def test_a_topic_made_anew_is_not_read_from_where_the_old_one_ended(settings, to
         assert sum(len(report.results) for report in life.reports) == 220
 
 
-def test_what_a_former_owner_publishes_meanwhile_is_no_topic_made_anew(settings, topic):
+def test_what_a_former_owner_publishes_meanwhile_is_no_topic_made_anew(
+    settings, topic, monkeypatch
+):
     """Frames come and are published between the two looks of who takes a partition over."""
     results, group = ResultStore(settings), settings.kafka.group
     for partition in range(settings.kafka.partitions):
@@ -413,7 +436,7 @@ def test_what_a_former_owner_publishes_meanwhile_is_no_topic_made_anew(settings,
         return looked
 
     with Life(settings) as life:
-        life.source._consumer.end_offsets = then_others_publish(life.source._consumer.end_offsets)
+        monkeypatch.setattr("serving.source.bounds_of", then_others_publish(bounds_of))
         life.results.next_offset = then_others_publish(life.results.next_offset)
         until = time.monotonic() + 30
         while len(life.source._leases) < settings.kafka.partitions and time.monotonic() < until:
