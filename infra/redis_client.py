@@ -19,6 +19,7 @@ Keys, below the prefix (`dpdl`):
     dead                                 hash: reason of dead letters -> count
     progress:<group>:<topic>:<partition> the next offset
     progress:<group>:<topic>:id          which topic of that name it is of, as Kafka numbers them
+    store-id                             drawn once: tells what is kept here from another's
     answer:<frame>, defect-classes       what people say of frames (answers.py)
 
 Works on Redis 6.2 or newer and Valkey; one primary, no cluster mode. A user of its own needs:
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -177,6 +179,13 @@ class ResultStore:
         with redis_errors(self._where):
             self._redis.set(self._progress(group, topic, "id"), topic_id, nx=True)
             return cast(str, self._redis.get(self._progress(group, topic, "id")))
+
+    def store_id(self) -> str:
+        """8 hexadecimal digits, drawn when first asked for: no other Redis or prefix has them."""
+        key = self._key("store-id")
+        with redis_errors(self._where):
+            self._redis.set(key, secrets.token_hex(4), nx=True)
+            return cast(str, self._redis.get(key))
 
     def next_offsets(
         self, group: str, topic: str, topic_id: str, partitions: Iterable[int]

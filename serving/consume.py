@@ -35,7 +35,7 @@ from serving.logs import log_to_stderr
 from serving.loop import Loop
 from serving.publish import StreamSink
 from serving.scaling import LAG
-from serving.source import KafkaSource
+from serving.source import KafkaSource, consumer_group
 
 log = logging.getLogger("dpdl.stream")
 
@@ -219,7 +219,8 @@ class Consumer:
         ends.callback(decoder.close)
         score = HandleScore(self._scorer, results, depth)
         ends.callback(score.close)
-        source = KafkaSource(make_consumer(settings, group=settings.kafka.group), results, settings)
+        consumer = make_consumer(settings, group=consumer_group(settings, results))
+        source = KafkaSource(consumer, results, settings)
         ends.callback(source.close, CLOSE_S)
         sink = StreamSink(results, archive, dead, group=settings.kafka.group)
         self._source = source

@@ -23,6 +23,7 @@ from kafka.structs import OffsetAndMetadata, TopicPartition
 from infra.errors import DpdlError, ServiceUnavailable
 from infra.kafka_client import bounds_of, kafka_errors, no_leader, partitions_of, topic_id
 from infra.messages import KafkaRecord
+from infra.redis_client import ResultStore
 from infra.settings import Settings
 from serving.batch import Partition, Polled, Span
 
@@ -33,6 +34,15 @@ SLICE_S = 0.01
 """How often a waiting poll looks whether scores have come: adds to latency on average half."""
 IDLE_S = 0.5
 """Longest poll with nothing to read; the loop shows life and sees `stop` between two."""
+
+
+def consumer_group(settings: Settings, results: ResultStore) -> str:
+    """Kafka's, for the consumers that share these results.
+
+    Another installation on the same Kafka, with a Redis of its own and the same kafka.group, would
+    else be given part of our partitions, and we never see their frames.
+    """
+    return f"{settings.kafka.group}-{results.store_id()}"
 
 
 class Offsets(Protocol):

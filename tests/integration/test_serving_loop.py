@@ -37,7 +37,7 @@ from serving.batch import Plan, Polled, Scored, Span
 from serving.decode import Decoder
 from serving.loop import Loop
 from serving.publish import StreamSink
-from serving.source import KafkaSource
+from serving.source import KafkaSource, consumer_group
 
 pytestmark = pytest.mark.integration
 
@@ -87,8 +87,8 @@ class Life:
         self.ends.callback(archive.close)
         decoder = Decoder(2)
         self.ends.callback(decoder.close)
-        consumer = make_consumer(settings, group=settings.kafka.group)
         self.results = ResultStore(settings)
+        consumer = make_consumer(settings, group=consumer_group(settings, self.results))
         self.source = KafkaSource(consumer, self.results, settings)
         self.ends.callback(self.source.close, 2)
         self.sink = StreamSink(self.results, archive, dead, group=settings.kafka.group)
@@ -300,6 +300,22 @@ def test_two_consumers_share_and_one_takes_over(settings, topic):
     with Life(settings) as last:
         last.run_to_the_end()
     check_nothing_lost_nothing_twice(settings)
+
+
+def test_installations_with_a_redis_each_do_not_share_a_topics_frames(settings, topic):
+    """Each scores all of them, though both call their group alike: consumers of one share."""
+    send(settings, 60)
+    redis = settings.redis.model_copy(update={"prefix": settings.redis.prefix + "-other"})
+    other = settings.model_copy(update={"redis": redis})
+    with Life(settings) as ours, Life(other) as theirs:
+        threads = [threading.Thread(target=life.run_to_the_end) for life in (ours, theirs)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert ours.results.store_id() == ResultStore(settings).store_id()
+    for each in (settings, other):
+        check_nothing_lost_nothing_twice(each)
 
 
 def test_frames_behind_are_told_at_each_poll_and_not_of_partitions_that_are_gone(settings, topic):
