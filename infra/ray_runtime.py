@@ -40,6 +40,9 @@ ENVIRONMENT = {
     # busy machine for ever.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+    # Without the first Ray rotates its own logs, but not what its workers write: ours.
+    "RAY_ROTATION_MAX_BYTES": "100000000",
+    "RAY_ROTATION_BACKUP_COUNT": "3",
 }
 """What Ray's processes should be started with; cluster/Dockerfile and the cluster files have the
 same."""

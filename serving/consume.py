@@ -45,6 +45,8 @@ INFO_S = 3.0
 """Longest wait of the loop's own thread for a scorer: it shows no life and sees no stop then."""
 LOOK_S = 1.0
 """How often the bindings of cameras to models are read."""
+TELL_S = 5.0
+"""How often a batch has its line in the log; a line each would fill a disk within weeks."""
 STUCK_S = 90.0
 """A loop that shows no life for so long is replaced."""
 MARKS = {
@@ -133,6 +135,7 @@ class Consumer:
         self._totals: dict[str, int] = {"batches": 0, "frames": 0, "alerts": 0, "dropped_spans": 0}
         self._bad: dict[str, int] = {}
         self._last: dict[str, Any] = {}
+        self._told_s = float("-inf")
         self._metrics, self._expiry = StreamMetrics(), ExpiryMetrics()
         self._replica = ReplicaMetrics("consumer", serve.get_replica_context().rank.rank)
         self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
@@ -242,7 +245,9 @@ class Consumer:
             "dropped_spans": batch.dropped_spans,
             "ms": batch.stage_ms,
         }
-        log.info("batch %s", json.dumps(line, separators=(",", ":")))
+        if time.monotonic() - self._told_s > TELL_S:
+            log.info("batch %s", json.dumps(line, separators=(",", ":")))
+            self._told_s = time.monotonic()
         self._last = line
         self._totals["batches"] += 1
         for name in ("frames", "alerts", "dropped_spans"):
