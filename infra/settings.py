@@ -187,6 +187,12 @@ class ServeSettings(_Group):
     max_scorers: int = Field(default=0, ge=0)
     """Scorer replicas follow their queue between these bounds. 0: as many as min_scorers."""
 
+    @property
+    def url(self) -> str:
+        """Of the console and its API."""
+        host = f"[{self.http_host}]" if ":" in self.http_host else self.http_host
+        return f"http://{host}:{self.http_port}/"
+
     @model_validator(mode="after")
     def _bounds(self) -> ServeSettings:
         for what in ("consumers", "scorers"):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,15 +23,27 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-TARGETS_S = 15.0
-"""How often `dpdl serve` says anew where Prometheus finds the cluster's metrics."""
+LOOK_S = 15.0
+"""How often `dpdl serve` looks whether its application is there, and says anew where Prometheus
+finds the cluster's metrics."""
+START_S, MACHINE_S = 180.0, 1800.0
+"""Until all of it runs; the machine of a GPU that is waited for may have to be installed first."""
 AWAY_S = 1.0
 """How often `dpdl alerts --follow` asks for a Redis that is away."""
 
 
 @app.command()
-def serve(model: Model = "default") -> None:
-    """Deploy the stream application (consumer, scorer, console); Ctrl-C or SIGTERM ends it."""
+def serve(
+    model: Model = "default",
+    device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option(help="cuda waits for a GPU. Default: a GPU where there is one by now."),
+    ] = None,
+) -> None:
+    """Deploy the stream application (consumer, scorer, console); Ctrl-C or SIGTERM ends it.
+
+    Ends with exit code 1 when somebody else deletes or replaces the application.
+    """
     import ray
     from ray.exceptions import RayError
 
@@ -42,15 +54,25 @@ def serve(model: Model = "default") -> None:
     settings = load_settings()
     targets = ray_runtime.scrape_targets_file(settings.state_dir)
     try:
-        deployed = stream_app.deploy(settings, model_name=model, say=out.print)
-        out.print(f"{deployed.version} scores; alerts at {deployed.url}   (Ctrl-C ends)")
+        deployed = stream_app.deploy(
+            settings,
+            model_name=model,
+            device=device or "",
+            deadline_s=MACHINE_S if device == "cuda" else START_S,
+            say=out.print,
+        )
+        out.print(
+            f"{deployed.version} scores on {deployed.device}; alerts at {deployed.url}   "
+            "(Ctrl-C ends)"
+        )
         with suppress(KeyboardInterrupt):  # SIGTERM too: cluster/cli.py
             while True:  # nodes come and go
                 try:
+                    stream_app.check_ours()
                     ray_runtime.write_scrape_targets(targets)
                 except (OSError, RayError) as error:  # a full disk; a head that is restarted
                     err.print(f"Prometheus cannot find this cluster: {error}", markup=False)
-                time.sleep(TARGETS_S)
+                time.sleep(LOOK_S)
         out.print("ending: what is in flight is published first")
     finally:
         if ray.is_initialized():

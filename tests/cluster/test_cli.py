@@ -2,13 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import typer
 
+from cluster import cli
 from cluster.commands.shared import check_device, duration, key_values, write_report
+from infra.errors import DpdlError
+from serving import app as stream_app
 
 
 def dpdl(*args, cwd, **env):
@@ -73,6 +78,29 @@ def test_an_expected_failure_is_one_line_and_exit_code_1(tmp_path):
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
     assert "dpdl up" in done.stderr
+
+
+def test_serve_ends_as_a_failure_when_its_application_is_gone(tmp_path, monkeypatch):
+    """So that whoever looks after the process, as systemd does, starts it again."""
+    deployed = SimpleNamespace(version="v1", device="cuda", url="http://127.0.0.1:8000/")
+    asked = []
+
+    def deploy(settings, *, device, deadline_s, **_):
+        asked.append((device, deadline_s))
+        return deployed
+
+    def gone():
+        raise DpdlError("the stream application of this command was deleted")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stream_app, "deploy", deploy)
+    monkeypatch.setattr(stream_app, "check_ours", gone)
+    monkeypatch.setattr(sys, "argv", ["dpdl", "serve", "--device", "cuda"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert asked == [("cuda", 1800.0)]  # its machine may be yet to come
 
 
 def test_a_misspelt_setting_is_named(tmp_path):

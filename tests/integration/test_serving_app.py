@@ -32,7 +32,7 @@ from lines import HOSTILE, MODEL, check, fitted, promote, send, wait_scored, wai
 
 from dpdl_core import artifact
 from infra import ray_runtime
-from infra.errors import AuthFailed, DataError, SettingsError
+from infra.errors import AuthFailed, DataError, DpdlError, SettingsError
 from infra.kafka_client import ensure_topics
 from infra.messages import evidence_key
 from infra.model_store import ModelStore
@@ -113,7 +113,7 @@ def test_serve_ends_in_order_when_told_to(prepared, versions):
     command = [sys.executable, "-m", "cluster.cli", "serve", "--model", MODEL]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         lines = iter(running.stdout.readline, "")
-        assert any("v1 scores" in line for line in lines)
+        assert any("v1 scores on cpu; " in line for line in lines)
         everything = psutil.Process(running.pid).children(recursive=True)
         logs = _ray_logs(everything)
         send(settings, 400, seed=1, bad_every=1000)
@@ -442,6 +442,28 @@ def test_replicas_that_are_killed_lose_nothing(deployed, versions):
         wait_scored(settings, 90)
     assert len(set(killed)) == 2
     check(settings, versions)
+
+
+def test_only_who_deployed_the_application_takes_it_down(deployed, monkeypatch):
+    """Serve's controller begins anew in between: to it, the application is of that moment then."""
+    settings, running = deployed
+    assert running.device == "cpu"
+    ray.kill(ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve"), no_restart=False)
+    app.check_ours()
+    with monkeypatch.context() as another:
+        another.setattr(app, "_US", "another process")
+        app.shutdown()
+        with pytest.raises(DpdlError, match="was replaced by a later deployment"):
+            app.check_ours()
+    app.check_ours()
+    get_json(settings, "/api/v1/status")
+
+    monkeypatch.setenv("DPDL_SERVE_HTTP_PORT", str(settings.serve.http_port + 1))
+    with pytest.raises(SettingsError, match=r"stays there\. `serve shutdown -y` first"):
+        app.deploy(load_settings(), model_name=MODEL)
+    app.shutdown()
+    with pytest.raises(DpdlError, match="was deleted"):
+        app.check_ours()
 
 
 def test_deploying_without_a_version_or_a_free_port_says_so(settings, cluster, monkeypatch):

@@ -53,8 +53,15 @@ def test_consumers_for_a_lag(lag, wanted):
 )
 def test_consumers_are_never_more_than_partitions(low, high, cpus, bounds):
     settings = settings_of(DPDL_SERVE_MIN_CONSUMERS=str(low), DPDL_SERVE_MAX_CONSUMERS=str(high))
-    assert settings.kafka.partitions == 4
-    assert consumer_bounds(settings, cpus) == bounds
+    assert consumer_bounds(settings, cpus, num_partitions=4) == bounds
+
+
+def test_consumers_are_as_many_as_the_topic_has_partitions():
+    """It may be older than the settings, and have been widened since."""
+    settings = settings_of(DPDL_SERVE_MAX_CONSUMERS="16")
+    parts = deployments(application(AppArgs(), settings, [{"CPU": 2}], num_partitions=12))
+    assert parts["Consumer"]._deployment_config.autoscaling_config.max_replicas == 12
+    assert consumer_bounds(settings, 2, num_partitions=3) == (1, 3)
 
 
 def test_bounds_the_wrong_way_round_are_refused():
@@ -74,7 +81,7 @@ def deployments(app):
 
 def test_replicas_follow_lag_and_queue_where_the_settings_allow():
     settings = settings_of(DPDL_SERVE_MAX_CONSUMERS="3", DPDL_SERVE_MAX_SCORERS="2")
-    parts = deployments(application(AppArgs(), settings, {"CPU": 2}))
+    parts = deployments(application(AppArgs(), settings, [{"CPU": 2}], 4))
     lag = parts["Consumer"]._deployment_config.autoscaling_config
     assert (lag.min_replicas, lag.max_replicas) == (1, 3)
     policy = lag.policy.get_policy()
@@ -83,16 +90,43 @@ def test_replicas_follow_lag_and_queue_where_the_settings_allow():
     queue = parts["Scorer"]._deployment_config.autoscaling_config
     assert (queue.min_replicas, queue.max_replicas) == (1, 2)
     assert queue.target_ongoing_requests == settings.stream.max_in_flight
-    plain = deployments(application(AppArgs(), settings_of(), {"CPU": 2}))
+    plain = deployments(application(AppArgs(), settings_of(), [{"CPU": 2}], 4))
     assert plain["Consumer"]._deployment_config.autoscaling_config is None
     assert plain["Consumer"].num_replicas == 1
+
+
+HEAD, SMALL, GPU_MACHINE = {"memory": 4e9}, {"CPU": 2}, {"CPU": 8, "GPU": 1}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "cpus", "gpus"),
+    [
+        ([SMALL], "", 0, 0),  # beside training on two cores
+        ([SMALL], "cuda", 0, 0.25),
+        ([GPU_MACHINE], "", 1, 0.25),
+        ([GPU_MACHINE], "cpu", 1, 0),
+        ([HEAD], "", 1, 0),  # its machines are still to come
+        ([HEAD], "cuda", 1, 0.25),
+        ([HEAD, SMALL], "", 1, 0),
+    ],
+)
+def test_no_replica_is_placed_on_a_head_that_has_no_cpus(nodes, device, cpus, gpus):
+    parts = deployments(application(AppArgs(device=device), settings_of(), nodes, 4))
+    reserved = {name: part.ray_actor_options["num_cpus"] for name, part in parts.items()}
+    assert reserved == {"Consumer": cpus, "Scorer": cpus, "Console": cpus / 2}
+    assert parts["Scorer"].ray_actor_options["num_gpus"] == gpus
 
 
 def test_the_config_file_is_what_ray_serve_takes(monkeypatch):
     """Built as `serve deploy` does, up to the services."""
     monkeypatch.setenv("DPDL_STATE_DIR", "/nowhere/dpdl")
     prepared = []
-    monkeypatch.setattr(serving.app, "_prepare", lambda _, model_name: prepared.append(model_name))
+
+    def prepare(_, model_name):
+        prepared.append(model_name)
+        return 4
+
+    monkeypatch.setattr(serving.app, "_prepare", prepare)
     schema = ServeDeploySchema.model_validate(yaml.safe_load(CONFIG.read_text()))
     (app,) = schema.applications
     built = call_user_app_builder_with_args_if_necessary(import_attr(app.import_path), app.args)
@@ -114,12 +148,12 @@ def test_no_secret_travels_with_the_deployments():
     ):
         part = getattr(settings, group).model_copy(update={field: SecretStr(secret)})
         settings = settings.model_copy(update={group: part})
-    parts = deployments(application(AppArgs(), settings, {"CPU": 16, "GPU": 1}))
+    parts = deployments(application(AppArgs(), settings, [{"CPU": 16, "GPU": 1}], 4))
     assert set(parts) == {"Console", "Consumer", "Scorer"}
     for name, part in parts.items():
         variables = part.ray_actor_options["runtime_env"]["env_vars"]
-        heaps = {"MALLOC_ARENA_MAX": "1"} if name == "Scorer" else {}
-        assert variables == {"DPDL_STATE_DIR": str(settings.state_dir)} | heaps
+        own = {"Scorer": {"MALLOC_ARENA_MAX": "1"}, "Console": {"DEPLOYED_BY": ""}}
+        assert variables == {"DPDL_STATE_DIR": str(settings.state_dir)} | own.get(name, {})
         shown = [part._deployment_config.to_proto_bytes(), str(part.init_args).encode()]
         assert not any(secret.encode() in each for each in shown)
         assert secret not in str(part.ray_actor_options)
