@@ -208,7 +208,12 @@ class ModelStore:
 
     def list_versions(self, name: str) -> list[str]:
         """Complete versions, in the order of their ids."""
-        return sorted(v for v, objects in self._objects(name).items() if MANIFEST in objects)
+        return list(self.written(name))
+
+    def written(self, name: str) -> dict[str, datetime]:
+        """list_versions(), and when each became complete by the clock of S3."""
+        found = sorted(self._objects(name).items())
+        return {v: objects[MANIFEST] for v, objects in found if MANIFEST in objects}
 
     def remove_version(self, name: str, version: str) -> None:
         """Delete a version; it does not exist any more as soon as its manifest is gone.

@@ -26,14 +26,14 @@ UNDECIDED_FOR = timedelta(days=1)
 class VersionSummary:
     version: str
     kind: str
-    """train or refresh."""
+    """train or refresh; "" where the version is broken."""
     created_at: str
     parent: str | None
     current: bool
     decision: str
     """Of the gate: promoted, held, or "" where none is recorded."""
     why: str
-    """The gate's words, or those of who moved the pointer to it last."""
+    """Why it is broken; else the gate's words, or those of who moved the pointer to it last."""
     auroc: float | None
     """Of the test split, measured at training."""
 
@@ -51,18 +51,22 @@ class Registry:
         past = {d.candidate: d for d in decisions.recorded(self._settings, self.model_name)}
         said = {move.version: move.why for move in pointer.moves} if pointer else {}
         found = []
-        for version in self._store.list_versions(self.model_name):
-            manifest = self._store.manifest(self.model_name, version)
+        for version, written in self._store.written(self.model_name).items():
+            why = past[version].why if version in past else said.get(version, "")
+            try:
+                manifest = self._store.manifest(self.model_name, version)
+            except DataError as error:  # one that is broken, or a newer dpdl's, hides no other
+                manifest, why = {}, f"broken: {error}"
             found.append(
                 VersionSummary(
                     version=version,
-                    kind=manifest["kind"],
-                    created_at=manifest["created_at"],
-                    parent=manifest["parent"],
+                    kind=manifest.get("kind", ""),
+                    created_at=manifest.get("created_at", _moment(written)),
+                    parent=manifest.get("parent"),
                     current=pointer is not None and pointer.version == version,
                     decision=past[version].decision if version in past else "",
-                    why=past[version].why if version in past else said.get(version, ""),
-                    auroc=manifest["auroc"],
+                    why=why,
+                    auroc=manifest.get("auroc"),
                 )
             )
         return sorted(found, key=lambda summary: summary.created_at, reverse=True)
@@ -127,10 +131,13 @@ class Registry:
         store, name = self._store, self.model_name
         led_to = _led_to(store.current(name))
         decided = {decision.candidate for decision in decisions.recorded(self._settings, name)}
-        limit = (datetime.now(UTC) - UNDECIDED_FOR).isoformat(timespec="milliseconds")
+        limit = _moment(datetime.now(UTC) - UNDECIDED_FOR)
         others: list[tuple[str, str]] = []
-        for version in store.list_versions(name):
-            stored_at = str(store.manifest(name, version)["stored_at"])
+        for version, written in store.written(name).items():
+            try:
+                stored_at = str(store.manifest(name, version)["stored_at"])
+            except (DataError, KeyError):  # broken: by the clock of S3
+                stored_at = _moment(written)
             if version not in led_to and (version in decided or stored_at < limit):
                 others.append((stored_at, version))
         gone = []
@@ -152,6 +159,11 @@ class Registry:
                 f"model {self.model_name!r} has no current version: run `dpdl train` first"
             )
         return pointer
+
+
+def _moment(when: datetime) -> str:
+    """As manifests have it."""
+    return when.isoformat(timespec="milliseconds")
 
 
 def _led_to(pointer: Pointer | None) -> set[str]:

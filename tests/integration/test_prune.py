@@ -61,6 +61,28 @@ def test_only_what_nothing_leads_to_is_deleted(settings, store, monkeypatch):
     assert Registry(settings, "lines").prune(keep=0) == ()
 
 
+def test_broken_versions_are_listed_and_pruned_with_the_others(settings, store, monkeypatch):
+    """One of a newer format, one that is no JSON, one without what is not always there."""
+    put(settings, store, "v-1", "promoted")
+    store.move_pointer("lines", "v-1", None, by="test", why="the first")
+    put(settings, store, "v-2", "held")
+    client, bucket = make_minio(settings), settings.s3.models_bucket
+    for version, manifest in (("newer", b'{"format": 999}'), ("torn", b"{")):
+        key = f"lines/versions/{version}/manifest.json"
+        client.put_object(bucket, key, io.BytesIO(manifest), len(manifest))
+    listed = {one.version: one.why for one in Registry(settings, "lines").list()}
+    assert set(listed) == {"newer", "torn", "v-1", "v-2"}
+    assert listed["newer"].startswith("broken: ")
+    assert "update dpdl" in listed["newer"]
+    assert listed["torn"].startswith("broken: ")
+    assert not listed["v-1"].startswith("broken")
+
+    assert Registry(settings, "lines").prune(keep=0) == ("v-2",)  # the two are of today
+    monkeypatch.setattr(registry, "UNDECIDED_FOR", timedelta(seconds=-5))
+    assert set(Registry(settings, "lines").prune(keep=0)) == {"newer", "torn"}
+    assert store.list_versions("lines") == ["v-1"]
+
+
 def test_what_is_promoted_while_others_go_stays_and_so_does_its_way_back(
     settings, store, monkeypatch
 ):
