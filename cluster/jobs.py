@@ -65,6 +65,7 @@ class Jobs:
         self.address = address
         for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
             os.environ.pop(name, None)  # Ray would prefer them to what its caller says
+        os.environ["no_proxy"] = "*"  # Ray would send the token through http_proxy, loopback or not
         with self._in_one_line():
             _authenticate()
             self._client = JobSubmissionClient(address)

@@ -74,6 +74,7 @@ def test_no_token_and_a_wrong_one_are_two_messages_of_one_line(tmp_path, token, 
         (tmp_path / ".ray" / "auth_token").write_text(token)
     server = dashboard_that_refuses()
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env["http_proxy"] = "http://127.0.0.1:1"  # which is not to see the token
     env |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"} if token else {"HOME": str(tmp_path)}
     address = f"http://127.0.0.1:{server.server_port}"
     done = dpdl("train", "--address", address, "--dataset", "x", env=env)

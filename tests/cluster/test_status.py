@@ -1,0 +1,63 @@
+"""What `dpdl status` asks of the console: where it asks, and what a refusal is."""
+
+import http.server
+import threading
+
+import pytest
+from pydantic import SecretStr
+
+from cluster.status import _stream
+from infra.errors import AuthFailed
+from infra.settings import ServeSettings, Settings
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked.append((self.path, self.headers["Authorization"]))
+        body = b'{"scorer": {}}'
+        self.send_response(self.server.code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        server.code, server.asked = 200, []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def settings_of(server):
+    serve = ServeSettings(http_port=server.server_address[1], token=SecretStr("hunter2"))
+    return Settings(serve=serve)
+
+
+def test_the_token_goes_to_the_console_and_through_no_proxy(server, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert _stream(settings_of(server)) == {"scorer": {}}
+    assert server.asked == [("/api/v1/status", "Bearer hunter2")]
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_stream_that_refuses_the_token_is_not_said_to_be_down(server, code):
+    server.code = code
+    with pytest.raises(AuthFailed, match=rf"running at .*refuses our serve\.token \({code}\)"):
+        _stream(settings_of(server))
+
+
+def test_a_stream_that_does_not_answer_is_nothing(server):
+    server.code = 503
+    assert _stream(settings_of(server)) == {}
+
+
+def test_an_address_of_ipv6_is_in_brackets():
+    assert ServeSettings(http_host="::1").url == "http://[::1]:8000/"
+    assert ServeSettings().url == "http://127.0.0.1:8000/"
