@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -29,11 +30,14 @@ from typing import Literal, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.errors import NotFound
+from infra.errors import DataError, NotFound
 from infra.messages import FrameResult
 from infra.redis_connection import make_redis, redis_errors
 from infra.s3_client import get, make_minio, s3_errors
 from infra.settings import Settings
+from infra.stored import from_json
+
+log = logging.getLogger("dpdl.answers")
 
 Kind = Literal["false-alarm", "defect", "unsure"]
 INCOMING, ANOMALIES = "incoming", "anomalies"
@@ -137,14 +141,18 @@ class Answers:
         return answer
 
     def of(self, results: Iterable[FrameResult]) -> dict[str, Answer]:
-        """Frame id -> answer, of those frames that have one; one round trip."""
+        """Frame id -> answer, of those frames that have a readable one; one round trip."""
         asked = {result.frame_id: result.captured_at_ns for result in results}
         if not asked:
             return {}
         with redis_errors(self._where):
             rows = cast("list[str | None]", self._redis.mget([self._key(each) for each in asked]))
-        found = [Answer(**json.loads(row)) for row in rows if row is not None]
-        return {a.frame_id: a for a in found if asked[a.frame_id] == a.captured_at_ns}
+        found = {}
+        for (frame, captured_at_ns), row in zip(asked.items(), rows, strict=True):
+            answer = _answer(row, frame) if row is not None else None
+            if answer and answer.captured_at_ns == captured_at_ns:
+                found[frame] = answer
+        return found
 
     def classes(self, count: int = 100) -> list[str]:
         """Classes of defects that people have named, the latest first."""
@@ -169,6 +177,14 @@ class Answers:
     @property
     def _classes(self) -> str:
         return f"{self._where.prefix}:defect-classes"
+
+
+def _answer(row: str, frame: str) -> Answer | None:
+    try:
+        return from_json(Answer, row, f"the answer to {frame}")
+    except DataError as error:  # it hides no other
+        log.warning("%s", error)
+        return None
 
 
 def _parquet(answer: Answer, result: FrameResult, image: bytes) -> bytes:

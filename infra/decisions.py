@@ -12,6 +12,7 @@ from infra.errors import NotFound, PointerConflict
 from infra.grafana_client import announce_held
 from infra.s3_client import conditional_put, get, make_minio, s3_errors
 from infra.settings import Settings
+from infra.stored import from_json
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,18 @@ def record(settings: Settings, model: str, decision: Decision) -> None:
 
 
 def find(settings: Settings, model: str, candidate: str) -> Decision | None:
-    """The decision on one candidate, None where there is none yet."""
+    """The decision on one candidate, None where there is none yet. DataError: unreadable."""
+    key = _key(model, candidate)
     try:
         with s3_errors(settings.s3):
-            data, _ = get(make_minio(settings), settings.s3.models_bucket, _key(model, candidate))
+            data, _ = get(make_minio(settings), settings.s3.models_bucket, key)
     except NotFound:
         return None
-    return Decision(**json.loads(data))
+    return from_json(Decision, data, key)
 
 
 def recorded(settings: Settings, model: str) -> list[Decision]:
-    """All decisions, in the order of their candidates' ids."""
+    """All decisions, in the order of their candidates' ids. DataError where one is unreadable."""
     return Recorded(settings, model).all()
 
 
@@ -76,7 +78,8 @@ class Recorded:
             found = self._client.list_objects(bucket, prefix=self._prefix, recursive=True)
             for key in [str(item.object_name) for item in found]:
                 if key not in self._known:
-                    self._known[key] = Decision(**json.loads(get(self._client, bucket, key)[0]))
+                    data, _ = get(self._client, bucket, key)
+                    self._known[key] = from_json(Decision, data, key)
         return [self._known[key] for key in sorted(self._known)]
 
 

@@ -25,6 +25,7 @@ from pydantic import BaseModel, Field, ValidationError
 from infra.errors import DataError, NotFound, PointerConflict, VersionBroken, VersionExists
 from infra.s3_client import conditional_put, get, make_minio, s3_errors, sha256
 from infra.settings import Settings
+from infra.stored import from_fields
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -161,9 +162,7 @@ class ModelStore:
             ) from None
         where = f"{name} {version}: {MANIFEST}"
         content = _read_json(data, where)
-        found = content.get("format")
-        if isinstance(found, int) and found > FORMAT:
-            raise VersionBroken(f"{where} has format {found}, known up to {FORMAT}: update dpdl")
+        _check_format(content, where)
         try:
             known = _Manifest.model_validate(content)
         except ValidationError as error:
@@ -262,12 +261,14 @@ class ModelStore:
                 data, etag = get(self._client, self._bucket, f"{name}/current.json")
         except NotFound:
             return None
-        content = _read_json(data, f"{name}/current.json")
+        where = f"{name}/current.json"
+        content = _read_json(data, where)
+        _check_format(content, where)
         try:
-            moves = tuple(Move(**move) for move in content["moves"])
+            moves = tuple(from_fields(Move, move, "a move") for move in content["moves"])
             return _pointer(moves, etag)
-        except (KeyError, TypeError, IndexError) as error:
-            raise VersionBroken(f"{name}/current.json is not a pointer: {error!r}") from None
+        except (KeyError, TypeError, IndexError, DataError) as error:
+            raise VersionBroken(f"{where} is not a pointer: {error!r}") from None
 
     def move_pointer(
         self, name: str, version: str, expected: Pointer | None, *, by: str, why: str
@@ -334,6 +335,12 @@ def _check_names(*names: str) -> None:
     for name in names:
         if not _NAME.fullmatch(name):
             raise DataError(f"name {name!a}: letters, digits, '.', '_', '-' wanted, 1 to 100")
+
+
+def _check_format(content: Mapping[str, Any], where: str) -> None:
+    found = content.get("format")
+    if isinstance(found, int) and found > FORMAT:
+        raise VersionBroken(f"{where} has format {found}, known up to {FORMAT}: update dpdl")
 
 
 def _digests(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

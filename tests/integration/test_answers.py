@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 
 import cv2
 import numpy as np
@@ -132,6 +133,19 @@ def test_answers_are_looked_up_for_a_page_and_expire_with_the_evidence(settings,
     assert store.of([]) == {}
     left = make_redis(settings).ttl(f"{settings.redis.prefix}:answer:frames/0/1")
     assert left == pytest.approx(settings.stream.evidence_days * 86_400, abs=60)
+
+
+def test_of_a_newer_versions_answers_what_we_know_is_read_and_none_hides_another(
+    settings, store, stored
+):
+    """The application was rolled back, and finds what the newer one wrote meanwhile."""
+    given = [give(store, "false-alarm", of=result(i)) for i in range(3)]
+    redis, key = make_redis(settings), f"{settings.redis.prefix}:answer:frames/0/"
+    redis.set(f"{key}0", json.dumps(json.loads(redis.get(f"{key}0")) | {"reviewed_by": "bo"}))
+    redis.set(f"{key}1", '{"verdict": "defect"}')
+    assert store.of([result(i) for i in range(3)]) == {a.frame_id: a for a in given[::2]}
+    give(store, "defect", of=result(1), defect="dent")  # which mends it
+    assert len(store.of([result(i) for i in range(3)])) == 3
 
 
 @pytest.fixture

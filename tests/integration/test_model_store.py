@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from datetime import timedelta
@@ -249,6 +250,25 @@ def test_a_move_whose_answer_was_lost_is_known_as_ones_own(
     pointer = promote(store, "v-1", None)
     assert store.current("m") == pointer
     assert len(pointer.moves) == 1
+
+
+def test_a_newer_versions_pointer_is_read_unless_its_format_is_newer(
+    store: ModelStore, client: Minio, settings: Settings
+) -> None:
+    store.put_version("m", "v1", {"a": b"x"}, {})
+    pointer = store.move_pointer("m", "v1", None, by="ann", why="")
+    bucket, key = settings.s3.models_bucket, "m/current.json"
+    content = json.loads(get(client, bucket, key)[0])
+    content["moves"][0]["ticket"] = "QA-17"
+    data = json.dumps(content).encode()
+    client.put_object(bucket, key, io.BytesIO(data), len(data))
+    found = store.current("m")
+    assert found is not None
+    assert found.moves == pointer.moves
+    data = json.dumps(content | {"format": 2}).encode()
+    client.put_object(bucket, key, io.BytesIO(data), len(data))
+    with pytest.raises(VersionBroken, match="format 2, known up to 1: update dpdl"):
+        store.current("m")
 
 
 @pytest.mark.parametrize("data", [b"{}", b"no", b'{"moves": []}', b'{"moves": [{"version": 1}]}'])
