@@ -7,6 +7,8 @@ github.com/ray-project/kuberay/ray-operator v1.6.2 (Apache-2.0).
 
 import gzip
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,35 @@ def test_serve_deploys_what_serve_config_says():
     # KubeRay deploys as soon as the head runs: a device that is not named would be its CPU.
     ours["applications"][0]["args"]["device"] = "cuda"
     assert theirs == ours
+
+
+def test_prometheus_finds_every_pod_of_the_stream_as_it_does_without_kubernetes():
+    monitor = load("watch.yaml")["spec"]
+    cluster = load("serve.yaml")["spec"]["rayClusterConfig"]
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        assert selects(monitor["selector"], group["template"]["metadata"]["labels"])
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "metrics", "containerPort": 8080} in container["ports"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    assert endpoint["port"] == "metrics"
+    ours = yaml.safe_load((ROOT / "infra" / "prometheus" / "prometheus.yml").read_text())
+    (scrape,) = ours["scrape_configs"]
+    assert [
+        {"target_label": each["targetLabel"], "replacement": each["replacement"]}
+        for each in endpoint["relabelings"]
+    ] == scrape["relabel_configs"]
+    assert endpoint["metricRelabelings"] == scrape["metric_relabel_configs"]
+
+
+def test_the_command_of_the_docs_makes_our_rules_a_prometheus_rule():
+    docs = (ROOT / "docs" / "watching.md").read_text()
+    (command,) = re.findall(r"^    (\(printf .*) \| kubectl apply -f -$", docs, re.M | re.S)
+    made = subprocess.run(
+        ["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    rules = yaml.safe_load((ROOT / "infra" / "prometheus" / "dpdl.rules.yml").read_text())
+    rule = yaml.safe_load(made)
+    assert (rule["kind"], rule["spec"]) == ("PrometheusRule", rules)
 
 
 def test_the_image_starts_ray_as_the_machine_here_does():
