@@ -99,8 +99,11 @@ class CameraState:
         return self.threshold_used
 
     def is_silent(self, now_s: float) -> bool:
-        """By when a frame was scored, not captured: a camera's clock may be anything."""
-        return now_s - (self.last_scored_at_ns or 0) / 1e9 > SILENT_S
+        """By when a frame was scored, not captured: a camera's clock may be anything.
+
+        Scored in the future: by a scorer whose clock was ahead, so nothing is known of now.
+        """
+        return abs(now_s - (self.last_scored_at_ns or 0) / 1e9) > SILENT_S
 
 
 def camera_state(camera: str, found: Mapping[str, str]) -> CameraState:

@@ -65,9 +65,14 @@ end
 
 -- Sums of seconds, frames and alerts that fade with age: their quotients are the camera's rates of
 -- the last smoothed_s or so. By the scorer's clock; a camera's own may be anything. Frame by frame,
--- so that it does not matter how frames came in batches.
+-- so that it does not matter how frames came in batches. Scorers' clocks differ a little: time
+-- stands still then. From one that was far ahead nothing follows for now: begun anew.
 local function fade(state, scored_at)
-  local now = math.max(tonumber(scored_at) / 1e9, state.rate_at)
+  local now = tonumber(scored_at) / 1e9
+  if not state.rate_at or state.rate_at > now + smoothed_s then
+    state.rate_at, state.rate_s, state.rate_frames, state.rate_alerts = now, 0, 0, 0
+  end
+  now = math.max(now, state.rate_at)
   local kept = math.exp((state.rate_at - now) / smoothed_s)
   state.rate_s = state.rate_s * kept + smoothed_s * (1 - kept)
   state.rate_frames = state.rate_frames * kept + 1
@@ -105,7 +110,6 @@ while at <= #ARGV do
   local state = state_of(value.camera)
   state.frames = state.frames + 1
   state.last = value
-  state.rate_at = state.rate_at or tonumber(value.scored_at) / 1e9
   fade(state, value.scored_at)
   state.recent = string.sub(state.recent .. value.anomaly, -state.n)
   if state.listed then

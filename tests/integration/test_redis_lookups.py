@@ -87,6 +87,24 @@ def test_rates_are_of_the_last_quarter_of_an_hour(store: ResultStore) -> None:
     assert camera.last_alert_evidence == old[995].evidence_key
 
 
+@pytest.mark.parametrize("ahead_s", [30, 86400])
+def test_a_scorer_whose_clock_was_far_ahead_leaves_no_rate_behind(
+    store: ResultStore, ahead_s: int
+) -> None:
+    """A frame in two seconds for half an hour, after two by another scorer: of which a few seconds
+    ahead are nothing, and what comes after a day ahead begins anew."""
+    now_ns = time.time_ns()
+
+    def scored(offset: int, at_s: float) -> FrameResult:
+        return replace(result(offset), scored_at_ns=now_ns + round(at_s * 1e9))
+
+    put(store, 0, [scored(i, ahead_s - 1800) for i in range(2)])
+    put(store, 2, [scored(2 + i, 2 * i - 1798) for i in range(900)])
+    (camera,) = store.cameras()
+    assert camera.frames == 902
+    assert camera.frames_per_s == pytest.approx(0.5, rel=0.1)
+
+
 def test_a_follower_wakes_at_the_next_alert(settings: Settings, store: ResultStore) -> None:
     started = time.monotonic()
     assert store.alerts(block_s=0.3) == []

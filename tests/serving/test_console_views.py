@@ -56,6 +56,12 @@ def test_a_cameras_own_clock_makes_it_neither_silent_nor_not(captured_s):
     assert views.camera(state(seen_s_ago=301, **at), NOW_S).state == "silent"
 
 
+def test_a_scorer_whose_clock_was_far_ahead_hides_no_silence():
+    """Each new frame is scored by now: what lies in the future has been the last one."""
+    assert views.camera(state(seen_s_ago=-60), NOW_S).state == "ok"
+    assert views.camera(state(seen_s_ago=-3600), NOW_S).state == "silent"
+
+
 def test_a_camera_that_was_only_configured_is_silent():
     assert views.camera(state(last_scored_at_ns=None), NOW_S).state == "silent"
 
