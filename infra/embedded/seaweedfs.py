@@ -14,7 +14,6 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.request import urlopen
 
 from infra.embedded.files import write_private
 from infra.embedded.ports import GRPC_OFFSET
@@ -90,14 +89,14 @@ class SeaweedFs:
         import urllib3
         from minio import Minio
 
-        # S3 answers before the volume server has joined, when a PUT would still fail.
-        status = f"http://{HOST}:{place.ports['master']}/dir/status"
-        with urlopen(status, timeout=PROBE_TIMEOUT_S) as answer:
-            if not json.load(answer)["Topology"].get("Max"):
-                raise ConnectionError("no volume server yet")
         ca = str(self.tls.ca) if self.tls else None
+        # Not urllib: it would ask http_proxy, of loopback too.
         pool = urllib3.PoolManager(timeout=PROBE_TIMEOUT_S, retries=False, ca_certs=ca)
         try:
+            # S3 answers before the volume server has joined, when a PUT would still fail.
+            answer = pool.request("GET", f"http://{HOST}:{place.ports['master']}/dir/status")
+            if not answer.json()["Topology"].get("Max"):
+                raise ConnectionError("no volume server yet")
             Minio(
                 f"{HOST}:{place.ports['s3']}",
                 access_key=place.secrets["access_key"],

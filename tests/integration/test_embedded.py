@@ -161,6 +161,14 @@ def test_everything_listens_on_loopback_only(stack):
     assert set(listening) <= loopback
 
 
+def test_no_proxy_is_asked_for_what_runs_here(stack, monkeypatch):
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert all(one.healthy for one in stack.status())
+
+
 # -- one service at a time ------------------------------------------------------------------------
 
 
