@@ -180,7 +180,7 @@ class ServeSettings(_Group):
     min_consumers: int = Field(default=1, ge=1)
     max_consumers: int = Field(default=0, ge=0)
     """Consumer replicas follow Kafka's lag between these bounds, never more than partitions.
-    0: one per eight CPUs of the cluster."""
+    0: one per eight CPUs that the cluster has when the stream is deployed."""
     lag_per_consumer: int = Field(default=500, ge=1)
     """Frames of lag that one consumer may have: as many replicas are wanted as it takes."""
     min_scorers: int = Field(default=1, ge=1)
