@@ -72,10 +72,15 @@ class ResultStore:
     """All that the product keeps in Redis. Thread-safe, as redis-py's client is.
 
     Every method can raise AuthFailed, ServiceUnavailable (StoreFull) and DataError.
+
+    Args:
+        keep_s: what publish() writes, and what a person sets for a camera, vanishes so long after
+            the last write; never without. For results that are kept aside below a prefix of their
+            own (serving/replay.py).
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._where = settings.redis
+    def __init__(self, settings: Settings, *, keep_s: int | None = None) -> None:
+        self._where, self._keep_s = settings.redis, keep_s
         self._stream = settings.stream
         self._redis = make_redis(settings)
         # A publish that is sent twice would fence itself: the caller must be told of the first.
@@ -127,7 +132,16 @@ class ResultStore:
         ]
         arguments = self._arguments(first_offset, next_offset, results, dead or {})
         with redis_errors(self._where):
-            accepted, number = cast("list[Any]", self._publish(keys=keys, args=arguments))
+            if self._keep_s is None:
+                reply = self._publish(keys=keys, args=arguments)
+            else:
+                pipeline = self._once.pipeline(transaction=True)
+                self._publish(keys=keys, args=arguments, client=pipeline)
+                for camera in {result.camera for result in results}:
+                    keys += [self._key(f"scores:{camera}"), self._key(f"camera:{camera}")]
+                self._let_vanish(pipeline, keys)
+                reply = pipeline.execute()[0]
+        accepted, number = cast("list[Any]", reply)
         if not accepted:
             raise Fenced(expected=int(number), found=first_offset)
         return int(number)
@@ -276,22 +290,6 @@ class ResultStore:
             )
         return _stored(cast("list[tuple[str, dict[str, str]]]", entries))
 
-    def expire(
-        self, seconds: int, cameras: Iterable[str], group: str, topic: str, partition: int
-    ) -> None:
-        """Let everything that a publish() for these cameras wrote vanish after `seconds`.
-
-        For results that are kept aside below a prefix of their own (serving/replay.py).
-        """
-        names = ["alerts", "cameras", "dead", "unlisted"]
-        names += [f"{kind}:{camera}" for camera in cameras for kind in ("scores", "camera")]
-        keys = [*map(self._key, names), self._progress(group, topic, partition)]
-        with redis_errors(self._where):
-            pipeline = self._redis.pipeline(transaction=False)
-            for key in keys:
-                pipeline.expire(key, seconds)
-            pipeline.execute()
-
     def _newest(
         self,
         stream: str,
@@ -414,6 +412,7 @@ class ResultStore:
                 else:
                     pipeline.hset(self._key("bindings"), camera, values["bound"])
             pipeline.hset(key, mapping=fields)
+            self._let_vanish(pipeline, [key, self._key("cameras")])
             pipeline.execute()
 
     def thresholds(self, cameras: Iterable[str]) -> dict[str, ThresholdOverride]:
@@ -430,6 +429,10 @@ class ResultStore:
             if override := threshold_override(fields):
                 found[name] = override
         return found
+
+    def _let_vanish(self, pipeline: Any, keys: Iterable[str]) -> None:
+        for key in keys if self._keep_s is not None else ():
+            pipeline.expire(key, self._keep_s)
 
     # --- keys ----------------------------------------------------------------------------
 

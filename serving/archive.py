@@ -97,12 +97,19 @@ class Archive:
         put: writes one object.
         reread: frame id -> the image, out of Kafka again; None when retention has removed it.
         debts: the durable notes.
+        at_end: ends `reread`, in the thread that uses it.
     """
 
     def __init__(
-        self, put: Put, reread: Callable[[str], bytes | None], debts: Debts, *, threads: int = 4
+        self,
+        put: Put,
+        reread: Callable[[str], bytes | None],
+        debts: Debts,
+        *,
+        at_end: Callable[[], None] = lambda: None,
+        threads: int = 4,
     ) -> None:
-        self._put, self._reread, self._debts = put, reread, debts
+        self._put, self._reread, self._debts, self._at_end = put, reread, debts, at_end
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="evidence")
         self._rest_until = 0.0
         self._running: list[Future[bool]] = []
@@ -158,6 +165,7 @@ class Archive:
                 log.info("owed evidence has to wait: %s", error)
             except Exception:  # one odd note must not end the paying of all others
                 log.exception("paying owed evidence")
+        self._at_end()
 
     def pay(self) -> int:
         """Pays some of what is owed; how many. DpdlError when S3, Kafka or Redis is away."""
@@ -302,4 +310,5 @@ class Reread:
 
 def open_archive(settings: Settings) -> Archive:
     """Errors: AuthFailed, ServiceUnavailable, SettingsError."""
-    return Archive(EvidenceBucket(settings).put, Reread(settings), Debts(settings))
+    reread = Reread(settings)
+    return Archive(EvidenceBucket(settings).put, reread, Debts(settings), at_end=reread.close)

@@ -240,7 +240,10 @@ class _Run:
         self._live = ResultStore(settings)
         self.prefix = f"{settings.redis.prefix}:replay:{run_id}"
         redis = settings.redis.model_copy(update={"prefix": self.prefix})
-        self._own = ResultStore(settings.model_copy(update={"redis": redis}))
+        # Whenever it is killed, nothing of it stays for ever.
+        self._own = ResultStore(
+            settings.model_copy(update={"redis": redis}), keep_s=int(options.keep_days * 86400)
+        )
         self._at = {place: first for place, (first, _) in ranges.items()}
         self._begun_ms: dict[TopicPartition, int] = {}
         self._alerts_then = self._alerts_of_then()
@@ -272,12 +275,9 @@ class _Run:
         self.bad.update(dead)
         self._look_up({frame.camera for batch in decoded.batches for frame in batch.frames})
         results = [each for batch in decoded.batches for each in self._results(batch)]
-        cameras = {result.camera for result in results}
         first, self._at[place] = self._at[place], next_offset
         topic, number = place.topic, place.partition
         self._own.publish(GROUP, topic, number, first, next_offset, results, dead)
-        keep_s = int(self._options.keep_days * 86400)
-        self._own.expire(keep_s, cameras, GROUP, topic, number)
         alerts_now = self._alerts_of_now()
         for result in results:
             self.comparison.add(

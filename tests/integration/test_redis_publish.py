@@ -6,6 +6,7 @@ import itertools
 import random
 import threading
 from collections import Counter, defaultdict
+from collections.abc import Callable
 
 import pytest
 from results import GROUP, TOPIC, changed, put, result, snapshot
@@ -14,6 +15,7 @@ from infra.cameras import CameraState
 from infra.errors import Fenced
 from infra.messages import FrameResult
 from infra.redis_client import ResultStore
+from infra.redis_connection import make_redis
 from infra.settings import Settings
 
 pytestmark = pytest.mark.integration
@@ -202,3 +204,24 @@ def test_order_within_a_camera_is_the_order_of_offsets(store: ResultStore) -> No
         offsets = [each.result.offset for each in store.scores(camera)]
         assert all(newer > older for newer, older in itertools.pairwise(offsets))
         assert len(offsets) == 33
+
+
+def test_what_is_to_vanish_never_stands_without_its_end(settings: Settings) -> None:
+    """A replay may be killed between any two writes."""
+    store, redis = ResultStore(settings, keep_s=60), make_redis(settings)
+
+    def ends() -> list[int]:
+        return [redis.ttl(key) for key in redis.scan_iter(f"{settings.redis.prefix}:*")]
+
+    writes: list[Callable[[], object]] = [
+        lambda: store.set_debounce("cam-1", (1, 2), by="ann"),
+        lambda: put(store, 0, [result(0, anomaly=True), result(1, "cam-2")]),
+        lambda: put(store, 2, [result(2)]),
+        lambda: store.publish(GROUP, TOPIC, 0, 3, 5, [], {"empty": 2}),
+    ]
+    for num_keys, write in zip((2, 7, 7, 8), writes, strict=True):
+        write()
+        assert len(ends()) == num_keys
+        assert all(0 < end <= 60 for end in ends())
+    with pytest.raises(Fenced):
+        put(store, 2, [result(2)])

@@ -162,3 +162,10 @@ def test_an_s3_that_hangs_holds_no_more_than_one_batch_of_images(make, monkeypat
     kept.keep([frame(200)], [HEAT])
     assert "t/0/200" not in debts  # it is used again once it answers
     assert len(puts) == 2 * (4 + 1)  # what is owed was not written too
+
+
+def test_the_end_of_the_archive_is_that_of_its_kafka_client():
+    ended = threading.Event()
+    kept = Archive(lambda *_: None, lambda frame_id: None, Notes(), at_end=ended.set)
+    kept.close()
+    assert ended.wait(5.0)
