@@ -31,6 +31,8 @@ HISTOGRAM_CAMERAS = 100
 """Cameras with histograms of their own, per consumer: 30 series each."""
 SEEN_CAMERAS = 1_500
 """Cameras whose last frame and threshold are shown."""
+GONE_S = 86_400.0
+"""A camera silent for so long counts as taken away, as the rule CameraSilent has it."""
 VERSIONS = 100
 """Versions with a score histogram of their own, per replica and life of it."""
 OTHER = "other"
@@ -310,12 +312,14 @@ class WatchMetrics:
             self._lag.set(frames, {"topic": topic, "partition": str(partition)})
 
     def cameras(self, seen: Iterable[CameraFacts]) -> None:
-        """Cameras beyond SEEN_CAMERAS share one series: that of the longest silent of them."""
-        oldest = float("inf")
+        """Cameras beyond SEEN_CAMERAS share one series: that of the longest silent of them, but of
+        none that counts as taken away: the rule would be deaf to all others."""
+        oldest, gone_s = float("inf"), time.time() - GONE_S
         for each in seen:
             camera = self._cameras.of(each.camera)
             if camera == OTHER:
-                oldest = min(oldest, each.last_frame_s)
+                if each.last_frame_s > gone_s:
+                    oldest = min(oldest, each.last_frame_s)
                 continue
             self._last_frame.set(each.last_frame_s, {"camera": camera})
             if each.threshold is not None:

@@ -112,9 +112,12 @@ def test_series_are_bounded_with_a_thousand_cameras_and_more(record, cameras) ->
 
 
 def test_the_longest_silent_of_all_other_cameras_is_seen(record) -> None:
-    feed(metrics.SEEN_CAMERAS + 10)
+    """Of none that the rule takes for gone: it would hide the others for good."""
+    now_s = time.time()
+    last_s = [now_s] * metrics.SEEN_CAMERAS + [now_s - ago for ago in (90_000, 7_000, 600, 1)]
+    WatchMetrics().cameras(CameraFacts(f"c{i}", at, 7.0) for i, at in enumerate(last_s))
     (others,) = record.series("dpdl_camera_last_frame_timestamp_seconds")[("camera", "other"),]
-    assert others == 1000.0 + metrics.SEEN_CAMERAS
+    assert others == now_s - 7_000
 
 
 def test_totals_follow_the_stores_and_are_never_lowered(record) -> None:
