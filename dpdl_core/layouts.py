@@ -39,6 +39,16 @@ LAYOUTS_READ = (
 )
 
 
+class Categories(DatasetError):
+    """A folder of several data sets, the categories of MVTec AD."""
+
+    def __init__(self, root: Path, names: list[str]) -> None:
+        super().__init__(
+            f"{root} holds {len(names)} MVTec AD categories; name one: {root / names[0]}"
+        )
+        self.names = names
+
+
 def read_folder(root: Path) -> Dataset:
     """The data set under root, by the first layout whose mark is there.
 
@@ -53,9 +63,7 @@ def read_folder(root: Path) -> Dataset:
             return dataset
     categories = [d.name for d in _folders(root) if (d / "train" / "good").is_dir()]
     if categories:
-        raise DatasetError(
-            f"{root} holds {len(categories)} MVTec AD categories; name one: {root / categories[0]}"
-        )
+        raise Categories(root, categories)
     found = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
     raise DatasetError(f"{root}: found {found}; wanted {LAYOUTS_READ}")
 

@@ -35,6 +35,16 @@ class Scores:
     """(B, h * w) nearest prototype of each patch in the first patch space; for drift.py."""
 
 
+def part_groups(config: DpdlConfig) -> dict[str, list[str]]:
+    """Names of the parts that a model of this config will have, by kind, in their order."""
+    patches = [f"patch {space}" for space in config.patch_spaces]
+    return {
+        "prototypes": [*(f"pooled {space}" for space in config.pooled_spaces), *patches],
+        "directions": [f"seen {space}" for space in config.pooled_spaces],
+        "heads": ["head anomaly", "head normal", "head residual"],
+    }
+
+
 class Dpdl(nn.Module):
     """A fitted model. Make one with fit() or artifact.load(), not by hand."""
 

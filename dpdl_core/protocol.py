@@ -23,10 +23,11 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 
 from dpdl_core.images import ImageRejected, Pixels, decode_image
-from dpdl_core.layouts import read_elpv_package, read_folder
+from dpdl_core.layouts import Categories, read_elpv_package, read_folder
 from dpdl_core.samples import Dataset, DatasetError, Sample
 
 __all__ = [
+    "Categories",
     "Dataset",
     "DatasetError",
     "Rejected",
@@ -115,7 +116,8 @@ class Split:
 def load_dataset(spec: str | Path) -> Dataset:
     """ "elpv" (the pip package) or a folder in one of the layouts of layouts.py.
 
-    Raises DatasetError that says what was found and which layouts are read.
+    Raises DatasetError that says what was found and which layouts are read, Categories for a
+    folder of several data sets.
     """
     dataset = read_elpv_package() if spec == "elpv" else read_folder(Path(spec))
     everything = [*dataset.normals, *(dataset.test_normals or []), *dataset.anomalies]

@@ -10,6 +10,7 @@ Letters: N images of the data set, S side in pixels.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -26,14 +27,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-import dpdl_core
 from dpdl_core import protocol
 from dpdl_core.baselines import check_shots
 from dpdl_core.images import Pixels
-from dpdl_core.metrics import auroc, average_precision
+from dpdl_core.metrics import auroc
 from dpdl_core.protocol import Dataset, DatasetError, Rejected, Sample, Setting, Split
 from pipelines.evaluate_methods import Method, make_method
 from pipelines.evaluate_report import RunPictures, draw_report
+from pipelines.evaluate_run import Run, code_sha256, keep, key, resume, write
 
 Progress = Callable[[str, float, dict[str, Any]], None]
 """progress(what is done now, share of the whole 0..1, figures)."""
@@ -55,6 +56,8 @@ class EvaluateOptions:
     """Also gives a baseline its trunk, weights and resolution."""
     overrides: Mapping[str, str] = field(default_factory=dict)
     """Fields of DpdlConfig, or of BaselineConfig for a baseline, as text."""
+    without: tuple[str, ...] = ()
+    """Parts of DPDL, or groups of them, that count for nothing in the score."""
     report: Path | None = None
     """JSON file; a picture and the runs are put beside it. None: nothing is written or resumed."""
     device: str = "cpu"
@@ -85,33 +88,6 @@ def _check_report(path: Path) -> None:
         raise ValueError(f"report={path}: nothing can be written in {there}; name another place")
 
 
-@dataclass(frozen=True)
-class Run:
-    """Scores of one run's test images; a JSON file each."""
-
-    seed: int
-    seen_class: str | None
-    split_sha256: str
-    sources: list[str]
-    defects: list[str]
-    """Class of each test image, "" for a normal one."""
-    scores: list[float]
-    train_seconds: float
-    score_seconds: float
-
-    @property
-    def labels(self) -> list[int]:
-        return [int(bool(defect)) for defect in self.defects]
-
-    @property
-    def auroc(self) -> float:
-        return auroc(self.labels, self.scores)
-
-    @property
-    def ap(self) -> float:
-        return average_precision(self.labels, self.scores)
-
-
 def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict[str, Any]:
     """Run every seed that has no result yet; returns the report, and writes it if asked to.
 
@@ -119,18 +95,23 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     """
     tell: Progress = progress or (lambda stage, share, figures: None)
     method = make_method(
-        options.method, options.recipe, options.overrides, options.device, options.shots
+        options.method,
+        options.recipe,
+        options.overrides,
+        options.device,
+        options.shots,
+        options.without,
     )
     dataset = protocol.load_dataset(options.data)
-    plan, not_seen = _plan(dataset, options)  # before anything slow: what cannot be is said at once
+    splits, not_seen = plan(dataset, options)  # what cannot be is said before anything slow
     with tempfile.TemporaryFile() as file:
         images, dataset, rejected = _decode(dataset, method.image_size, file, tell)
         if rejected:
             try:
-                plan, not_seen = _plan(dataset, options)
+                splits, not_seen = plan(dataset, options)
             except DatasetError as error:
                 raise DatasetError(f"{error}; {left_out(rejected)}") from None
-        runs = _run_all(options, plan, images, dataset, method, tell)
+        runs = _run_all(options, splits, images, dataset, method, tell)
     report = _summary(options, dataset, rejected, method, [run for run, _ in runs])
     report["classes_not_seen"] = not_seen
     if options.report is not None:
@@ -139,7 +120,7 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
         curves = [(run.labels, run.scores) for run, _ in runs]
         draw_report(picture, title=_title(options, report), curves=curves, shown=runs[0][1])
         report["picture"] = picture.name
-        _write(options.report, json.dumps(report, indent=1) + "\n")
+        write(options.report, json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -149,7 +130,7 @@ def left_out(rejected: Sequence[Rejected]) -> str:
     return f"{len(rejected)} images left out, the first: {first.source}: {first.reason}"
 
 
-def _plan(dataset: Dataset, options: EvaluateOptions) -> tuple[list[Split], dict[str, int]]:
+def plan(dataset: Dataset, options: EvaluateOptions) -> tuple[list[Split], dict[str, int]]:
     """Every run's split, and the classes that are too small to be seen, with their images.
 
     In the hard setting each class of at least M images is seen once; the others are in the test
@@ -217,7 +198,7 @@ def _decode(
 
 def _run_all(
     options: EvaluateOptions,
-    plan: Sequence[Split],
+    splits: Sequence[Split],
     images: Pixels,
     dataset: Dataset,
     method: Method,
@@ -232,20 +213,20 @@ def _run_all(
     pixels = hashlib.blake2b(images.data).hexdigest()
     folder = None if options.report is None else options.report.with_suffix(".runs")
     done: list[tuple[Run, RunPictures]] = []
-    for number, split in enumerate(plan):
+    for number, split in enumerate(splits):
         name = f"seed {split.seed}" + (f", {split.seen_class} seen" if split.seen_class else "")
 
         def tell_run(stage: str, share: float, figures: dict[str, Any], n: int = number) -> None:
             aurocs = [run.auroc for run, _ in done]
             mean = {"auroc": round(float(np.mean(aurocs)), 4)} if aurocs else {}
-            tell(f"{name}: {stage}", (n + share) / len(plan), {**mean, **figures})  # noqa: B023
+            tell(f"{name}: {stage}", (n + share) / len(splits), {**mean, **figures})  # noqa: B023
 
-        stem = None if folder is None else folder / _key(split, pixels, method)
-        found = None if stem is None else _resume(stem)
+        stem = None if folder is None else folder / key(split, pixels, method.settings)
+        found = None if stem is None else resume(stem)
         if found is None:
             found = _run(split, images, rows, method, tell_run)
             if stem is not None:
-                _keep(stem, split, *found)
+                keep(stem, split, *found)
         done.append(found)
         tell_run("done", 1.0, {"auroc": round(float(np.mean([r.auroc for r, _ in done])), 4)})
     return done
@@ -286,41 +267,6 @@ def _run(
     return run, RunPictures.choose(images, test, run.labels, scores, heat_maps)
 
 
-def _key(split: Split, pixels: str, method: Method) -> str:
-    """Of everything a run's scores depend on."""
-    parts = [split.sha256, pixels, method.settings, _code_sha256()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
-
-
-def _code_sha256() -> str:
-    root = Path(dpdl_core.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _resume(stem: Path) -> tuple[Run, RunPictures] | None:
-    record = stem.with_suffix(".json")
-    if not record.exists():
-        return None
-    return Run(**json.loads(record.read_text())), RunPictures.load(stem.with_suffix(".npz"))
-
-
-def _keep(stem: Path, split: Split, run: Run, pictures: RunPictures) -> None:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    split.save(stem.with_suffix(".split.json"))
-    pictures.save(stem.with_suffix(".npz"))
-    _write(stem.with_suffix(".json"), json.dumps(asdict(run)))  # last: it says that all is there
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all, also when the process dies in between."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def _summary(
     options: EvaluateOptions,
     dataset: Dataset,
@@ -328,12 +274,11 @@ def _summary(
     method: Method,
     runs: Sequence[Run],
 ) -> dict[str, Any]:
-    def by_seed(value: Callable[[Run], float]) -> list[float]:
+    def by_seed(value: Callable[[Run], float | None]) -> list[float]:
         """One figure per seed: in the hard setting the mean over the seen classes."""
-        return [
-            float(np.mean([value(run) for run in runs if run.seed == seed]))
-            for seed in options.seeds
-        ]
+        found = [[value(run) for run in runs if run.seed == seed] for seed in options.seeds]
+        known = [[v for v in values if v is not None] for values in found]
+        return [float(np.mean(values)) for values in known if values]
 
     seen = sorted({run.seen_class for run in runs if run.seen_class})
     return {
@@ -344,11 +289,13 @@ def _summary(
         "method": options.method,
         "recipe": options.recipe,
         "settings": json.loads(method.settings),
-        "auroc": _spread(by_seed(lambda run: run.auroc)),
-        "ap": _spread(by_seed(lambda run: run.ap)),
-        "by_defect": {d: _spread(_of_defect(runs, d)) for d in dataset.defects},
+        "auroc": spread(by_seed(lambda run: run.auroc)),
+        "ap": spread(by_seed(lambda run: run.ap)),
+        "by_defect": {
+            d: spread(by_seed(functools.partial(_of_defect, defect=d))) for d in dataset.defects
+        },
         "by_seen_class": {
-            c: _spread([run.auroc for run in runs if run.seen_class == c]) for c in seen
+            c: spread([run.auroc for run in runs if run.seen_class == c]) for c in seen
         },
         "train_seconds": float(np.mean([run.train_seconds for run in runs])),
         "score_images_per_second": float(
@@ -358,7 +305,7 @@ def _summary(
         "normals": len(dataset.normals) + len(dataset.test_normals or []),
         "anomalies": len(dataset.anomalies),
         "rejected": [asdict(r) for r in rejected],
-        "code_sha256": _code_sha256(),
+        "code_sha256": code_sha256(),
         "machine": {
             "processor": platform.machine(),
             "cores": os.cpu_count(),
@@ -370,31 +317,27 @@ def _summary(
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation over the values as they are (not of the mean), and the values."""
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation (of single values, with N - 1; 0 for one) and the values."""
     if not values:
         return {"mean": None, "sd": None, "per_seed": []}
     return {
         "mean": float(np.mean(values)),
-        "sd": float(np.std(values)),
+        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
         "per_seed": [float(v) for v in values],
     }
 
 
-def _of_defect(runs: Sequence[Run], defect: str) -> list[float]:
-    """AUROC of one class against all test normals, of every run that tests it."""
-    values = []
-    for run in runs:
-        chosen = [i for i, d in enumerate(run.defects) if d in ("", defect)]
-        labels = [run.labels[i] for i in chosen]
-        if any(labels):
-            values.append(auroc(labels, [run.scores[i] for i in chosen]))
-    return values
+def _of_defect(run: Run, defect: str) -> float | None:
+    """AUROC of one class against all test normals; None where a run does not test it."""
+    chosen = [i for i, d in enumerate(run.defects) if d in ("", defect)]
+    labels = [run.labels[i] for i in chosen]
+    return auroc(labels, [run.scores[i] for i in chosen]) if any(labels) else None
 
 
 def _title(options: EvaluateOptions, report: Mapping[str, Any]) -> str:
-    spread = report["auroc"]
+    found = report["auroc"]
     return (
         f"{options.method} on {report['data']}, {options.protocol}, M = {options.shots}: "
-        f"AUROC {spread['mean']:.3f} +- {spread['sd']:.3f} over {len(options.seeds)} seeds"
+        f"AUROC {found['mean']:.3f} +- {found['sd']:.3f} over {len(options.seeds)} seeds"
     )

@@ -22,6 +22,7 @@ from dpdl_core.baselines import BaselineConfig, FrozenTrunk
 from dpdl_core.config import DpdlConfig, override, recipe, to_json, untuned
 from dpdl_core.fit import fit
 from dpdl_core.images import ArraySource, Pixels
+from dpdl_core.model import part_groups
 
 Progress = Callable[[str, float, dict[str, Any]], None]
 Judged = tuple[npt.NDArray[np.float64], npt.NDArray[np.float32] | None]
@@ -56,15 +57,23 @@ class Method(Protocol):
 
 
 def make_method(
-    name: str, recipe_name: str, overrides: Mapping[str, str], device: str, shots: int
+    name: str,
+    recipe_name: str,
+    overrides: Mapping[str, str],
+    device: str,
+    shots: int,
+    without: Sequence[str] = (),
 ) -> Method:
-    """Raises ValueError for an unknown method, recipe, key or value, and for a key that would do
+    """Raises ValueError for an unknown method, recipe, key, value or part, and for what would do
     nothing."""
     if name == "dpdl":
-        return _Dpdl(_dpdl_config(recipe(recipe_name), overrides, shots), device)
+        config = _dpdl_config(recipe(recipe_name), overrides, shots)
+        return _Dpdl(config, _parts_named(config, without, shots), device)
     if name not in baselines.BASELINES:
         known = ", ".join(("dpdl", *baselines.BASELINES))
         raise ValueError(f"method={name!r}: one of {known}")
+    if without:
+        raise ValueError(f"without={','.join(without)}: {name} has no such parts, only dpdl has")
     return _Baseline(name, _baseline_config(name, recipe(recipe_name), overrides), device)
 
 
@@ -85,6 +94,27 @@ def _dpdl_config(start: DpdlConfig, overrides: Mapping[str, str], shots: int) ->
     return plain
 
 
+def _parts_named(config: DpdlConfig, without: Sequence[str], shots: int) -> list[str]:
+    """The parts meant by names of parts and of groups, in the model's order."""
+    groups = part_groups(config)
+    everything = [part for group in groups.values() for part in group]
+    for name in without:
+        if name not in groups and name not in everything:
+            known = ", ".join((*groups, *everything))
+            raise ValueError(f"without={name}: no such part; there are {known}")
+    gone = [part for name in without for part in groups.get(name, [name])]
+    counted = everything if shots else groups["prototypes"]
+    idle = [part for part in gone if part not in counted]
+    if idle:
+        raise ValueError(
+            f"shots=0: without {', '.join(idle)} would do nothing, since what is learnt from "
+            "anomalies counts for nothing; leave it out, or give shots"
+        )
+    if set(counted) <= set(gone):
+        raise ValueError(f"without={','.join(without)}: no part of the score would be left")
+    return [part for part in everything if part in gone]
+
+
 def _baseline_config(name: str, config: DpdlConfig, overrides: Mapping[str, str]) -> BaselineConfig:
     kinds = typing.get_type_hints(BaselineConfig)
     used = baselines.SETTINGS[name]
@@ -101,11 +131,12 @@ def _baseline_config(name: str, config: DpdlConfig, overrides: Mapping[str, str]
 
 
 class _Dpdl:
-    def __init__(self, config: DpdlConfig, device: str) -> None:
-        self._config, self._device = config, device
+    def __init__(self, config: DpdlConfig, without: Sequence[str], device: str) -> None:
+        self._config, self._without, self._device = config, without, device
         self.image_size, self.batch_size = config.image_size, config.batch_size
         where = {"device": device, "weights_sha256": _weights_sha256(config.weights)}
-        self.settings = json.dumps({"method": "dpdl", **json.loads(to_json(config)), **where})
+        chosen = {**json.loads(to_json(config)), "without": list(without)}
+        self.settings = json.dumps({"method": "dpdl", **chosen, **where})
 
     def fit(
         self,
@@ -124,6 +155,9 @@ class _Dpdl:
             device=self._device,
             progress=lambda stage, share, figures: tell(stage, 0.9 * share, dict(figures)),
         )
+
+        for part in self._without:
+            model.weights[model.part_names.index(part)] = 0
 
         def judge(batch: Tensor) -> Judged:
             found = model.score(batch)

@@ -22,7 +22,12 @@ app = typer.Typer()
 
 @app.command()
 def evaluate(
-    data: Annotated[str, typer.Option(help="elpv, or a folder in a layout that is known.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="elpv, or a folder in a layout that is known; of MVTec AD one category, or all."
+        ),
+    ],
     protocol: Annotated[str, typer.Option(help="general or hard.")] = "general",
     shots: Annotated[int, typer.Option(min=0, help="Anomalies seen in training, M.")] = 10,
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2,3,4",
@@ -31,6 +36,13 @@ def evaluate(
     ] = "dpdl",
     recipe: Annotated[str, typer.Option(help="edge or paper.")] = "edge",
     sets: Sets = None,
+    without: Annotated[
+        str,
+        typer.Option(
+            help="Parts of dpdl left out of the score: prototypes, directions, heads, "
+            "or single ones, comma-separated."
+        ),
+    ] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     report: Report = None,
 ) -> None:
@@ -39,7 +51,7 @@ def evaluate(
     from dpdl_core import config
     from dpdl_core.protocol import Rejected
     from pipelines.evaluate import EvaluateOptions, left_out
-    from pipelines.evaluate import evaluate as run
+    from pipelines.evaluate_categories import evaluate_each
 
     chosen = EvaluateOptions(
         data=data,
@@ -49,19 +61,29 @@ def evaluate(
         method=method,
         recipe=recipe,
         overrides=key_values(sets),
+        without=tuple(name.strip() for name in without.split(",")) if without else (),
         report=report,
         device=device,
     )
     with progress_line("evaluate") as progress:
-        done = run(chosen, progress)
+        done = evaluate_each(chosen, progress)
     if shots == 0 and method == "dpdl" and config.recipe(recipe).tuned_stages:
         _warn(f"shots=0: without anomalies nothing is tuned, the trunk of {recipe} neither")
-    if done["rejected"]:
-        _warn(left_out([Rejected(**each) for each in done["rejected"]]))
-    for name, count in done["classes_not_seen"].items():
-        _warn(f"{name}: {count} images, too few to see {shots} of; tested only")
+    for category, one in done.get("categories", {"": done}).items():
+        where = f"{category}: " if category else ""
+        if one["rejected"]:
+            _warn(where + left_out([Rejected(**each) for each in one["rejected"]]))
+        for name, count in one["classes_not_seen"].items():
+            _warn(f"{where}{name}: {count} images, too few to see {shots} of; tested only")
+        if category:
+            line = f"{where}auroc {_figure(one['auroc'])}, ap {_figure(one['ap'])}"
+            out.print(line, markup=False, soft_wrap=True)
     for name in ("auroc", "ap"):
-        out.print(f"{name}  {done[name]['mean']:.4f} +- {done[name]['sd']:.4f}")
+        out.print(f"{name}  {_figure(done[name])}")
+
+
+def _figure(spread: dict[str, Any]) -> str:
+    return f"{spread['mean']:.4f} +- {spread['sd']:.4f}"
 
 
 def _warn(line: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from dpdl_core.protocol import (
+    Categories,
     Dataset,
     DatasetError,
     Sample,
@@ -141,7 +142,7 @@ def test_mvtec_category(tmp_path):
     data = load_dataset(tmp_path / "carpet")
     assert counts(data) == (4, 2, 2, ["cut", "hole"])
     all_decode(data)
-    with pytest.raises(DatasetError, match=r"1 MVTec AD categories; name one: .*carpet"):
+    with pytest.raises(Categories, match=r"1 MVTec AD categories; name one: .*carpet"):
         load_dataset(tmp_path)
 
 

@@ -15,9 +15,14 @@ from PIL import Image
 
 import pipelines.evaluate
 from cluster.commands import research
+from dpdl_core import protocol
 from dpdl_core.metrics import auroc, average_precision
-from dpdl_core.protocol import DatasetError, Split, load_dataset
+from dpdl_core.model import part_groups
+from dpdl_core.parts import evidence
+from dpdl_core.protocol import DatasetError, Split, decode_samples, load_dataset
+from pipelines import evaluate_methods
 from pipelines.evaluate import EvaluateOptions, evaluate
+from pipelines.evaluate_categories import evaluate_each
 from pipelines.evaluate_report import GROUPS, PER_GROUP, RunPictures, overlay
 
 SMALL = {"weights": "random", "trunk": "test_resnet", "image_size": "64"}
@@ -70,7 +75,7 @@ def test_report_says_what_the_runs_found(data, tmp_path):
         want = [metric([int(bool(d)) for d in r["defects"]], r["scores"]) for r in runs]
         assert report[key]["per_seed"] == pytest.approx(want)
         assert report[key]["mean"] == pytest.approx(np.mean(want))
-        assert report[key]["sd"] == pytest.approx(np.std(want))
+        assert report[key]["sd"] == pytest.approx(np.std(want, ddof=1))
     assert report["auroc"]["mean"] > 0.7
     assert set(report["by_defect"]) == {"blot", "dot"}
     assert report["train_seconds"] > 0
@@ -96,6 +101,25 @@ def test_hard_setting_runs_each_class_and_means(data):
         mean = np.mean([by_class[c]["per_seed"][seed] for c in by_class])
         assert report["auroc"]["per_seed"][seed] == pytest.approx(mean)
     assert len(report["splits_sha256"]) == 4
+    assert [len(of["per_seed"]) for of in report["by_defect"].values()] == [2, 2]
+
+
+def test_in_the_hard_setting_a_classs_figure_is_its_seeds_mean(data, tmp_path):
+    copy = tmp_path / "tiles"
+    shutil.copytree(data, copy)
+    shutil.copytree(copy / "anomaly" / "blot", copy / "anomaly" / "smear")
+    path = tmp_path / "report.json"
+    report = evaluate(options(copy, protocol="hard", seeds=(3,), report=path))
+    found = []
+    for split_file in path.with_suffix(".runs").glob("*.split.json"):
+        run = json.loads(split_file.with_name(split_file.name.replace(".split", "")).read_text())
+        rows = [i for i, d in enumerate(run["defects"]) if d in ("", "dot")]
+        labels = [int(bool(run["defects"][i])) for i in rows]
+        if any(labels):
+            found.append(auroc(labels, [run["scores"][i] for i in rows]))
+    assert len(found) == 2  # tested where blot or smear is seen
+    assert report["by_defect"]["dot"]["per_seed"] == pytest.approx([np.mean(found)])
+    assert report["by_defect"]["dot"]["sd"] == 0
 
 
 def test_a_stopped_evaluation_goes_on(data, tmp_path, monkeypatch):
@@ -138,18 +162,45 @@ def test_hard_setting_tests_the_classes_that_are_too_small_to_be_seen(data, tmp_
         {"shots": 3},
         {"method": "knn"},
         {"device": "cpu:0"},  # another name, and here the same machine
+        {"without": ("heads",)},
     ],
 )
 def test_another_question_is_not_answered_from_the_old_runs(data, tmp_path, monkeypatch, change):
-    path = tmp_path / "report.json"
+    asked = {"report": tmp_path / "report.json", "seeds": (0,)}
+    if "without" in change:
+        asked |= {"method": "dpdl", "overrides": TINY}
     fits = []
     real = pipelines.evaluate._run
     monkeypatch.setattr(pipelines.evaluate, "_run", lambda s, *r: fits.append(0) or real(s, *r))
-    evaluate(options(data, report=path, seeds=(0,)))
-    evaluate(options(data, report=path, seeds=(0,)))
+    evaluate(options(data, **asked))
+    evaluate(options(data, **asked))
     assert len(fits) == 1
-    evaluate(options(data, report=path, seeds=(0,), **change))
+    evaluate(options(data, **asked | change))
     assert len(fits) == 2
+
+
+def test_categories_are_evaluated_each_and_in_the_mean(data, tmp_path, capsys):
+    root, path = tmp_path / "mvtec", tmp_path / "report.json"
+    for name in ("carpet", "grid"):
+        shutil.copytree(data / "normal", root / name / "train" / "good")
+        shutil.copytree(data / "normal", root / name / "test" / "good")
+        shutil.copytree(data / "anomaly", root / name / "test", dirs_exist_ok=True)
+    (root / "grid" / "test" / "dot" / "0.png").write_bytes(b"scratched disk")
+    sets = [f"{key}={value}" for key, value in SMALL.items()]
+    research.evaluate(str(root), shots=2, seeds="0,1", method="mahalanobis", sets=sets, report=path)
+    report = json.loads(path.read_text())
+    each = [json.loads((tmp_path / f"report-{n}.json").read_text()) for n in ("carpet", "grid")]
+    assert list(report["categories"].values()) == each
+    assert report["auroc"]["per_seed"] == pytest.approx(
+        np.mean([one["auroc"]["per_seed"] for one in each], axis=0)
+    )
+    said = capsys.readouterr()
+    assert "grid: 1 images left out" in said.err
+    first = [line.split()[0] for line in said.out.splitlines()]
+    assert first == ["carpet:", "grid:", "auroc", "ap"]
+    shutil.rmtree(root / "grid" / "test" / "dot")
+    with pytest.raises(DatasetError, match="grid has 1 class"):  # and carpet is not trained on
+        evaluate_each(options(root, protocol="hard"), lambda *said: pytest.fail(str(said)))
 
 
 def test_changed_pixels_under_the_same_names_are_seen(data, tmp_path, monkeypatch):
@@ -253,6 +304,20 @@ def test_progress_rises_to_one_and_names_the_seed(data):
             {"method": "dpdl", "shots": 0, "overrides": TINY | {"tuned_stages": "2"}},
             "shots=0: tuned_stages would do nothing",
         ),
+        ({"without": ("heads",)}, "mahalanobis-all has no such parts"),
+        (
+            {"method": "dpdl", "without": ("head",)},
+            "without=head: no such part; there are prototypes, .*, head anomaly, head normal",
+        ),
+        (
+            {"method": "dpdl", "without": ("heads", "directions", "prototypes")},
+            "no part of the score would be left",
+        ),
+        ({"method": "dpdl", "shots": 0, "without": ("prototypes",)}, "no part of the score"),
+        (
+            {"method": "dpdl", "shots": 0, "without": ("heads",)},
+            "without head anomaly, head normal, head residual would do nothing",
+        ),
         (
             {"method": "dpdl", "shots": 0, "recipe": "paper", "overrides": {"kappa": "3"}},
             "shots=0: kappa would do nothing",
@@ -288,6 +353,32 @@ def test_the_report_states_the_settings_that_ran(data, tmp_path, capsys):
     assert "without anomalies nothing is tuned" in capsys.readouterr().err
     settings = evaluate(options(data, seeds=(0,)))["settings"]
     assert set(settings) == {"method", *SMALL, "device", "weights_sha256"}
+
+
+def test_parts_that_are_left_out_count_for_nothing(data, monkeypatch):
+    """Oracle: the shares of the parts that are left, by the weights of the fit, added up."""
+    models, weights = [], []
+    real = evaluate_methods.fit
+
+    def watched(*args, **kwargs):
+        models.append(real(*args, **kwargs))
+        weights.append(models[-1].weights.clone())
+        return models[-1]
+
+    monkeypatch.setattr(evaluate_methods, "fit", watched)
+    asked = {"method": "dpdl", "seeds": (0,), "overrides": TINY}
+    report = evaluate(options(data, **asked, without=("directions", "patch 3", "head normal")))
+    (model,) = models
+    gone = ["patch 3", "seen 4", "head normal"]
+    assert report["settings"]["without"] == gone
+    assert model.part_names == [n for g in part_groups(model.config).values() for n in g]
+    left = [i for i, name in enumerate(model.part_names) if name not in gone]
+    test = protocol.split(load_dataset(data), setting="general", shots=2, seed=0).test
+    found = model.score(torch.from_numpy(decode_samples(test, 64)[0]))
+    shares = evidence(torch.stack(list(found.parts.values()), 1), 2) * weights[0]
+    assert (weights[0] > 0).all()
+    torch.testing.assert_close(found.score, shares[:, left].sum(1))
+    assert report["auroc"]["mean"] == auroc([s.label for s in test], found.score)
 
 
 def test_options_that_cannot_be():

@@ -1,0 +1,80 @@
+"""One run of an evaluation: its scores, and how they are kept on disk until it goes on.
+
+Knows nothing of methods. A run lies under a hash of all that its scores depend on, so that what is
+found there is the answer to the very question asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import dpdl_core
+from dpdl_core.metrics import auroc, average_precision
+from dpdl_core.protocol import Split
+from pipelines.evaluate_report import RunPictures
+
+
+@dataclass(frozen=True)
+class Run:
+    """Scores of one run's test images; a JSON file each."""
+
+    seed: int
+    seen_class: str | None
+    split_sha256: str
+    sources: list[str]
+    defects: list[str]
+    """Class of each test image, "" for a normal one."""
+    scores: list[float]
+    train_seconds: float
+    score_seconds: float
+
+    @property
+    def labels(self) -> list[int]:
+        return [int(bool(defect)) for defect in self.defects]
+
+    @property
+    def auroc(self) -> float:
+        return auroc(self.labels, self.scores)
+
+    @property
+    def ap(self) -> float:
+        return average_precision(self.labels, self.scores)
+
+
+def key(split: Split, pixels: str, settings: str) -> str:
+    """Of everything a run's scores depend on."""
+    parts = [split.sha256, pixels, settings, code_sha256()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def code_sha256() -> str:
+    root = Path(dpdl_core.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def resume(stem: Path) -> tuple[Run, RunPictures] | None:
+    record = stem.with_suffix(".json")
+    if not record.exists():
+        return None
+    return Run(**json.loads(record.read_text())), RunPictures.load(stem.with_suffix(".npz"))
+
+
+def keep(stem: Path, split: Split, run: Run, pictures: RunPictures) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    split.save(stem.with_suffix(".split.json"))
+    pictures.save(stem.with_suffix(".npz"))
+    write(stem.with_suffix(".json"), json.dumps(asdict(run)))  # last: it says that all is there
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all, also when the process dies in between."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
