@@ -9,7 +9,9 @@ dir /data
 save ""
 appendonly yes
 appendfsync everysec
-# A full server refuses; it never drops an alert.
+# A full server refuses; it never drops an alert. Without a bound the machine's memory ends first, and
+# the kernel kills one of its processes.
+maxmemory $VALKEY_MAXMEMORY
 maxmemory-policy noeviction
 END
 exec valkey-server /tmp/valkey.conf

