@@ -34,6 +34,8 @@ def folder(tmp_path: Path) -> Path:
                 top, left = rng.integers(0, 60, 2)
                 pixels[top : top + 30, left : left + 30] = [240, 30, 30]
             Image.fromarray(pixels).save(tmp_path / "tiles" / part / f"{i:02}.png")
+        for i in range(4):  # some of them in the test
+            (tmp_path / "tiles" / part / f"broken{i}.png").write_bytes(b"scratched disk")
     return tmp_path / "tiles"
 
 
