@@ -73,6 +73,7 @@ class KafkaSettings(_Group):
     retention_mb: int = Field(default=2048, ge=1)
     """Per partition, of topics that we create. Whichever bound comes first deletes."""
     group: str = "dpdl"
+    """Whose progress it is; in Kafka an id of the Redis is added, and an ACL wants the prefix."""
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     sasl_mechanism: Literal["SCRAM-SHA-256", "SCRAM-SHA-512", "PLAIN"] = "SCRAM-SHA-512"
     sasl_username: str = ""
