@@ -235,22 +235,23 @@ async def _described(manager: KafkaConnectionManager, topic: str) -> Any:
 
 def end_offsets(settings: Settings, topic: str) -> dict[int, int]:
     """Partition -> the offset that the next record will get."""
-    return _offsets(settings, topic, lambda consumer, tps: consumer.end_offsets(tps))
+    return _offsets(settings, topic, OffsetSpec.LATEST)
 
 
 def beginning_offsets(settings: Settings, topic: str) -> dict[int, int]:
     """Partition -> the oldest offset that retention has kept."""
-    return _offsets(settings, topic, lambda consumer, tps: consumer.beginning_offsets(tps))
+    return _offsets(settings, topic, OffsetSpec.EARLIEST)
 
 
-def _offsets(
-    settings: Settings, topic: str, ask: Callable[[KafkaConsumer, list[TopicPartition]], Any]
-) -> dict[int, int]:
+def _offsets(settings: Settings, topic: str, end: OffsetSpec) -> dict[int, int]:
     consumer = make_consumer(settings)
     try:
         with kafka_errors(settings.kafka):
-            found = ask(consumer, partitions_of(consumer, topic))
-        return {tp.partition: found[tp] for tp in sorted(found)}
+            places = partitions_of(consumer, topic)
+            found = _led(consumer, places, end)
+        if leaderless := {place.partition for place in places if place not in found}:
+            raise no_leader(topic, leaderless)
+        return {place.partition: found[place] for place in places}
     finally:
         consumer.close()
 
