@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpdl_core.images import SUFFIXES
 from infra.errors import DataError
 from infra.kafka_client import (
     MAX_RECORD_BYTES,
@@ -29,7 +30,6 @@ from infra.settings import Settings
 IN_FLIGHT = 64
 ACK_TIMEOUT_S = 60.0
 CLOSE_S = 5.0
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ def folder_frames(folder: Path, camera: str, *, recursive: bool = True) -> Itera
     DataError where there are none and, without `recursive`, where some lie in folders below it.
     """
     check_camera(camera)
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise DataError(f"{folder}: no images found; wanted files ending in {_suffixes()}")
     deeper = [path.relative_to(folder).as_posix() for path in paths if path.parent != folder]
@@ -164,7 +164,7 @@ def content_type(image: bytes) -> str:
 
 
 def _suffixes() -> str:
-    return " ".join(sorted(IMAGE_SUFFIXES))
+    return " ".join(sorted(SUFFIXES))
 
 
 _MAGIC = [(b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png")]

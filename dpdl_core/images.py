@@ -40,6 +40,11 @@ MAX_PIXELS = 64_000_000
 MAX_SCANS = 64
 """Of a JPEG: each passes over all pixels, however few bytes it has. Encoders write at most 18."""
 
+_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
+_PPM = (".ppm", ".pgm", ".pbm", ".pnm")
+SUFFIXES = frozenset({*_JPEG, *_PPM, ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
+"""Endings, in lower case, of files that decode_image() reads."""
+
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the encoded image
 

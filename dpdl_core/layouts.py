@@ -23,12 +23,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dpdl_core.images import Box
+from dpdl_core.images import SUFFIXES, Box
 from dpdl_core.samples import Dataset, DatasetError, Sample
 
-_JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}
-_PPM = {".ppm", ".pgm", ".pbm", ".pnm"}
-_IMAGES = {".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".npy", *_JPEG, *_PPM}
+_IMAGES = SUFFIXES | {".npy"}
 """Endings of what images.py decodes, and of arrays."""
 AITEX_PATCH = 256
 KOLEKTOR_PARTS = 3

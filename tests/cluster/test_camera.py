@@ -18,6 +18,12 @@ def test_a_folder_is_read_in_the_order_of_names_and_byte_for_byte(tmp_path):
     ]
 
 
+def test_files_of_every_kind_that_is_decoded_are_sent(tmp_path):
+    for name in ("a.jfif", "b.GIF", "c.pgm"):
+        (tmp_path / name).write_bytes(b"x")
+    assert len(list(folder_frames(tmp_path, "line-1"))) == 3
+
+
 def test_where_all_is_taken_as_normal_folders_below_are_asked_for(tmp_path):
     """nok/crack/ is not what a person means who names the folder above it."""
     (tmp_path / "a.png").write_bytes(b"a")
