@@ -52,7 +52,7 @@ class DpdlConfig:
     renew_min_new: int = 0
     """And as soon as so many new normals have arrived, which then join the run; 0: none join."""
     literal_loss: bool = False
-    """Eqs. 16-17 as printed, for the ablation; they diverge."""
+    """Eqs. 16-17 with only their formulas mended (losses.py), for the ablation; they diverge."""
 
     # prototypes in the whitened space of pooled features (mean and deviation per channel)
     pooled_spaces: tuple[str, ...] = ("7q", "1-7")
