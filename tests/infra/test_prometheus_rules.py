@@ -80,6 +80,6 @@ def test_every_rule_is_tested_to_fire_and_not_to_fire() -> None:
 )
 def test_promtool(arguments) -> None:
     done = subprocess.run(
-        ["promtool", *arguments], cwd=FOLDER, capture_output=True, text=True, timeout=60
+        ["promtool", *arguments], cwd=FOLDER, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
