@@ -64,12 +64,18 @@ def cluster():
     ray.shutdown()
 
 
-@pytest.fixture
-def prepared(settings, versions, monkeypatch):
-    """Version v1 in use, and a port for the console."""
+@pytest.fixture(scope="module")
+def port():
+    """For the console; Ray Serve keeps to the first that it is given."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("DPDL_SERVE_HTTP_PORT", str(probe.getsockname()[1]))
+        return str(probe.getsockname()[1])
+
+
+@pytest.fixture
+def prepared(settings, versions, port, monkeypatch):
+    """Version v1 in use."""
+    monkeypatch.setenv("DPDL_SERVE_HTTP_PORT", port)
     settings = load_settings()
     ensure_buckets(settings)
     store = ModelStore(settings)
