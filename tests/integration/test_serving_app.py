@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -44,7 +45,7 @@ from serving.consume import CLOSE_S, DRAIN_S
 
 pytestmark = pytest.mark.integration
 
-QUIET_S, SWAP_S = 5.0, 2.0
+QUIET_S, SWAP_S = 5.0, 3.0
 FRAMES_PER_S = 20
 
 
@@ -295,13 +296,14 @@ def test_swapped_bound_stopped_and_scaled_in_mid_stream(deployed, versions, monk
         _paced(settings, SWAP_S, seed=seed, swap=version)
         for seed, version in enumerate(["v3", "v2", "v1", "v3"], 2)
     ]
-    swapping = (swaps[0][0], swaps[-1][1])
     got, _ = check(settings, versions)
     assert {"v1", "v2", "v3"} <= {result.version for result in got.values()}
     _check_batches(got)
-    print(f"p99 {_p99_s(got, quiet):.3f} s quiet, {_p99_s(got, swapping):.3f} s while swapping")
-    # On a machine that does ten other things a lone stall says nothing: hence the floor.
-    assert _p99_s(got, swapping) < max(3 * _p99_s(got, quiet), 2.0)
+    # On a machine that does ten other things a lone stall says nothing: hence the floor, and what
+    # half of the swaps take. A stall that is a swap's own comes with every one of them.
+    swapping = statistics.median(_p99_s(got, each) for each in swaps)
+    print(f"p99 {_p99_s(got, quiet):.3f} s quiet, {swapping:.3f} s while swapping")
+    assert swapping < max(3 * _p99_s(got, quiet), 2.0)
 
     _check_bindings(settings, versions)
     _check_no_secret_is_seen(settings)
