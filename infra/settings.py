@@ -414,7 +414,8 @@ def _require_private(path: Path, *, forbidden: int, wanted: str) -> None:
 
 def _unknown(name: str, where: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return f"{name} in {where} is not a setting; the nearest is {near}. Rename or remove it"
+    shown = (name if name.isprintable() else ascii(name))[:200]  # one line, whatever YAML holds
+    return f"{shown} in {where} is not a setting; the nearest is {near}. Rename or remove it"
 
 
 def _one_line(error: ValidationError, origins: Mapping[str, str]) -> str:

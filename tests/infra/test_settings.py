@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
@@ -303,6 +303,7 @@ fields = st.one_of(st.sampled_from(["port", "topic", "max_batch", "password", "t
 
 
 @given(content=st.dictionaries(groups, st.one_of(leaves, st.dictionaries(fields, leaves))))
+@example(content={"state_dir": {"\n": None}})
 def test_any_yaml_is_settings_or_one_line(
     content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
