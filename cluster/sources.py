@@ -7,13 +7,14 @@ others see, in messages too, is `Address.shown`.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import av
 import simplejpeg
@@ -22,11 +23,10 @@ from infra.errors import DataError
 from infra.settings import referred_secret
 
 SCHEMES = ("rtsp", "rtsps", "http", "https")
-PASSWORD_NAMES = {
+PASSWORD_NAMES = (
     *("pwd", "psw", "pass", "passwd", "passwort", "password", "passphrase", "passcode"),
-    *("loginpas", "loginpass", "token", "access_token", "auth_token"),
-    *("key", "apikey", "api_key", "secret"),
-}
+    *("loginpas", "loginpass", "token", "key", "apikey", "secret"),
+)
 """What cameras' makers call a parameter of an address that is one, in any case of letters."""
 OPEN_S = 10.0
 """A camera that has not answered for so long is tried again."""
@@ -34,6 +34,11 @@ READ_S = 10.0
 """A camera that sends nothing for so long is lost."""
 JPEG_QUALITY = 90
 JPEG_START = b"\xff\xd8\xff"
+
+_PASSWORD = re.compile(rf"[/?#;&,_](?:{'|'.join(PASSWORD_NAMES)})=", re.IGNORECASE)
+"""Anywhere behind the host: /user=admin_password=... is a path, and so is /live;pwd=..."""
+_PARAMETERS = re.compile(r"[^/;&,]*(?:=|%3d).*", re.IGNORECASE | re.DOTALL)
+"""Of a path, from the first on: where a value ends, its camera alone knows."""
 
 av.logging.set_level(av.logging.PANIC)  # FFmpeg's own lines hold addresses with their passwords
 
@@ -47,10 +52,10 @@ class Address:
 
     @property
     def shown(self) -> str:
-        """Without user and password."""
+        """Without user, password, and parameters, which may hold them."""
         parts = urlsplit(self.url)
         host = parts.netloc.rpartition("@")[2]
-        return f"{parts.scheme}://{host}{parts.path}"
+        return f"{parts.scheme}://{host}{_PARAMETERS.sub('', parts.path)}"
 
 
 Source = Path | Address
@@ -87,8 +92,8 @@ def parse_source(text: str, *, on_command_line: bool = False) -> Source:
 
 def _holds_password(url: str) -> bool:
     parts = urlsplit(url)
-    names = {name.lower() for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
-    return parts.password is not None or bool(names & PASSWORD_NAMES)
+    behind_the_host = unquote(parts._replace(scheme="", netloc="").geturl())
+    return parts.password is not None or _PASSWORD.search(behind_the_host) is not None
 
 
 @dataclass(frozen=True, slots=True)
