@@ -27,7 +27,7 @@ from kafka import KafkaConsumer, TopicPartition
 from numpy.typing import NDArray
 
 from infra import s3_client
-from infra.errors import DpdlError, NotFound, ServiceUnavailable
+from infra.errors import BadFrame, DpdlError, NotFound, ServiceUnavailable
 from infra.kafka_client import kafka_errors, make_consumer
 from infra.messages import FrameRecord
 from infra.redis_connection import make_redis, redis_errors
@@ -95,7 +95,8 @@ class Archive:
 
     Args:
         put: writes one object.
-        reread: frame id -> the image, out of Kafka again; None when retention has removed it.
+        reread: (frame id, its time of capture) -> the image, out of Kafka again; None when
+            retention has removed it.
         debts: the durable notes.
         at_end: ends `reread`, in the thread that uses it.
     """
@@ -103,7 +104,7 @@ class Archive:
     def __init__(
         self,
         put: Put,
-        reread: Callable[[str], bytes | None],
+        reread: Callable[[str, int | None], bytes | None],
         debts: Debts,
         *,
         at_end: Callable[[], None] = lambda: None,
@@ -173,12 +174,14 @@ class Archive:
             return 0
         notes = self._debts.some(PAY_AT_ONCE)
         for owed in notes:
-            image, frame_id = self._reread(owed.frame_id), owed.frame_id
+            image = self._reread(owed.frame_id, owed.captured_at_ns)
             if image is None:
-                log.warning("%s expired in Kafka before S3 came back: no evidence of it", frame_id)
+                log.warning(
+                    "%s was no longer in Kafka when S3 came back: no evidence of it", owed.frame_id
+                )
             else:
                 self._store(owed.key, image, owed.heat)
-            self._debts.settle(frame_id)
+            self._debts.settle(owed.frame_id)
         if notes:
             log.info("owed evidence of %d alerts paid", len(notes))
         return len(notes)
@@ -189,6 +192,12 @@ class Owed(NamedTuple):
     key: str
     """Where its evidence is to lie."""
     heat: NDArray[np.float32]
+
+    @property
+    def captured_at_ns(self) -> int | None:
+        """None: noted before keys had a time."""
+        time_ns = self.key.rpartition("/")[2].partition("-")[2]
+        return int(time_ns) if time_ns else None
 
 
 class Debts:
@@ -283,8 +292,12 @@ class Reread:
         self._settings = settings
         self._consumer: KafkaConsumer | None = None
 
-    def __call__(self, frame_id: str) -> bytes | None:
-        """The image's bytes; None when retention has removed them, or they never were there."""
+    def __call__(self, frame_id: str, captured_at_ns: int | None) -> bytes | None:
+        """The image's bytes; None when retention has removed them, or they never were there.
+
+        So too where another frame has the id by now, which a topic made anew gives it: one that
+        was captured at another time. With None for the time, whichever frame has the id.
+        """
         topic, partition, offset = frame_id.rsplit("/", 2)
         place, wanted = TopicPartition(topic, int(partition)), int(offset)
         with kafka_errors(self._settings.kafka):
@@ -301,7 +314,12 @@ class Reread:
         records = got.get(place, [])
         if not records:
             raise ServiceUnavailable(f"Kafka did not give {frame_id} within {REREAD_MS} ms")
-        return bytes(records[0].value) if records[0].offset == wanted else None
+        try:
+            frame = FrameRecord.from_kafka(records[0])
+        except BadFrame:  # nor was it ever scored
+            return None
+        is_it = frame.offset == wanted and captured_at_ns in (None, frame.captured_at_ns)
+        return frame.image if is_it else None
 
     def close(self) -> None:
         if self._consumer is not None:

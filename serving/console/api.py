@@ -42,7 +42,6 @@ from serving.console.parameters import (
     FromMs,
     Kept,
     ModelFilter,
-    Offset,
     Partition,
     StreamId,
     ToMs,
@@ -318,13 +317,18 @@ class Console:
         return pages.picture(data)
 
     @api.get(
-        "/api/v1/frames/{topic}/{partition}/{offset}", response_class=Response, responses=PICTURE
+        "/api/v1/frames/{topic}/{partition}/{kept}", response_class=Response, responses=PICTURE
     )
-    def frame(self, topic: Topic, partition: Partition, offset: Offset) -> Response:
-        """Any frame as it came, while Kafka's retention lasts: by its frame id."""
+    def frame(self, topic: Topic, partition: Partition, kept: Kept) -> Response:
+        """Any frame as it came, while Kafka's retention lasts: by its frame id.
+
+        With the time of capture, that frame alone: a topic made anew gives its ids to others.
+        """
         if topic != self._settings.kafka.topic:
             raise HTTPException(404, "no such topic of frames")
-        return pages.picture(self._desk.image(frame_id(topic, int(partition), int(offset))))
+        offset, _, time_ns = kept.partition("-")
+        frame = frame_id(topic, int(partition), int(offset))
+        return pages.picture(self._desk.image(frame, int(time_ns) if time_ns else None))
 
     # --- versions ------------------------------------------------------------------------
 

@@ -44,11 +44,13 @@ class Desk:
 
     # --- frames and answers --------------------------------------------------------------
 
-    def image(self, frame_id: str, evidence_key: str = "") -> bytes:
+    def image(
+        self, frame_id: str, captured_at_ns: int | None = None, evidence_key: str = ""
+    ) -> bytes:
         """A frame as it came: out of its evidence, if it has any, else out of Kafka again.
 
-        Only the result says whether it has: a topic made anew gives its frames the ids of the old
-        one's, whose evidence is still there. NotFound: expired.
+        Only the result says whether it has, and when it was captured: a topic made anew gives its
+        frames the ids of the old one's, whose evidence is still there. NotFound: expired.
         """
         kept = self._evidence.get(f"{evidence_key}/{FRAME}") if evidence_key else None
         if kept is not None:
@@ -56,7 +58,7 @@ class Desk:
         if not self._kafka_turn.acquire(timeout=KAFKA_TURN_S):
             raise ServiceUnavailable("too many frames are being read from Kafka: try again")
         try:
-            image = self._reread(frame_id)
+            image = self._reread(frame_id, captured_at_ns)
         finally:
             self._kafka_turn.release()
         if image is None:
@@ -88,7 +90,7 @@ class Desk:
                     f"{result.model} {result.version} names no data set in its manifest: this "
                     "answer has nowhere to go"
                 )
-            image = self.image(result.frame_id, result.evidence_key)
+            image = self.image(result.frame_id, result.captured_at_ns, result.evidence_key)
         with self._answer_turn:
             given = self._answers.give(
                 result, kind, defect=defect, by=by, dataset=dataset, image=image

@@ -20,7 +20,6 @@ ModelFilter = Annotated[
 ]
 Topic = Annotated[str, Path(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
 Partition = Annotated[str, Path(pattern=r"^\d{1,9}$")]
-Offset = Annotated[str, Path(pattern=r"^\d{1,20}$")]
 Kept = Annotated[
     str, Path(pattern=r"^\d{1,20}(-\d{1,19})?$", description="Offset, and time of capture in ns.")
 ]

@@ -23,7 +23,7 @@ _RANK: dict[schema.State, int] = {"alerting": 0, "silent": 1, "ok": 2}
 def frame(stored: StoredResult, answers: Mapping[str, Answer]) -> schema.Frame:
     result = stored.result
     answer = answers.get(result.frame_id)
-    frame_url, heat_url = _pictures(result.frame_id, result.evidence_key)
+    frame_url, heat_url = _pictures(result.frame_id, result.captured_at_ns, result.evidence_key)
     return schema.Frame(
         id=stored.id,
         frame_id=result.frame_id,
@@ -50,7 +50,9 @@ def answered(answer: Answer) -> schema.Answered:
 
 def camera(state: CameraState, now_s: float | None = None) -> schema.Camera:
     override, alert_frame = state.override, state.last_alert_frame
-    pictures = _pictures(alert_frame, state.last_alert_evidence) if alert_frame else (None, None)
+    pictures: tuple[str | None, str | None] = (None, None)
+    if alert_frame and state.last_alert_at_ns is not None:
+        pictures = _pictures(alert_frame, state.last_alert_at_ns, state.last_alert_evidence)
     return schema.Camera(
         camera=state.camera,
         state=_state(state, time.time() if now_s is None else now_s),
@@ -123,11 +125,11 @@ def version(
     )
 
 
-def _pictures(frame_id: str, evidence: str | None) -> tuple[str, str | None]:
+def _pictures(frame_id: str, captured_at_ns: int, evidence: str | None) -> tuple[str, str | None]:
     if evidence:
         at = f"api/v1/evidence/{quote(evidence)}"
         return f"{at}/{FRAME}", f"{at}/{HEAT}"
-    return f"api/v1/frames/{quote(frame_id)}", None
+    return f"api/v1/frames/{quote(frame_id)}-{captured_at_ns}", None
 
 
 def _state(state: CameraState, now_s: float) -> schema.State:

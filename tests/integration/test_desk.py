@@ -7,7 +7,7 @@ from results import result
 
 from infra.errors import DataError, NotFound
 from infra.kafka_client import ensure_topics, make_producer
-from infra.messages import evidence_key
+from infra.messages import evidence_key, frame_headers
 from infra.model_store import ModelStore
 from infra.s3_client import ensure_buckets
 from serving.archive import FRAME, EvidenceBucket
@@ -24,16 +24,23 @@ def test_evidence_of_a_topic_that_was_made_anew_is_not_taken_for_a_frame_of_the_
     for key in (before, evidence_key(frame, 1)):
         EvidenceBucket(settings).put(f"{key}/{FRAME}", b"of the old topic", "image/png")
     producer = make_producer(settings)
-    producer.send(topic, key=b"cam", value=b"of the new one", partition=0).get(timeout=30)
+    headers = frame_headers(2, "image/png")
+    for image in (b"of the new one", b""):
+        sent = producer.send(topic, key=b"cam", value=image, headers=headers, partition=0)
+        sent.get(timeout=30)
     producer.close()
     desk = Desk(settings, "default")
-    assert desk.image(frame) == b"of the new one"
+    assert desk.image(frame) == desk.image(frame, 2) == b"of the new one"
+    with pytest.raises(NotFound, match="no longer in Kafka"):
+        desk.image(frame, 1)  # the old one's result, which was no anomaly
+    with pytest.raises(NotFound, match="no longer in Kafka"):
+        desk.image(f"{topic}/0/1")  # no frame
     for key in (before, evidence_key(frame, 1)):
-        assert desk.image(frame, key) == b"of the old topic"  # an alert's own
+        assert desk.image(frame, 1, key) == b"of the old topic"  # an alert's own
     # An alert whose evidence is still owed.
     other = f"{topic}/1/0"
     with pytest.raises(NotFound):
-        desk.image(other, evidence_key(other, 1))
+        desk.image(other, 1, evidence_key(other, 1))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,9 @@ def test_all_that_a_long_outage_left_is_paid(settings, monkeypatch):
     for offset in range(owed):
         debts.note(frame(offset), HEAT * offset)
     assert len(debts) == owed
-    archive = Archive(lambda key, data, kind: bucket.update({key: data}), str.encode, debts)
+    archive = Archive(
+        lambda key, data, kind: bucket.update({key: data}), lambda *frame: b"x", debts
+    )
     try:
         turns = 0
         while archive.pay():
@@ -50,6 +52,7 @@ def test_a_note_is_given_back_as_it_was(settings):
     debts.note(frame(7), HEAT)
     (owed,) = debts.some(16)
     assert (owed.frame_id, owed.key) == ("t/0/7", frame(7).evidence_key)
+    assert owed.captured_at_ns == frame(7).captured_at_ns
     assert np.array_equal(owed.heat, HEAT)
 
 
@@ -61,4 +64,4 @@ def test_a_note_of_before_keys_had_a_time_is_paid_where_its_alert_looks(settings
     old = {what: value for what, value in json.loads(note).items() if what != "key"}
     redis.hset(debts._key, name, json.dumps(old))
     (owed,) = debts.some(16)
-    assert owed.key == "t/00000/00000000000000000007"
+    assert (owed.key, owed.captured_at_ns) == ("t/00000/00000000000000000007", None)

@@ -42,7 +42,7 @@ HEAT = np.eye(4, dtype=np.float32)
 def make():
     made = []
 
-    def make(put, reread=lambda frame_id: None, debts=None):
+    def make(put, reread=lambda frame_id, captured_at_ns: None, debts=None):
         made.append(Archive(put, reread, Notes() if debts is None else debts))
         return made[-1]
 
@@ -104,7 +104,7 @@ def test_what_s3_does_not_take_is_owed_and_paid_from_kafka(make):
             raise ServiceUnavailable("S3 is away")
         bucket[key] = data
 
-    kept = make(put, reread=lambda frame_id: frame_id.encode(), debts=debts)
+    kept = make(put, reread=lambda *frame: repr(frame).encode(), debts=debts)
     keys = [frame(1).evidence_key, frame(2).evidence_key]
     assert kept.keep([frame(1), frame(2)], [HEAT, HEAT]) == keys
     assert set(debts) == {"t/0/1", "t/0/2"}
@@ -112,12 +112,12 @@ def test_what_s3_does_not_take_is_owed_and_paid_from_kafka(make):
     away[0], kept._rest_until = False, 0.0
     assert kept.pay() == 2
     assert not debts
-    assert bucket[f"{keys[0]}/frame"] == b"t/0/1"
+    assert bucket[f"{keys[0]}/frame"] == b"('t/0/1', 1001)"  # that one, not another of its id
 
 
 def test_a_frame_that_kafka_no_longer_has_is_given_up(make):
     debts = Notes({"t/0/1": ("t/00000/1", HEAT)})
-    kept = make(lambda *args: None, reread=lambda frame_id: None, debts=debts)
+    kept = make(lambda *args: None, reread=lambda frame_id, captured_at_ns: None, debts=debts)
     assert kept.pay() == 1
     assert not debts
 

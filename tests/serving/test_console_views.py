@@ -106,7 +106,7 @@ def test_pictures_come_from_the_evidence_or_else_from_kafka():
     assert alert.frame_url == "api/v1/evidence/frames/00000/00000000000000000003/frame"
     assert alert.heat_url == "api/v1/evidence/frames/00000/00000000000000000003/heat.png"
     quiet = views.frame(stored(3, 0.5), {})
-    assert (quiet.frame_url, quiet.heat_url) == ("api/v1/frames/frames/0/3", None)
+    assert (quiet.frame_url, quiet.heat_url) == ("api/v1/frames/frames/0/3-3000000000", None)
 
 
 def test_a_frame_shows_its_answer():
