@@ -39,6 +39,10 @@ MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 64_000_000
 MAX_SCANS = 64
 """Of a JPEG: each passes over all pixels, however few bytes it has. Encoders write at most 18."""
+MAX_STRAY = 16
+"""Bytes of any value before a JPEG's end marker, which some cameras leave there (USB cameras, cheap
+MJPEG); of one value, padding, there may be more. What a damaged picture leaves over is longer as a
+rule, and of many values."""
 
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 _PPM = (".ppm", ".pgm", ".pbm", ".pnm")
@@ -52,6 +56,7 @@ _STRIP_ROWS = 256
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 """One that begins a segment, or the end: neither stuffing, fill bytes, restarts nor the start."""
+_STRAY = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 _PILLOW_FORMATS = ("BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 
@@ -143,15 +148,27 @@ def _decode_jpeg(data: bytes, size: int, crop: Box | None, max_pixels: int) -> P
         if colorspace in ("CMYK", "YCCK"):
             return _cut(_decode_pillow(data, max_pixels, formats=("JPEG",)), crop)
         if crop is not None:  # a box in source pixels has no place in a reduced decode
-            return _cut(simplejpeg.decode_jpeg(data), crop)
-        return simplejpeg.decode_jpeg(  # type: ignore[no-any-return]
-            data, min_height=min(size, height), min_width=min(size, width), min_factor=1
-        )
+            return _cut(_scans(data), crop)
+        return _scans(data, min_height=min(size, height), min_width=min(size, width), min_factor=1)
     except ImageRejected:
         raise
     except (ValueError, MemoryError) as error:  # simplejpeg is strict: libjpeg's warnings too
         cut_short = "Premature end" in str(error) or b"\xff\xda" not in data
         raise ImageRejected("truncated" if cut_short else "corrupt", f"JPEG: {error}") from None
+
+
+def _scans(data: bytes, **options: int) -> Pixels:
+    """Strict but for bytes before the end marker that are no part of the picture. ValueError."""
+    try:
+        return simplejpeg.decode_jpeg(data, **options)  # type: ignore[no-any-return]
+    except ValueError as error:
+        told, end = _STRAY.search(str(error)), data.rfind(b"\xff\xd9")
+        stray = data[end - int(told[1]) : end] if told else b""
+        if not stray or (len(stray) > MAX_STRAY and len(set(stray)) > 1):
+            raise
+        # Strict again: the message was of the last thing found amiss, perhaps not of the first.
+        whole = data[: end - len(stray)] + data[end:]
+        return simplejpeg.decode_jpeg(whole, **options)  # type: ignore[no-any-return]
 
 
 def _check_scans(data: bytes) -> None:

@@ -194,6 +194,30 @@ def test_crop_is_in_pixels_of_the_source(data):
         decode_image(data, 128, crop=(0, 0, 400, 100))
 
 
+@pytest.mark.parametrize("stray", [b"\0", b"\0" * 8, b"\0" * 3000, b"\x7f\x03\x91\x22\x45\x17\x80"])
+@pytest.mark.parametrize("crop", [None, (64, 32, 192, 160)])
+def test_bytes_that_cameras_leave_before_the_end_marker_change_nothing(stray, crop):
+    data = JPEG[:-2] + stray + JPEG[-2:]
+    assert np.array_equal(decode_image(data, 64, crop=crop), decode_image(JPEG, 64, crop=crop))
+
+
+def test_stray_bytes_elsewhere_and_what_looks_like_more_of_the_picture_are_corrupt():
+    flipped, restarts = bytearray(JPEG), encode(picture(), "JPEG", restart_marker_blocks=8)
+    flipped[3142] ^= 0x10  # the picture is complete before its bytes are
+    at = restarts.index(b"\xff\xd3")
+    for data in (
+        JPEG[:-2] + JPEG[-42:-2] + JPEG[-2:],
+        bytes(flipped),
+        bytes(flipped[:-2]) + b"\0" * 8 + JPEG[-2:],
+        JPEG[: JPEG.index(b"\xff\xda")] + b"\0\0\0" + JPEG[JPEG.index(b"\xff\xda") :],
+        restarts[:at] + b"\0\0" + restarts[at:],
+        JPEG[:-400] + b"\0" * 50 + JPEG[-2:],
+    ):
+        with pytest.raises(ImageRejected) as rejected:
+            decode_image(data, 64)
+        assert rejected.value.reason == "corrupt"
+
+
 def test_many_scans_are_refused_before_they_cost_anything():
     assert decode_image(many_scans(64, 256), 64).shape == (64, 64, 3)
     # Only the picture's own count: a film behind its end may hold any bytes.
