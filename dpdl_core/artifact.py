@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ from dpdl_core.features import Trunk
 from dpdl_core.learn import Parts
 from dpdl_core.model import Dpdl
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, FORMAT)
+"""Format 2 has whiteners as whole matrices."""
 WEIGHTS, CONFIG, THRESHOLDS, METRICS = (
     "weights.safetensors",
     "config.json",
@@ -33,6 +36,10 @@ WEIGHTS, CONFIG, THRESHOLDS, METRICS = (
 )
 FILES = (WEIGHTS, CONFIG, THRESHOLDS, METRICS)
 MANIFEST = "manifest.json"
+
+
+_WHOLE_WHITENER = r"parts\.energies\.pooled\..+\.whitener"
+_ALL_AXES = 1 << 20
 
 
 class ArtifactError(ValueError):
@@ -76,7 +83,7 @@ def unpack(files: Mapping[str, bytes], device: str | torch.device = "cpu") -> Lo
     if missing:
         raise ArtifactError(f"model without {', '.join(missing)}: need {', '.join(FILES)}")
     described = _from_json(files, CONFIG)
-    if described.get("format") != FORMAT:
+    if described.get("format") not in READABLE:
         raise ArtifactError(
             f"{CONFIG}: format {described.get('format')!r}, this program reads {FORMAT}; "
             "update the program or train again"
@@ -122,8 +129,9 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> LoadedVer
 
 def _blank(described: dict[str, Any]) -> Dpdl:
     try:
-        # Versions from before head_networks was a choice have one.
-        config = configs.from_json(json.dumps({"head_networks": 1, **described["config"]}))
+        # Versions from before they were a choice have one head network, and whiten every axis.
+        before = {"head_networks": 1, "pooled_axes": _ALL_AXES}
+        config = configs.from_json(json.dumps({**before, **described["config"]}))
         trunk = Trunk(config.trunk, image_size=config.image_size).fuse()
         sizes = {str(k): int(v) for k, v in described["prototypes"].items()}
         energies = blank_energies(config, trunk.channels, sizes)
@@ -140,11 +148,22 @@ def _load_weights(model: Dpdl, data: bytes) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ArtifactError(f"{WEIGHTS}: {name} holds NaN or infinity")
+    for name in [name for name in state if re.fullmatch(_WHOLE_WHITENER, name)]:
+        state |= _by_axes(name, state.pop(name))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         raise ArtifactError(f"{WEIGHTS} does not fit {CONFIG}: {first[0].strip()}") from error
+
+
+def _by_axes(name: str, whitener: Tensor) -> dict[str, Tensor]:
+    """A symmetric whitener of format 2 as PooledEnergy keeps it now, every axis by itself."""
+    if whitener.dim() != 2 or whitener.shape[0] != whitener.shape[1]:
+        raise ArtifactError(f"{WEIGHTS}: {name} of shape {tuple(whitener.shape)} is no whitener")
+    gain, axes = torch.linalg.eigh(whitener.double())
+    found = {"axes": axes, "gain": gain, "rest": torch.zeros(())}
+    return {name.replace("whitener", key): value.float() for key, value in found.items()}
 
 
 def _to_json(value: Mapping[str, Any]) -> bytes:

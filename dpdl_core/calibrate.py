@@ -234,7 +234,7 @@ def directions(config: DpdlConfig, energies: Energies, seen: Tensor) -> Tensor:
         assert isinstance(part, PooledEnergy)
         if len(seen):
             mean = F.normalize(part.whiten(seen), dim=1).mean(0)
-            towards[row, part.columns] = part.whitener @ mean
+            towards[row, part.columns] = part.sphere(mean[None])[0]
     return towards
 
 

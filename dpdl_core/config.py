@@ -61,6 +61,9 @@ class DpdlConfig:
     pooled_prototypes: int = 1
     """Prototypes of each; dimension decides there, not their number (docs/accuracy.md)."""
 
+    pooled_axes: int = 256
+    """Leading axes of each that are whitened one by one, the others by their mean variance."""
+
     # prototypes in the space of unit-norm patches
     patch_spaces: tuple[str, ...] = ("3-7", "3+5+7s")
     """One energy per entry; stages are L2-normalised each, joined and projected. With an `s`
@@ -167,6 +170,7 @@ def _idle(config: DpdlConfig) -> list[str]:
 _AT_LEAST = {
     "image_size": 32,
     "pooled_prototypes": 1,
+    "pooled_axes": 1,
     "patch_prototypes": 1,
     "patch_dims": 1,
     "patch_side": 1,

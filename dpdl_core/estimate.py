@@ -31,7 +31,9 @@ def blank_energies(config: DpdlConfig, channels: list[int], sizes: dict[str, int
     """Energies of the right shapes with nothing learnt; sizes as Energies.sizes."""
     return Energies(
         {
-            space: PooledEnergy(pooled_columns(channels, space), sizes[f"pooled {space}"])
+            space: PooledEnergy(
+                pooled_columns(channels, space), config.pooled_axes, sizes[f"pooled {space}"]
+            )
             for space in config.pooled_spaces
         },
         {
@@ -121,11 +123,10 @@ def fit_pooled(
 ) -> PooledEnergy:
     """One pooled space: whitened by its shrunk covariance, then prototypes of unit variance."""
     columns = pooled_columns(channels, space)
-    mean, whitener = whitening(pooled[:, columns])
     codes = min(config.pooled_prototypes, max(1, len(pooled) // 10))
-    part = PooledEnergy(columns, codes)
-    part.mean.copy_(mean)
-    part.whitener.copy_(whitener)
+    part = PooledEnergy(columns, config.pooled_axes, codes)
+    for name, value in whitening(pooled[:, columns], config.pooled_axes)._asdict().items():
+        getattr(part, name).copy_(value)
     if codes > 1:
         white = part.whiten(pooled)
         shard = white.tensor_split(distributed.world_size())[distributed.rank()]

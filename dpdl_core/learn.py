@@ -21,6 +21,9 @@ from dpdl_core.parts import Energies, PatchEnergy
 
 _HIDDEN = 256
 """Hidden units of each network whose mean M_n is."""
+_LOOK_EVERY = 5
+"""Steps of the heads' training after which an image's most anomalous places are looked for again;
+they hardly move, and looking is most of a step. The first steps from zero all look."""
 _RIDGE = 0.05
 """Share of the mean variance that every direction of the head map's whitening is given."""
 
@@ -179,11 +182,14 @@ def _descend(heads: Heads, places: _Places, config: DpdlConfig) -> None:
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.head_iterations)
     label, weight, networks = places.label, places.weight, config.head_networks
-    for _ in range(config.head_iterations):
+    for step in range(config.head_iterations):
+        if step < _LOOK_EVERY or step % _LOOK_EVERY == 0:
+            best = _best(heads.anomaly, places.white)
+            best_residuals = _best(heads.residual.head, places.residuals)
         loss = (
-            anomaly_head_loss(_logit(heads.anomaly, places.white), label, weight)
+            anomaly_head_loss(_logit(heads.anomaly, best), label, weight)
             + normal_head_loss(heads.normal.of_means(means) / networks, label, weight)
-            + residual_head_loss(_logit(heads.residual.head, places.residuals), label, weight)
+            + residual_head_loss(_logit(heads.residual.head, best_residuals), label, weight)
         )
         optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -195,15 +201,16 @@ def _descend(heads: Heads, places: _Places, config: DpdlConfig) -> None:
             parameter.div_(networks)
 
 
-def _logit(head: AnomalyHead, places: Tensor) -> Tensor:
-    """The head's logits (n,) of places (n, L, C), with a gradient through the top ones only.
-
-    Which is all the gradient there is: the other places need no graph.
-    """
+@torch.no_grad()
+def _best(head: AnomalyHead, places: Tensor) -> Tensor:
+    """Mean (n, C) of the places (n, L, C) that the head finds most anomalous: its logit is
+    linear, and there is no gradient through the others."""
     count = top_count(places.shape[1], head.share)
-    with torch.no_grad():
-        top = (places @ head.classify.weight.view(-1)).topk(count, 1).indices
-        best = places.gather(1, top[..., None].expand(-1, -1, places.shape[2])).mean(1)
+    top = (places @ head.classify.weight.view(-1)).topk(count, 1).indices
+    return places.gather(1, top[..., None].expand(-1, -1, places.shape[2])).mean(1)
+
+
+def _logit(head: AnomalyHead, best: Tensor) -> Tensor:
     logit: Tensor = head.classify(best[..., None, None]).flatten()
     return logit
 

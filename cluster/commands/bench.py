@@ -45,7 +45,8 @@ def bench_score(
     )
     with progress_line("bench") as progress:
         done = run(chosen, progress)
-    for name in ("trunk_images_per_second", "score_images_per_second", "ratio"):
+    rates = [f"{name}_images_per_second" for name in ("timm", "trunk", "score")]
+    for name in (*rates, "ratio", "timm_ratio"):
         out.print(f"{name.replace('_', ' ')}  {done[name]:.3g}")
 
 

@@ -72,6 +72,10 @@ class Data:
         late, held = round(new * len(pixels)), round(held_out * len(pixels))
         self.new, self.held_out = pixels[:late], pixels[late : late + held]
         self.old = pixels[late + held :]
+        if given.mirrored:
+            self.old = np.concatenate(
+                [self.old[:, ::up, ::left] for up in (1, -1) for left in (1, -1)]
+            )
         self.seen = decode(split.train_anomalies)
         tests = list(split.test)
         rng.shuffle(tests)
@@ -211,6 +215,9 @@ def main() -> None:
     parser.add_argument("data", help="elpv, or a folder")
     parser.add_argument("--normals", type=int, help="so many of the training normals")
     parser.add_argument("--test", type=int, help="so many test normals and defects each")
+    parser.add_argument(
+        "--mirrored", action="store_true", help="old normals in four mirrorings: thousands of them"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.05, help="stated false-alarm rate")
     parser.add_argument("--shifts", default=",".join(SHIFTS))

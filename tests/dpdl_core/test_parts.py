@@ -16,6 +16,7 @@ from dpdl_core.metrics import auroc as slow_auroc
 from dpdl_core.parts import (
     PatchEnergy,
     PatchSpace,
+    PooledEnergy,
     Tails,
     hard_energy,
     hard_nearest,
@@ -25,13 +26,22 @@ from dpdl_core.parts import (
 
 
 @pytest.mark.parametrize(("rows", "dims"), [(30, 50), (200, 12)])
-def test_whitening_is_ledoit_wolf(rows, dims, monkeypatch):
-    """Oracle: scikit-learn's LedoitWolf, its Mahalanobis distance. 200 rows are four slices."""
+@pytest.mark.parametrize("axes", [5, 99])
+def test_whitening_is_ledoit_wolf_on_its_leading_axes(rows, dims, axes, monkeypatch):
+    """Oracle: scikit-learn's LedoitWolf, the small eigenvalues replaced by their mean, inverted by
+    NumPy. 200 rows are four slices; with 99 axes none is replaced."""
     monkeypatch.setattr(parts, "_WHITENING_ROWS", 64)
     x = np.random.default_rng(0).normal(size=(rows, dims)) * np.linspace(0.1, 3, dims) + 5
-    mean, whitener = whitening(torch.from_numpy(x))
-    got = ((torch.from_numpy(x) - mean) @ whitener).square().sum(1).numpy()
-    want = LedoitWolf().fit(x).mahalanobis(x)
+    values, vectors = np.linalg.eigh(LedoitWolf().fit(x).covariance_)
+    if axes < dims:
+        values[:-axes] = values[:-axes].mean()
+    precision = np.linalg.inv(vectors @ np.diag(values) @ vectors.T)
+    centred = x - x.mean(0)
+    want = np.einsum("nd,de,ne->n", centred, precision, centred)
+    part = PooledEnergy(list(range(dims)), axes, 1).double()
+    for name, value in whitening(torch.from_numpy(x), axes)._asdict().items():
+        getattr(part, name).copy_(value)
+    got = part.whiten(torch.from_numpy(x)).square().sum(1).numpy()
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
