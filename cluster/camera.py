@@ -78,10 +78,11 @@ def stream(
 
     on_sent is called in order, once a frame is acknowledged; on_refused(frame, why) for one that
     is too large, for us or for the topic, and the stream goes on; on_lost(number) at the end, of
-    frames in flight that Kafka did not acknowledge. Errors: those of make_producer.
+    frames taken that Kafka did not acknowledge. Errors: those of make_producer.
     """
     producer = make_producer(settings)
     waiting: deque[tuple[OutgoingFrame, Any]] = deque()
+    in_hand = 0
 
     def settle(down_to: int) -> None:
         while waiting and (len(waiting) > down_to or waiting[0][1].is_done):
@@ -112,6 +113,7 @@ def stream(
                 if why is not None:
                     on_refused(frame, why)
                     continue
+                in_hand = 1
                 future = producer.send(
                     settings.kafka.topic,
                     key=frame.camera.encode(),
@@ -121,11 +123,12 @@ def stream(
                     ),
                 )
                 waiting.append((frame, future))
+                in_hand = 0
                 settle(IN_FLIGHT)
             settle(0)
     finally:
         close_producer(producer, CLOSE_S)
-        on_lost(len(waiting))
+        on_lost(len(waiting) + in_hand)
 
 
 def folder_frames(folder: Path, camera: str, *, recursive: bool = True) -> Iterator[OutgoingFrame]:

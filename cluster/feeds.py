@@ -106,6 +106,13 @@ class Buffer:
             self._closed = True
             self._changed.notify()
 
+    def drop(self) -> None:
+        """No more comes, and what is in it is counted as dropped."""
+        self.close()
+        with self._changed:
+            self._count.dropped += len(self._frames)
+            self._frames.clear()
+
     def __iter__(self) -> Iterator[OutgoingFrame]:
         """Frames as they come, until closed and empty."""
         while True:
@@ -247,6 +254,7 @@ def _run_live(
         _send_live(settings, spec, buffer, count, stop, say, refused)
     finally:
         over.set()
+        buffer.drop()
 
 
 def _send_live(

@@ -6,8 +6,9 @@ import threading
 import av
 import numpy as np
 import pytest
+from kafka.errors import KafkaTimeoutError
 
-from cluster import feeds
+from cluster import camera, feeds
 from cluster.camera import OutgoingFrame
 from cluster.feeds import Buffer, CameraCount, CameraSpec, load_cameras, pause_s, run_cameras
 from cluster.sources import Address, Picture, parse_source, video_pictures, video_rate
@@ -101,6 +102,42 @@ def test_a_live_camera_that_kafka_refuses_is_tried_again(monkeypatch):
     count, said = live(monkeypatch, send)
     assert (count.state, count.sent, len(tries)) == ("ended", 1, 3)
     assert len([line for line in said if "refuses the login; frames wait" in line]) == 2
+
+
+def test_frames_that_a_broker_that_is_away_never_got_are_counted_at_the_end(monkeypatch):
+    """The one in hand when sending fails, and those in the buffer when it is over."""
+    made = []
+
+    class Away:
+        def send(self, *_, **__):
+            made.append(0)
+            raise KafkaTimeoutError
+
+    monkeypatch.setattr(camera, "make_producer", lambda _: Away())
+    monkeypatch.setattr(camera, "close_producer", lambda *_: None)
+    put, over = Buffer.put, threading.Event()
+    given = []
+
+    def counted(buffer, frame):
+        given.append(frame)
+        put(buffer, frame)
+        if len(given) == 5:
+            over.set()
+
+    monkeypatch.setattr(Buffer, "put", counted)
+
+    def pictures(address, ended):
+        for _ in range(5):
+            yield Picture(0, lambda: b"image")
+        ended.wait(5)
+
+    monkeypatch.setattr(feeds, "live_pictures", pictures)
+    monkeypatch.setattr(feeds, "pause_s", lambda *_, **__: 3600.0)
+    counts = []
+    spec = CameraSpec(camera="line-1", source=Address("rtsp://10.0.0.5/1"))
+    run_cameras(Settings(), [spec], stop=over, say=lambda _: None, counts=counts)
+    assert made
+    assert (counts[0].sent, counts[0].dropped) == (0, 5)
 
 
 def test_pauses_grow_to_a_bound_and_differ():
