@@ -69,7 +69,7 @@ def camera(console_url: str) -> Json:
                     prom(f"time() - max({LAST_FRAME}{mine})", "silent"),
                     unit="s",
                     steps=steps((None, GREEN), (60, YELLOW), (300, RED)),
-                    help="Since its last frame was captured.",
+                    help="Since its last frame was scored.",
                     size=(4, 9),
                 ),
                 stat(

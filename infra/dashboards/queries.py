@@ -34,12 +34,13 @@ def drift(by: str, camera: str = "") -> str:
 
 
 def alarm_rate(window: str, camera: str = '!=""') -> str:
+    """Alerts as a share of frames; 0 for a camera that has never alerted and has no such series."""
     frames = f"sum by (camera) (increase(ray_dpdl_frames_total{{camera{camera}}}[{window}]))"
     alerts = (
         "sum by (camera) "
         f'(increase(ray_dpdl_frames_total{{camera{camera}, outcome="alert"}}[{window}]))'
     )
-    return f"{alerts} / ({frames} > 0)"
+    return f"({alerts} or 0 * {frames}) / ({frames} > 0)"
 
 
 def quantile(q: float, metric: str, by: str = "", where: str = "") -> str:

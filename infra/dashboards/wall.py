@@ -33,17 +33,18 @@ from infra.dashboards.queries import (
 
 
 def wall(console_url: str) -> Json:
+    age = f"time() - max by (camera) ({LAST_FRAME})"
     state = f"""
         topk(200, max by (camera) (
           label_replace(
-            3 * (time() - max by (camera) ({LAST_FRAME}) > bool 300), "why", "silent", "", "")
-          or label_replace(2 * ({alarm_rate("15m")} > bool 0.05), "why", "alarms", "", "")
+            3 * ({alarm_rate("15m")} > bool 0.05 unless {age} > 300), "why", "alarms", "", "")
+          or label_replace(2 * ({age} > bool 300), "why", "silent", "", "")
           or label_replace({drift("camera")} > bool 1, "why", "drift", "", "")
-        ))"""
+        ) unless {age} > 86400)"""
     mapping = {
         str(value): {"text": text, "color": color, "index": value}
         for value, (text, color) in enumerate(
-            [("ok", GREEN), ("drift", BLUE), ("alarms", RED), ("silent", GREY)]
+            [("ok", GREEN), ("drift", BLUE), ("silent", GREY), ("alarms", RED)]
         )
     }
     to_camera = link("Open the camera", CAMERA_LINK + "${__field.labels.camera:percentencode}")
@@ -111,8 +112,9 @@ def wall(console_url: str) -> Json:
                 stat(
                     "State",
                     prom(state, "{{camera}}"),
-                    help="Silent: nothing for 5 minutes. Alarms: over 5 % of the frames of 15 "
-                    "minutes alert. Drift: PSI above its bound. The worst 200; a click opens one.",
+                    help="Alarms: over 5 % of the frames of 15 minutes alert. Silent: nothing for "
+                    "5 minutes; after a day a camera counts as taken away. Drift: PSI above its "
+                    "bound. The worst 200; a click opens one.",
                     size=(24, 9),
                     steps=steps((None, GREEN)),
                     defaults={
@@ -165,7 +167,7 @@ def wall(console_url: str) -> Json:
                             "camera": ("Camera", "string"),
                             "state": ("State", "string"),
                             "alert_share": ("Alarm rate", "number"),
-                            "last_captured_at_ms": ("Last frame", "timestamp_epoch"),
+                            "last_scored_at_ms": ("Last frame", "timestamp_epoch"),
                             "last_alert_at_ms": ("Last alert", "timestamp_epoch"),
                             "frames": ("Frames", "number"),
                             "anomalies": ("Anomalies", "number"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from ray.util.metrics import Histogram, Metric
 from infra.dashboards import dashboards
 from infra.dashboards.__main__ import FOLDER, written
 from infra.dashboards.provisioning import alert_rules, data_sources
+from infra.dashboards.queries import alarm_rate
 from infra.metrics import ExpiryMetrics, ReplicaMetrics, ScorerMetrics, StreamMetrics, WatchMetrics
 
 BOARDS = dashboards()
@@ -80,6 +83,60 @@ def test_the_wall_counts_our_rules_and_none_of_the_plants_own() -> None:
     counted = [each for each in re.findall(r"ALERTS\{[^}]*\}", str(BOARDS["wall"]))]
     assert counted
     assert all('product="dpdl"' in each for each in counted)
+
+
+def promtool(tmp_path: Path, query: str, series: dict[str, str], wanted: dict[str, float]) -> None:
+    """The query after 30 hours of minutes, by camera, as Prometheus itself says."""
+    samples = [{"labels": f'{{camera="{name}"}}', "value": v} for name, v in wanted.items()]
+    case = {
+        "interval": "1m",
+        "input_series": [{"series": f"ray_dpdl_{k}", "values": v} for k, v in series.items()],
+        "promql_expr_test": [{"expr": query, "eval_time": "1800m", "exp_samples": samples}],
+    }
+    file = tmp_path / "tests.yml"
+    file.write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": [case]}))
+    done = subprocess.run(
+        ["promtool", "test", "rules", file], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool: apt-get install prometheus")
+def test_a_camera_that_never_alerted_has_an_alarm_rate(tmp_path) -> None:
+    series = {
+        'frames_total{camera="good",outcome="normal"}': "0+60x1800",
+        'frames_total{camera="bad",outcome="normal"}': "0+45x1800",
+        'frames_total{camera="bad",outcome="alert"}': "0+15x1800",
+        'frames_total{camera="idle",outcome="normal"}': "7x1800",
+    }
+    promtool(tmp_path, alarm_rate("1h"), series, {"good": 0, "bad": 0.25})
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool: apt-get install prometheus")
+def test_the_wall_ranks_alarms_above_silence_and_forgets_what_was_taken_away(tmp_path) -> None:
+    (query,) = [
+        panel["targets"][0]["expr"]
+        for panel in BOARDS["wall"]["panels"]
+        if panel["title"] == "State"
+    ]
+    last = "camera_last_frame_timestamp_seconds"
+    series = {
+        f'{last}{{camera="good"}}': "0+60x1800",
+        f'{last}{{camera="bad"}}': "0+60x1800",
+        f'{last}{{camera="moved"}}': "0+60x1800",
+        f'{last}{{camera="stopped"}}': "0+60x1790 107400x9",
+        f'{last}{{camera="gone"}}': "0+60x60 3600x1740",
+        'frames_total{camera="good",outcome="normal"}': "0+60x1800",
+        'frames_total{camera="bad",outcome="alert"}': "0+15x1800",
+        'frames_total{camera="stopped",outcome="alert"}': "0+15x1800",
+        'frames_total{camera="other",outcome="alert"}': "0+15x1800",  # beyond the first 100
+        'drift_psi{camera="moved"}': "2x1800",
+        'drift_psi{camera="gone"}': "2x1800",
+        'drift_bound{camera="moved"}': "1x1800",
+        'drift_bound{camera="gone"}': "1x1800",
+    }
+    wanted = {"good": 0, "moved": 1, "stopped": 2, "bad": 3, "other": 3}
+    promtool(tmp_path, query, series, wanted)
 
 
 def test_links_lead_to_dashboards_that_exist() -> None:
