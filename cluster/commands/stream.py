@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,7 @@ LOOK_S = 15.0
 finds the cluster's metrics."""
 START_S, MACHINE_S = 180.0, 1800.0
 """Until all of it runs; the machine of a GPU that is waited for may have to be installed first."""
+STREAM_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
 AWAY_S = 1.0
 """How often `dpdl alerts --follow` asks for a Redis that is away."""
 
@@ -158,20 +160,45 @@ def cameras_line(counts: Sequence[CameraCount]) -> Iterator[Callable[[str], None
 @app.command()
 def alerts(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
-    count: Annotated[int, typer.Option(min=1, max=500, help="How many of the past.")] = 20,
+    count: Annotated[
+        int | None, typer.Option(min=0, max=500, help="How many of the past. Default: 20.")
+    ] = None,
+    after: Annotated[
+        str | None, typer.Option(metavar="ID", help="All since the alert of this id, once each.")
+    ] = None,
 ) -> None:
-    """Print alerts, oldest first, one JSON object a line."""
+    """Print alerts, oldest first, one JSON object a line; each has its id.
+
+    Who hands them on begins again with --follow --after and the last id handed on.
+    """
     from infra.redis_client import ResultStore
     from infra.settings import load_settings
 
+    if after is not None and count is not None:
+        raise ValueError("--after ID prints all since then: leave out --count")
+    if after is not None and not STREAM_ID.fullmatch(after):
+        raise ValueError(
+            f"--after {after}: wanted the id of an alert, as printed (1764331200000-0)"
+        )
     store = ResultStore(load_settings())
-    past = store.latest_alerts(count)[::-1]
-    coming = _alerts_after(store, past[-1].id if past else "0") if follow else ()
-    for stored in itertools.chain(past, coming):
+    if after is None:
+        wanted = 20 if count is None else count
+        newest = store.latest_alerts(max(1, wanted))
+        past: Iterable[StoredResult] = newest[:wanted][::-1]
+        after = newest[0].id if newest else "0"
+    else:
+        past = () if follow else _alerts_since(store, after)
+    for stored in itertools.chain(past, _alerts_coming(store, after) if follow else ()):
         print(json.dumps({"id": stored.id, **asdict(stored.result)}), flush=True)
 
 
-def _alerts_after(store: ResultStore, last: str) -> Iterator[StoredResult]:
+def _alerts_since(store: ResultStore, last: str) -> Iterator[StoredResult]:
+    while found := store.alerts(last):
+        yield from found
+        last = found[-1].id
+
+
+def _alerts_coming(store: ResultStore, last: str) -> Iterator[StoredResult]:
     """Alerts as they come, without end: a Redis that is away is waited for, and said once."""
     away = False
     while True:

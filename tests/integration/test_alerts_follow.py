@@ -24,6 +24,45 @@ def wait_lines(path, count):
         time.sleep(0.05)
 
 
+def dpdl_alerts(*options):
+    command = [sys.executable, "-m", "cluster.cli", "alerts", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_who_handed_alerts_on_goes_on_after_the_last_one(store):
+    put(store, 0, [result(n, anomaly=True) for n in range(230)])
+    ids = [stored.id for stored in store.latest_alerts(500)[::-1]]
+    done = dpdl_alerts("--after", ids[9])
+    assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == ids[10:]
+    assert dpdl_alerts("--after", ids[-1]).stdout == dpdl_alerts("--count", "0").stdout == ""
+    for wrong in (("--after", "yesterday"), ("--after", ids[0], "--count", "3")):
+        done = dpdl_alerts(*wrong)
+        assert (done.returncode != 0, "--after" in done.stderr) == (True, True)
+
+
+@pytest.mark.parametrize("begin", ["--count=0", "--after={}"])
+def test_it_follows_from_where_one_says(store, tmp_path, begin):
+    put(store, 0, [result(n, anomaly=True) for n in range(3)])
+    last = store.latest_alerts(1)[0].id
+    with (tmp_path / "shown").open("w") as out:
+        follower = subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli", "alerts", "-f", begin.format(last)], stdout=out
+        )
+    try:
+        number = 3
+        while not lines(tmp_path / "shown") and number < 60:  # when it began to look is not said
+            put(store, number, [result(number, anomaly=True)])
+            number += 1
+            time.sleep(1)
+    finally:
+        follower.send_signal(signal.SIGTERM)
+        follower.wait(20)
+    first = json.loads(lines(tmp_path / "shown")[0])
+    assert first["id"] > last
+    if "after" in begin:
+        assert first["id"] == store.alerts(last)[0].id
+
+
 def test_it_waits_for_redis_says_so_once_and_goes_on_after_the_last_one_shown(
     store, stack, tmp_path
 ):
