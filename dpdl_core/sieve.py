@@ -7,10 +7,12 @@ Letters: n new images of this rank, m of them with maps kept, P pooled features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from scipy.stats import betabinom
 from torch import Tensor
 
 from dpdl_core import distributed
@@ -21,6 +23,11 @@ from dpdl_core.images import ImageSource
 from dpdl_core.model import Dpdl
 from dpdl_core.observe import Features, Normals, check_images, join, keep, thumbnails
 from dpdl_core.parts import pool
+
+LIMIT_QUANTILE = 0.995
+"""What model.energy_limit is of the energies of normals that it has not seen (fit.py)."""
+CHANCE = 0.99
+"""Of so many batches without poison all is kept for thresholds that the sieve sets aside."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +48,37 @@ class Seen:
 class Looked:
     """What the present model says of the new normals."""
 
-    aside: Tensor
-    """(n,) bool: not to be learnt from, since they look like anomalies."""
+    beyond: Tensor
+    """(n,) energy beyond the limit in units of its tail: above 0 it looks like an anomaly."""
     shift: float
     """Of the others, over all ranks; see look_over()."""
     seen: Seen
 
+    @property
+    def aside(self) -> Tensor:
+        """(n,) bool: not to be learnt from."""
+        return self.beyond > 0
 
-def set_aside(model: Dpdl, new: ImageSource) -> Tensor:
-    """Which of this rank's new normals not to learn from, (n,) bool; see look_over()."""
-    return look_over(model, new, max_maps=0).aside
+
+def set_aside(model: Dpdl, unseen: ImageSource, limit_from: int) -> Tensor:
+    """Which of the new normals that nothing learns no threshold is to be set on, (n,) bool.
+
+    What look_over() sets aside, but for what chance puts beyond its limit: normals cut off at the
+    top support no false-alarm rate. Of n, chance puts none further than log(n / (1 - CHANCE)), as
+    tails are exponential (Tails), and of a limit that is the order statistic of rank r of N normals
+    it puts a beta-binomial number beyond. Up to its quantile CHANCE all are kept; where there are
+    more, there is poison, and as many as come on average are kept, the least anomalous ones.
+    limit_from: N, the normals that model.energy_limit comes from, or fewer.
+    """
+    beyond = look_over(model, unseen, max_maps=0).beyond
+    rank = 1 + LIMIT_QUANTILE * (limit_from - 1)
+    number = betabinom(len(beyond), limit_from + 1 - rank, rank)
+    aside = beyond > 0
+    near = aside & (beyond < math.log(max(1, len(beyond)) / (1 - CHANCE)))
+    count = int(near.sum())
+    kept = count if count <= number.ppf(CHANCE) else int(number.mean())
+    aside[beyond.masked_fill(~near, torch.inf).argsort()[:kept]] = False
+    return aside
 
 
 @torch.no_grad()
@@ -76,13 +104,15 @@ def look_over(model: Dpdl, new: ImageSource, *, max_maps: int) -> Looked:
     mine = torch.cat(found)
     everyone = distributed.gather_rows(mine)
     if not len(everyone):
-        return Looked(torch.zeros(0, dtype=torch.bool), 0.0, seen)
+        return Looked(torch.zeros(0), 0.0, seen)
     energies = everyone[:, 0]
     median = energies.median()
     spread = 1.4826 * (energies - median).abs().median()
     limit = torch.maximum(model.energy_limit.cpu(), median + 3.5 * spread)
+    # An energy is a weighted sum of exponential tails, at widest when all rise together.
+    scale = torch.maximum(model.weights[: len(names)].sum().cpu(), spread)
     shift = float(everyone[energies <= limit, 1].mean() - 1)
-    return Looked(mine[:, 0] > limit, shift, seen)
+    return Looked((mine[:, 0] - limit) / scale, shift, seen)
 
 
 @torch.no_grad()

@@ -215,11 +215,12 @@ def build(
         device=device,
         progress=progress,
     )
-    # The held-out share goes through the same sieve: a defect in it would lift the thresholds.
+    # The held-out share goes through the sieve, too: a defect in it would lift the thresholds.
     unseen = images(settings, inputs.new, size, lambda row: is_held_out(row) and may_use(row))
-    doubtful = set_aside(current.model, unseen).nonzero().flatten().tolist()
+    # The limit comes from all normals of the current model's own fit: no fewer than these.
+    doubtful = set_aside(current.model, unseen, limit_from=old.num_images).nonzero()
     suspects = [new.rows[i] for i in report.set_aside]
-    suspects += [unseen.rows[i] for i in doubtful if not is_answer(unseen.rows[i].key)]
+    suspects += [unseen.rows[i] for i in doubtful.flatten().tolist()]
     data["set_aside"] = sorted({*inputs.set_aside, *(row.digest for row in suspects)})
     held_out = HeldOut(settings, data, parent["data"], at_most=enough(parent))
     # The gate will ask for both.

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 
@@ -21,7 +22,7 @@ from dpdl_core.images import ArraySource
 from dpdl_core.metrics import auroc
 from dpdl_core.model import Dpdl
 from dpdl_core.observe import look_at_all, observe
-from dpdl_core.sieve import see, set_aside
+from dpdl_core.sieve import look_over, see
 
 NORMALS, SEEN = normals(60), anomalies(4)
 
@@ -262,13 +263,12 @@ def test_of_any_number_of_new_normals_some_are_mapped_evenly(model, count, most)
     assert found.mapped.tolist() == (list(range(0, count, step)) if most else [])
     assert found.pooled.shape[0] == count
     assert len(found.features) == len(found.mapped)
-    aside = set_aside(model, ArraySource(NORMALS[:count]))
-    assert aside.shape == (count,)
+    assert look_over(model, ArraySource(NORMALS[:count]), max_maps=0).aside.shape == (count,)
 
 
 def test_drift_is_learnt(model):
     darker = (normals(30, seed=13).float() * 0.6).to(torch.uint8)
-    assert set_aside(model, ArraySource(darker)).float().mean() < 0.2
+    assert look_over(model, ArraySource(darker), max_maps=0).aside.float().mean() < 0.2
     before = model.score(darker).score.mean()
     renewed, _ = renew(model, ArraySource(NORMALS), ArraySource(darker), SEEN, seed=1)
     assert renewed.score(darker).score.mean() < before
@@ -347,6 +347,29 @@ def test_a_version_from_before_head_networks_has_one():
     loaded = artifact.unpack(files | {"config.json": json.dumps(described).encode()}).model
     assert loaded.config.head_networks == 1
     assert torch.equal(loaded.score(SEEN).score, old.score(SEEN).score)
+
+
+def test_a_version_with_whole_whiteners_scores_as_it_did(model):
+    """Format 2: one matrix each, and no word of axes in the settings."""
+    files = artifact.pack(model, thresholds={}, metrics={})
+    described = json.loads(files["config.json"]) | {"format": 2}
+    del described["config"]["pooled_axes"]
+    state = safetensors.torch.load(files["weights.safetensors"])
+    for space in model.config.pooled_spaces:
+        place = f"parts.energies.pooled.{space}."
+        axes, gain, rest = (state.pop(place + name) for name in ("axes", "gain", "rest"))
+        state[place + "whitener"] = axes * gain @ axes.T + rest * torch.eye(len(axes))
+    old = files | {
+        "config.json": json.dumps(described).encode(),
+        "weights.safetensors": safetensors.torch.save(state),
+    }
+    loaded = artifact.unpack(old).model
+    torch.testing.assert_close(loaded.score(SEEN).score, model.score(SEEN).score)
+    again = artifact.unpack(artifact.pack(loaded, thresholds={}, metrics={})).model
+    assert torch.equal(again.score(SEEN).score, loaded.score(SEEN).score)
+    state[place + "whitener"] = torch.ones(3, 2)
+    with pytest.raises(artifact.ArtifactError, match="no whitener"):
+        artifact.unpack(old | {"weights.safetensors": safetensors.torch.save(state)})
 
 
 def test_broken_files_are_told(model, tmp_path):
