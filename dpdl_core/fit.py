@@ -136,6 +136,7 @@ def renew(
     *,
     seed: int,
     vouched: Sequence[bool] = (),
+    cameras: Sequence[str] = (),
     relearn: bool = False,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
@@ -144,16 +145,17 @@ def renew(
 
     New normals that look anomalous to the present model are not learnt from, except those that are
     `vouched` for (a person has called them normal; one flag each of this rank's); with none left
-    the present model is what comes back. Always new: whitening, prototypes, their tails. What the
-    anomalies taught (directions, heads, the tails of both) stays unless the new normals have
-    shifted by more than SHIFT_LIMIT, or `relearn`; then a tuned trunk is tuned a little, too. How
-    much each energy counts stays. Collective as fit().
+    the present model is what comes back. `cameras`, of each, "" where nobody knows: what has moved
+    with the bulk of its camera is learnt (look_over). Always new: whitening, prototypes, their
+    tails. What the anomalies taught (directions, heads, the tails of both) stays unless the new
+    normals have shifted by more than SHIFT_LIMIT, or `relearn`; then a tuned trunk is tuned a
+    little, too. How much each energy counts stays. Collective as fit().
     """
     started = time.monotonic()
     tell = progress or _silent
     model = copy.deepcopy(model).to(device)
     config, trunk = model.config, copy.deepcopy(model.trunk)
-    looked = look_over(model, new_normals, max_maps=config.max_maps)
+    looked = look_over(model, new_normals, cameras, max_maps=config.max_maps)
     aside, shift, seen_new = looked.aside, looked.shift, looked.seen
     if len(vouched):
         aside &= ~torch.as_tensor(vouched)

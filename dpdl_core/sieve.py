@@ -8,7 +8,8 @@ Letters: n new images of this rank, m of them with maps kept, P pooled features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +29,8 @@ LIMIT_QUANTILE = 0.995
 """What model.energy_limit is of the energies of normals that it has not seen (fit.py)."""
 CHANCE = 0.99
 """Of so many batches without poison all is kept for thresholds that the sieve sets aside."""
+OF_ONE_CAMERA = 9
+"""New normals of one camera that show where the bulk of them lies."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Looked:
     """(n,) energy beyond the limit in units of its tail: above 0 it looks like an anomaly."""
     shift: float
     """Of the others, over all ranks; see look_over()."""
+    cameras: Tensor
+    """(n,) which it is of, -1 of no camera that has enough for a limit of its own."""
     seen: Seen
 
     @property
@@ -60,35 +65,52 @@ class Looked:
         return self.beyond > 0
 
 
-def set_aside(model: Dpdl, unseen: ImageSource, limit_from: int) -> Tensor:
+def set_aside(
+    model: Dpdl,
+    unseen: ImageSource,
+    limit_from: int,
+    *,
+    cameras: Sequence[str] = (),
+    vouched: Sequence[bool] = (),
+) -> Tensor:
     """Which of the new normals that nothing learns no threshold is to be set on, (n,) bool.
 
-    What look_over() sets aside, but for what chance puts beyond its limit: normals cut off at the
-    top support no false-alarm rate. Of n, chance puts none further than log(n / (1 - CHANCE)), as
-    tails are exponential (Tails), and of a limit that is the order statistic of rank r of N normals
-    it puts a beta-binomial number beyond. Up to its quantile CHANCE all are kept; where there are
-    more, there is poison, and as many as come on average are kept, the least anomalous ones.
+    What look_over() sets aside, and no person vouches for, but for what chance puts beyond its
+    limit: normals cut off at the top support no false-alarm rate. Of n, chance puts none further
+    than log(n / (1 - CHANCE)), as tails are exponential (Tails), and of a limit that is the order
+    statistic of rank r of N normals it puts a beta-binomial number beyond. Up to its quantile
+    CHANCE all are kept; where there are more, there is poison, and as many as come on average are
+    kept, the least anomalous ones: of each camera, then of all.
     limit_from: N, the normals that model.energy_limit comes from, or fewer.
     """
-    beyond = look_over(model, unseen, max_maps=0).beyond
+    looked = look_over(model, unseen, cameras, max_maps=0)
+    doubtful = torch.ones(len(looked.beyond), dtype=torch.bool)
+    if len(vouched):
+        doubtful &= ~torch.as_tensor(vouched)
+    count = int(doubtful.sum())
+    aside = doubtful & looked.aside
+    kept = aside & (looked.beyond < math.log(max(1, count) / (1 - CHANCE)))
     rank = 1 + LIMIT_QUANTILE * (limit_from - 1)
-    number = betabinom(len(beyond), limit_from + 1 - rank, rank)
-    aside = beyond > 0
-    near = aside & (beyond < math.log(max(1, len(beyond)) / (1 - CHANCE)))
-    count = int(near.sum())
-    kept = count if count <= number.ppf(CHANCE) else int(number.mean())
-    aside[beyond.masked_fill(~near, torch.inf).argsort()[:kept]] = False
-    return aside
+    of_each = [looked.cameras == camera for camera in set(looked.cameras.tolist())]
+    for some in [*of_each, torch.ones_like(doubtful)]:
+        chance = betabinom(int((doubtful & some).sum()), limit_from + 1 - rank, rank)
+        mine = (kept & some).nonzero().flatten()
+        if len(mine) > chance.ppf(CHANCE):
+            kept[mine[looked.beyond[mine].argsort()[int(chance.mean()) :]]] = False
+    return aside & ~kept
 
 
 @torch.no_grad()
-def look_over(model: Dpdl, new: ImageSource, *, max_maps: int) -> Looked:
+def look_over(
+    model: Dpdl, new: ImageSource, cameras: Sequence[str] = (), *, max_maps: int
+) -> Looked:
     """Which of this rank's new normals not to learn from, the others' shift, and all features.
 
     Aside go those whose energy under the present model is beyond what it finds in normals it has
     not seen, and beyond the bulk of the new ones: if all have drifted, drift is what is to be
     learnt; if some stand out, they are taken for anomalies that slipped in. Median and deviation
-    from it, so that up to half of the new may be poison.
+    from it, so that up to half of the new may be poison. The bulk is that of the image's camera
+    where OF_ONE_CAMERA or more are of it, and of all where not, or where its camera is "".
     The shift is the mean of -log of the energies' tail probabilities, which is 1 for normals like
     those that the model learnt from, minus 1.
     """
@@ -103,16 +125,31 @@ def look_over(model: Dpdl, new: ImageSource, *, max_maps: int) -> Looked:
     seen = see(model.config, model.trunk, new, max_maps, judge)
     mine = torch.cat(found)
     everyone = distributed.gather_rows(mine)
+    # Numbers that all ranks give alike.
+    numbers = [zlib.crc32(name.encode()) if name else -1 for name in cameras]
+    of = distributed.gather_rows(torch.tensor(numbers or [-1] * len(mine), dtype=torch.long))
     if not len(everyone):
-        return Looked(torch.zeros(0), 0.0, seen)
-    energies = everyone[:, 0]
+        return Looked(torch.zeros(0), 0.0, of, seen)
+    # An energy is a weighted sum of exponential tails, at widest when all rise together.
+    least = torch.stack([model.energy_limit, model.weights[: len(names)].sum()]).cpu()
+    limits = torch.maximum(_bulk(everyone[:, 0]), least).repeat(len(everyone), 1)
+    for camera in set(of.tolist()) - {-1}:
+        some = of == camera
+        if some.sum() < OF_ONE_CAMERA:
+            of[some] = -1
+        else:
+            limits[some] = torch.maximum(_bulk(everyone[some, 0]), least)
+    beyond = (everyone[:, 0] - limits[:, 0]) / limits[:, 1]
+    start = _before(torch.tensor(len(mine)))
+    here = slice(start, start + len(mine))
+    return Looked(beyond[here], float(everyone[beyond <= 0, 1].mean() - 1), of[here], seen)
+
+
+def _bulk(energies: Tensor) -> Tensor:
+    """(n,) -> (2,): beyond what they stand out, and their spread."""
     median = energies.median()
     spread = 1.4826 * (energies - median).abs().median()
-    limit = torch.maximum(model.energy_limit.cpu(), median + 3.5 * spread)
-    # An energy is a weighted sum of exponential tails, at widest when all rise together.
-    scale = torch.maximum(model.weights[: len(names)].sum().cpu(), spread)
-    shift = float(everyone[energies <= limit, 1].mean() - 1)
-    return Looked((mine[:, 0] - limit) / scale, shift, seen)
+    return torch.stack([median + 3.5 * spread, spread])
 
 
 @torch.no_grad()

@@ -43,6 +43,8 @@ Kind = Literal["false-alarm", "defect", "unsure"]
 INCOMING, ANOMALIES = "incoming", "anomalies"
 _FOLDER: dict[Kind, str] = {"false-alarm": INCOMING, "defect": ANOMALIES}
 _NAME = "answer-"
+ANSWERED = "answer:"
+"""How the source of a frame that was answered begins: a vouched folder names its files."""
 
 SCHEMA = pa.schema(
     [
@@ -194,7 +196,7 @@ def _parquet(answer: Answer, result: FrameResult, image: bytes) -> bytes:
         "defect": answer.defect,
         "camera": result.camera,
         "captured_at": result.captured_at_ns,
-        "source": f"answer:{answer.frame_id}",
+        "source": f"{ANSWERED}{answer.frame_id}",
         "digest": hashlib.sha256(image).hexdigest(),
         "answered_by": answer.by,
         "answered_at": answer.at_ns,

@@ -210,6 +210,7 @@ def build(
         defects,
         seed=inputs.seed,
         vouched=[is_answer(row.key) for row in new.rows],
+        cameras=[row.camera for row in new.rows],
         # Other defects than those that the current model was taught are there to be learnt.
         relearn=parent["data"]["objects"] != inputs.objects,
         device=device,
@@ -218,9 +219,15 @@ def build(
     # The held-out share goes through the sieve, too: a defect in it would lift the thresholds.
     unseen = images(settings, inputs.new, size, lambda row: is_held_out(row) and may_use(row))
     # The limit comes from all normals of the current model's own fit: no fewer than these.
-    doubtful = set_aside(current.model, unseen, limit_from=old.num_images).nonzero()
+    doubtful = set_aside(
+        current.model,
+        unseen,
+        limit_from=old.num_images,
+        cameras=[row.camera for row in unseen.rows],
+        vouched=[is_answer(row.key) for row in unseen.rows],
+    )
     suspects = [new.rows[i] for i in report.set_aside]
-    suspects += [unseen.rows[i] for i in doubtful.flatten().tolist()]
+    suspects += [unseen.rows[i] for i in doubtful.nonzero().flatten().tolist()]
     data["set_aside"] = sorted({*inputs.set_aside, *(row.digest for row in suspects)})
     held_out = HeldOut(settings, data, parent["data"], at_most=enough(parent))
     # The gate will ask for both.

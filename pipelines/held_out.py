@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from infra.answers import is_answer
+from infra.answers import ANSWERED, is_answer
 from infra.settings import Settings
 from pipelines.dataset_index import DatasetIndex, incoming, load_index
 from pipelines.gate import Held
@@ -49,14 +49,19 @@ MOMENT_S = 60
 
 def is_held_out(row: RowRef) -> bool:
     """Never what people have answered: those are the frames that alarmed, no sample of the normals,
-    and thresholds set on them would rise until nothing alarms."""
-    if is_answer(row.key):
+    and thresholds set on them would rise until nothing alarms. A folder that a person vouches for
+    is a sample like any other."""
+    if is_answer(row.key) and row.source.startswith(ANSWERED):
         return False
-    name = row.digest
-    if row.captured_at_ns:
-        moment = row.captured_at_ns // (MOMENT_S * 10**9)
-        name = hashlib.sha256(f"{row.camera} {moment}".encode()).hexdigest()
-    return int(name[:8], 16) % HELD_OUT_OF == 0
+    return int(moment(row)[:8], 16) % HELD_OUT_OF == 0
+
+
+def moment(row: RowRef) -> str:
+    """The same for all that a camera saw within MOMENT_S; the digest where nobody knows when."""
+    if not row.captured_at_ns:
+        return row.digest
+    number = row.captured_at_ns // (MOMENT_S * 10**9)
+    return hashlib.sha256(f"{row.camera} {number}".encode()).hexdigest()
 
 
 def usable(data: Mapping[str, Any]) -> Keep:
@@ -193,6 +198,10 @@ class HeldOut:
 
     def cameras(self, name: str, size: int) -> list[str]:
         return [row.camera for source in self.at(size)[name] for row in source.rows]
+
+    def moments(self, size: int) -> list[str]:
+        """Of the old normals, then the new."""
+        return [moment(row) for n in ("old", "new") for s in self.at(size)[n] for row in s.rows]
 
     def score(self, version: str, model: Any) -> Held:
         if version not in self._scored:

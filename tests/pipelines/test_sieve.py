@@ -96,3 +96,30 @@ def test_what_chance_explains_is_kept_and_of_more_the_least_anomalous():
     assert many[[994, 996, 997]].tolist() == [False] * 3
     assert (many[[995, 998, 999]].all(), int(many.sum())) == (True, 21)
     assert len(set_aside(model, ArraySource(pixels([])), limit_from=0)) == 0
+    vouched = [False] * 999 + [True]
+    assert not set_aside(model, source, limit_from=2000, vouched=vouched).any()
+
+
+def test_a_camera_that_has_moved_is_drift_beside_nine_that_have_not():
+    """Its own bulk counts, for what is learnt and for thresholds; what stands out of it is not."""
+    rng = np.random.default_rng(0)
+    energies = [*rng.exponential(size=180), *rng.normal(15, 1, 19), 60.0]
+    cameras = [f"cam-{i % 9}" for i in range(180)] + ["moved"] * 20
+    source, model = ArraySource(pixels(energies)), Model(5.3)
+    assert look_over(model, source, max_maps=0).aside[180:].all()
+    aside = look_over(model, source, cameras, max_maps=0).aside
+    assert aside[180:].nonzero().flatten().tolist() == [19]
+    unseen = set_aside(model, source, limit_from=500, cameras=cameras)
+    assert unseen.nonzero().flatten().tolist() == [199]
+    few = [*cameras[:190], *["other"] * 5, *["another"] * 5]  # too few to say where the bulk lies
+    assert look_over(model, source, few, max_maps=0).aside[190:].all()
+
+
+def test_defects_of_one_camera_do_not_pass_for_what_chance_explains_of_all():
+    """Ten of 1,000 may be chance; of one camera's 50 they are not."""
+    rng = np.random.default_rng(0)
+    energies = [*rng.uniform(0, 3, 990), *rng.uniform(7, 12, 10)]
+    cameras = ["cam-1"] * 950 + ["cam-2"] * 50
+    source, model = ArraySource(pixels(energies)), Model(5.3)
+    assert set_aside(model, source, limit_from=500).sum() == 0
+    assert set_aside(model, source, limit_from=500, cameras=cameras).sum() == 10

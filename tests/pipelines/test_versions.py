@@ -90,17 +90,16 @@ def test_without_a_time_about_one_in_five_is_held_out_by_its_content_alone():
     assert is_held_out(moved) == is_held_out(rows[7])
 
 
-def test_what_people_answered_is_never_held_out():
-    """A fifth of the very same rows would be, were they not answers."""
-    answers = [
-        RowRef(
-            "plates/incoming/answer-0.parquet", 0, f"{i * 2654435761 % 2**32:08x}", 0, "", "", ""
-        )
-        for i in range(100)
-    ]
-    assert is_answer(answers[0].key)
+def test_what_people_answered_is_never_held_out_and_of_a_vouched_folder_a_fifth():
+    """A vouched folder is stored as answers are; its rows name files, theirs name frames."""
+    key = "plates/incoming/answer-0.parquet"
+    digests = [f"{i * 2654435761 % 2**32:08x}" for i in range(5000)]
+    answers = [RowRef(key, 0, digest, 0, "", "", f"answer:frames/0/{digest}") for digest in digests]
+    assert is_answer(key)
     assert not any(map(is_held_out, answers))
-    assert any(is_held_out(dataclasses.replace(row, key="k")) for row in answers)
+    vouched = [dataclasses.replace(row, source="plates/1.png") for row in answers]
+    share = sum(map(is_held_out, vouched)) / len(vouched)
+    assert share == pytest.approx(1 / HELD_OUT_OF, abs=0.02)
 
 
 @pytest.fixture
