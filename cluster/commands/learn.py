@@ -150,6 +150,14 @@ def refresh(
             say(f"nothing to do: {done.why}")
             return
         out.print(f"{done.decision} {done.to_version or ''}: {done.why}", markup=False)
+        if done.set_aside:
+            bucket, where = settings.s3.models_bucket, f"{model}/versions/{done.to_version}"
+            out.print(
+                f"{done.set_aside} new images look like defects and were set aside: "
+                f"s3://{bucket}/{where}/set_aside.json lists them",
+                markup=False,
+                highlight=False,
+            )
         for note in done.notes:
             err.print(note, style="yellow", markup=False)
         write_report(report, asdict(done))

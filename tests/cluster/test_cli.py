@@ -9,10 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from cluster import cli
 from cluster.commands.shared import check_device, duration, key_values, write_report
 from infra.errors import DpdlError
+from pipelines import refresh
+from pipelines.refresh import RefreshReport
 from serving import app as stream_app
 
 
@@ -143,3 +146,15 @@ def test_what_has_services_of_its_own_never_runs_on_a_plants(words, tmp_path):
     done = dpdl(*words, cwd=tmp_path)
     assert done.returncode == 1
     assert "dpdl.yaml leads to others" in done.stderr
+
+
+def test_a_refresh_says_what_it_has_set_aside_and_where_it_is_listed(monkeypatch):
+    def refreshed(*_):
+        return RefreshReport("held", "v1", "v2", "chance", 1.0, set_aside=3)
+
+    monkeypatch.setattr(refresh, "refresh_once", refreshed)
+    done = CliRunner().invoke(cli.app, ["refresh", "--once"])
+    assert done.exit_code == 0, done.output
+    assert "3 new images look like defects" in done.output
+    listed = "s3://dpdl-models/default/versions/v2/set_aside.json lists them"
+    assert listed in " ".join(done.output.split())
