@@ -237,6 +237,7 @@ def build(
         np.concatenate([held.old_normals, held.new_normals]),
         held_out.cameras("old", size) + held_out.cameras("new", size),
         parent["false_alarm_rate"],
+        held_out.moments(size),
     )
     if repeats:
         notes.append(f"{sum(map(len, repeats.values()))} new images were known already")

@@ -7,12 +7,12 @@ at.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy.stats import binom
 
 from dpdl_core.metrics import auroc
 from pipelines.scoring import Scores, alarms, calibrate
@@ -27,9 +27,9 @@ class GateLimits:
     losses add up."""
     max_recall_drop: float = 0.1
     """Share of the known defects that alarm, current minus candidate, each by its thresholds."""
-    false_alarm_sigmas: float = 3.0
-    """A group of n held-out normals may alarm at the stated rate plus so many binomial standard
-    deviations: 3 of 1,000 good candidates are held for no reason."""
+    false_alarm_chance: float = 0.0013
+    """So many alarms of a group of n held-out normals are held against a candidate, as come by
+    chance with this probability or less, binomial, where it keeps the stated rate."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def judge(
     defect_cameras: Sequence[str],
     old_cameras: Sequence[str],
     new_cameras: Sequence[str],
+    moments: Sequence[str] = (),
     current_thresholds: dict[str, Any],
     candidate_thresholds: dict[str, Any],
     set_on_new: bool,
@@ -73,6 +74,7 @@ def judge(
     and the new ones are judged by them as they stand. False alarms hold a candidate only where it
     is also worse than the current model: after a drift, better is what is asked, not perfect. Nor
     does it count then that the current model's alarms at everything include the known defects.
+    moments: of the old normals, then the new, as calibrate() counts them.
     best_auroc: numbers["auroc_best"] of the current version's own verdict.
     """
     limits = limits or GateLimits()
@@ -105,9 +107,10 @@ def judge(
         figures.append("no known defects that both have learnt, AUROC not compared")
     alarmed_before = alarms(_normals(current), cameras, current_thresholds)
     if set_on_new:
-        alarmed_after, rate = _cross_fitted(_normals(candidate), cameras, false_alarm_rate)
+        alarmed_after, rate = _cross_fitted(_normals(candidate), cameras, false_alarm_rate, moments)
     else:
-        old, rate = _cross_fitted(candidate.old_normals, old_cameras, false_alarm_rate)
+        some = moments[: len(old_cameras)]
+        old, rate = _cross_fitted(candidate.old_normals, old_cameras, false_alarm_rate, some)
         new = alarms(candidate.new_normals, new_cameras, candidate_thresholds)
         alarmed_after = np.concatenate([old, new])
     start = 0
@@ -117,7 +120,7 @@ def judge(
         rows = slice(start, start + count)
         start += count
         was, now = float(alarmed_before[rows].mean()), float(alarmed_after[rows].mean())
-        bound = rate + limits.false_alarm_sigmas * math.sqrt(rate * (1 - rate) / count)
+        bound = float(binom.isf(limits.false_alarm_chance, count, rate)) / count
         numbers |= {
             f"{group}_normals": count,
             f"false_alarms_{group}_current": was,
@@ -148,7 +151,7 @@ def _auroc(held: Held) -> float:
 
 
 def _cross_fitted(
-    scores: Scores, cameras: Sequence[str], false_alarm_rate: float
+    scores: Scores, cameras: Sequence[str], false_alarm_rate: float, moments: Sequence[str]
 ) -> tuple[np.ndarray[Any, Any], float]:
     """bool (N,) alarms by thresholds that did not see the score, and the rate they were set for."""
     alarmed = np.zeros(len(scores), bool)
@@ -159,7 +162,12 @@ def _cross_fitted(
         judged = np.flatnonzero(fold == side).tolist()
         if not fitted:
             continue
-        thresholds, _ = calibrate(scores[fitted], [cameras[i] for i in fitted], false_alarm_rate)
+        thresholds, _ = calibrate(
+            scores[fitted],
+            [cameras[i] for i in fitted],
+            false_alarm_rate,
+            [moments[i] for i in fitted] if moments else (),
+        )
         alarmed[judged] = alarms(scores[judged], [cameras[i] for i in judged], thresholds)
         rates.append(thresholds["false_alarm_rate"])
     return alarmed, max(rates, default=false_alarm_rate)

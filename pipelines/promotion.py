@@ -190,6 +190,7 @@ def _against_current(
         defect_cameras=held_out.cameras("defects", size),
         old_cameras=held_out.cameras("old", size),
         new_cameras=held_out.cameras("new", size),
+        moments=held_out.moments(size),
         current_thresholds=dict(current.thresholds),
         candidate_thresholds=dict(candidate.thresholds),
         # A refresh sets its thresholds on old and new; a training has not seen the new ones.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,8 +27,8 @@ from pipelines.sources import RowRef
 SCORE_BATCH = 32
 NICENESS = 5
 FEW = 9
-"""Held-out normals of one camera whose highest score says something: a fresh normal exceeds it
-with probability 1 / (FEW + 1) at most."""
+"""Held-out normals of one camera, of as many moments, whose highest score says something: a fresh
+normal exceeds it with probability 1 / (FEW + 1) at most."""
 
 Scores = npt.NDArray[np.float64]
 
@@ -105,16 +106,18 @@ def drift_reference(
 
 
 def calibrate(
-    scores: Scores, cameras: Sequence[str], false_alarm_rate: float
+    scores: Scores, cameras: Sequence[str], false_alarm_rate: float, moments: Sequence[str] = ()
 ) -> tuple[dict[str, Any], list[str]]:
     """Thresholds by split conformal over held-out normals, and what a person should know of them.
 
-    A camera gets its own where it has enough normals for the rate. The others share the default,
-    from all normals, which keeps the rate over all of them; but for those of cameras unlike the
-    others, which would lift it until no defect of the others is found. A camera with FEW or more of
-    its own, the highest of them above the default, gets that: it must not alarm all the time until
-    it has enough. Where even all are too few, the threshold is the highest normal score and the
-    stated rate is the one that so many normals can support, 1/(N+1): never a rate that is not kept.
+    A camera gets its own where it has normals of enough moments for the rate: what it saw within
+    one is about one picture (held_out.moment; without `moments` each image is of its own). The
+    others share the default, from all normals, which keeps the rate over all of them; but for those
+    of cameras unlike the others, which would lift it until no defect of the others is found. A
+    camera with FEW moments or more, the highest of its scores above the default, gets that: it must
+    not alarm all the time until it has enough. Where even all are too few, the threshold is the
+    highest normal score and the stated rate is the one that so many normals can support, 1/(N+1):
+    never a rate that is not kept.
     Raises ValueError with no scores at all.
     """
     if not len(scores):
@@ -135,17 +138,19 @@ def calibrate(
     default = conformal_threshold(
         scores[~_unlike(scores, cameras, by_camera, false_alarm_rate)], false_alarm_rate
     )
+    seen = set(zip(cameras, moments or range(len(scores)), strict=True))
+    num_moments = Counter(camera for camera, _ in seen)
     own = {}
     for camera, some in by_camera.items():
-        if len(some) >= needed:
+        if num_moments[camera] >= needed:
             own[camera] = conformal_threshold(some, false_alarm_rate)
-        elif len(some) >= FEW and some.max() > default:
+        elif num_moments[camera] >= FEW and some.max() > default:
             own[camera] = float(some.max())
-    short = [f"{c} ({len(some)})" for c, some in by_camera.items() if len(some) < needed]
+    short = [f"{c} ({num_moments[c]})" for c in by_camera if num_moments[c] < needed]
     if short:
         notes.append(
-            f"{needed} held-out normals are needed for a camera's own threshold; "
-            f"fewer have {', '.join(short)}"
+            f"{needed} held-out normals of different moments are needed for a camera's own "
+            f"threshold; fewer have {', '.join(short)}"
         )
     return {
         "false_alarm_rate": false_alarm_rate,

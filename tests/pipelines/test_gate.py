@@ -1,5 +1,7 @@
 """The gate on made-up scores whose right verdict is plain to see."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -65,6 +67,25 @@ def test_false_alarms_on_new_normals_hold_a_candidate_that_is_worse(current):
     got = verdict(current, shifted)
     assert not got.promote
     assert "false alarms on new normals above" in got.why
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9, 30, 100])
+def test_by_chance_hardly_any_good_candidate_is_held(count):
+    """Oracle: P(more alarms than the bound) by the binomial's sum, at most .0013 for any number."""
+    old = np.linspace(0, 1, 999)
+    held = Held(np.empty(0), old, np.linspace(0, 1, count))
+    bound = verdict(held, held, own=by(2.0, rate=0.01)).numbers["false_alarms_new_bound"]
+    most = round(bound * count)
+    chance = 1 - sum(math.comb(count, k) * 0.01**k * 0.99 ** (count - k) for k in range(most + 1))
+    assert chance <= 0.0013 + 1e-12
+    if most:
+        assert chance + math.comb(count, most) * 0.01**most * 0.99 ** (count - most) > 0.0013
+
+
+def test_one_alarm_among_few_new_normals_holds_nothing():
+    quiet = Held(np.empty(0), np.linspace(0, 1, 999), np.array([0.5]))
+    alarmed = Held(np.empty(0), np.linspace(0, 1, 999), np.array([3.0]))
+    assert verdict(quiet, alarmed, own=by(2.0, rate=0.01)).promote
 
 
 def test_after_a_drift_better_is_enough(current):

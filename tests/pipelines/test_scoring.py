@@ -44,6 +44,23 @@ def test_a_camera_unlike_the_others_is_not_left_to_the_threshold_of_all():
     assert "fewer have cam-2 (12)" in notes[0]
 
 
+def test_what_a_camera_saw_within_a_moment_counts_once():
+    """99 frames of one minute are about one normal; of 99 minutes they are what .01 needs."""
+    rng = np.random.default_rng(0)
+    scores = np.concatenate([rng.normal(size=300), rng.normal(4, 0.1, 99)])
+    cameras = [""] * 300 + ["cam-2"] * 99
+    other = [f"{i}" for i in range(300)]
+    one, few, many = (
+        calibrate(scores, cameras, 0.01, other + [f"m{m}" for m in of_camera])
+        for of_camera in ([0] * 99, np.arange(99) % 9, range(99))
+    )
+    assert one[0]["cameras"] == {}
+    assert "fewer have cam-2 (1)" in one[1][0]
+    assert few[0]["cameras"] == {"cam-2": scores[300:].max()}
+    assert many == calibrate(scores, cameras, 0.01)
+    assert many[1] == []
+
+
 def test_a_few_normals_never_lower_a_threshold():
     scores = np.concatenate([np.arange(300.0), np.zeros(12)])
     thresholds, _ = calibrate(scores, ["cam-1"] * 300 + ["cam-2"] * 12, 0.01)
