@@ -127,12 +127,14 @@ async def _failed(request: Request, error: DpdlError) -> JSONResponse:
     return _problem(503 if error.retryable else 500, type(error).__name__)
 
 
-async def _asked(answer: Any) -> Any:
-    """A replica's answer, or an empty one that says why."""
+async def _asked(handle: DeploymentHandle[Any], method: str) -> dict[str, Any]:
+    """What all replicas answer, in one; an empty one that says why where there is none."""
     try:
-        return await asyncio.wait_for(answer, STATUS_S)
+        answers = handle.broadcast(method)
+        said = await answers.results_async(timeout_s=STATUS_S, return_exceptions=True)
     except Exception as error:  # restarting, overloaded, away: the page says so and asks again
-        return {"trouble": f"no answer ({type(error).__name__})"}
+        said = [error]
+    return views.replicas(said)
 
 
 def _found(stored: StoredResult | None, id: str) -> StoredResult:
@@ -146,7 +148,7 @@ class Console:
     """The deployment's class.
 
     Args:
-        consumer: for its state; one of the replicas answers.
+        consumer: for its state.
         scorer: for the version in use.
         model_name: scores the cameras that are bound to no other model.
     """
@@ -243,9 +245,9 @@ class Console:
 
     @api.get("/api/v1/cameras", responses=PROBLEMS)
     def cameras(self) -> schema.CameraPage:
-        """Cameras ever seen or configured, the worst first; of the MAX_CAMERAS seen last."""
+        """Cameras ever seen or configured, the worst first, at most MAX_CAMERAS."""
         known = self._results.cameras()
-        return schema.CameraPage(cameras=views.cameras(known[:MAX_CAMERAS]), known=len(known))
+        return schema.CameraPage(cameras=views.cameras(known, MAX_CAMERAS), known=len(known))
 
     @api.get("/api/v1/cameras/{camera:path}/scores", responses=MISSING)
     def scores(
@@ -364,11 +366,12 @@ class Console:
 
     @api.get("/api/v1/status", responses=PROBLEMS)
     async def status(self) -> dict[str, Any]:
-        """The version in use, refused versions, one consumer's totals, dead letters; waiting: by
-        partition, frames in Kafka whose result is not yet published."""
+        """The version in use, refused versions, one consumer's totals, the trouble of all
+        replicas, dead letters; waiting: by partition, frames in Kafka whose result is not yet
+        published."""
         scorer, consumer, dead = await asyncio.gather(
-            _asked(self._scorer.info.remote()),
-            _asked(self._consumer.stats.remote()),
+            _asked(self._scorer, "info"),
+            _asked(self._consumer, "stats"),
             asyncio.to_thread(self._results.dead_letters),
         )
         waiting = self._watch.waiting

@@ -110,8 +110,9 @@ class Camera(BaseModel):
 
 class CameraPage(BaseModel):
     cameras: list[Camera]
-    """The worst first: alerting (the most first), silent, ok."""
+    """The worst first: alerting (the most first), silent, ok; at most 2,000."""
     known: int
+    """How many there are."""
 
 
 class Model(BaseModel):

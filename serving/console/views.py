@@ -77,11 +77,13 @@ def camera(state: CameraState, now_s: float | None = None) -> schema.Camera:
     )
 
 
-def cameras(states: Sequence[CameraState]) -> list[schema.Camera]:
-    """The worst first."""
+def cameras(states: Sequence[CameraState], most: int | None = None) -> list[schema.Camera]:
+    """The worst first, of more than `most` those alone."""
     now_s = time.time()
-    shown = [camera(state, now_s) for state in states]
-    return sorted(shown, key=lambda c: (_RANK[c.state], -(c.alert_share or 0.0), c.camera))
+    worst = sorted(
+        states, key=lambda s: (_RANK[_state(s, now_s)], -(s.alert_share or 0.0), s.camera)
+    )
+    return [camera(state, now_s) for state in worst[:most]]
 
 
 def timeline(
@@ -123,6 +125,24 @@ def version(
         why=decision.why if decision else (moves[0].why if moves else ""),
         numbers=decision.numbers if decision else {},
     )
+
+
+def replicas(said: Sequence[dict[str, Any] | BaseException]) -> dict[str, Any]:
+    """What a deployment's replicas say of themselves, in one.
+
+    Figures are those of one that answers; `trouble`, and of a scorer `refused`, those of all.
+    """
+    answers = [each for each in said if isinstance(each, dict)]
+    found = dict(answers[0]) if answers else {}
+    for name in {"trouble", "refused"} & found.keys():
+        each = [answer[name] for answer in answers]
+        if isinstance(found[name], dict):
+            found[name] = {what: why for one in each for what, why in one.items()}
+        else:
+            found[name] = "; ".join(filter(None, dict.fromkeys(each)))
+    if lost := [type(each).__name__ for each in said if isinstance(each, BaseException)]:
+        found["trouble"] = f"{len(lost)} of {len(said)} replicas: no answer ({lost[0]})"
+    return found
 
 
 def _pictures(frame_id: str, captured_at_ns: int, evidence: str | None) -> tuple[str, str | None]:

@@ -12,6 +12,7 @@ export function openWall(root) {
   const grid = h("div", { class: "wall" });
   const tiles = new Map();
   let cameras = [];
+  let known = 0;
   let rounds = 0;
   only.addEventListener("input", draw);
   root.append(h("div", { class: "row head" }, h("h1", {}, "Cameras"), summary, only), grid);
@@ -29,13 +30,14 @@ export function openWall(root) {
       grid.replaceChildren(...now);
       if (grid.contains(focused)) focused.focus();
     }
-    const told = sentence(cameras) + (wanted.length > SHOWN ? ` The worst ${SHOWN} are shown.` : "");
+    const told = sentence(cameras, known) + (wanted.length > SHOWN ? ` The worst ${SHOWN} are shown.` : "")
+      + (known > cameras.length ? ` The filter looks through the worst ${cameras.length}.` : "");
     if (summary.textContent !== told) summary.textContent = told;
   }
 
   async function look() {
     if (rounds++ % EVERY) return;
-    cameras = (await get("api/v1/cameras")).cameras;
+    ({ cameras, known } = await get("api/v1/cameras"));
     draw();
   }
 
@@ -54,14 +56,15 @@ export function openWall(root) {
   };
 }
 
-function sentence(cameras) {
+function sentence(cameras, known) {
   if (!cameras.length) return "No camera has sent a frame yet.";
-  const alerting = cameras.filter((each) => each.state === "alerting");
-  const silent = cameras.filter((each) => each.state === "silent").length;
-  const quiet = silent ? ` ${silent} silent.` : "";
-  if (!alerting.length) return `None of ${cameras.length} is alerting.${quiet}`;
-  const [worst] = alerting;
-  return `${alerting.length} of ${cameras.length} alerting. Worst: ${worst.camera}, where `
+  const count = (state) => cameras.filter((each) => each.state === state).length;
+  // Of more than are sent, the worst are: only the last state among them may be cut short.
+  const counted = (state) => (known > cameras.length && cameras.at(-1).state === state ? "at least " : "") + count(state);
+  const quiet = count("silent") ? ` ${counted("silent")} silent.` : "";
+  if (!count("alerting")) return `None of ${known} is alerting.${quiet}`;
+  const [worst] = cameras;
+  return `${counted("alerting")} of ${known} alerting. Worst: ${worst.camera}, where `
     + `${percent(worst.alert_share)} of the frames raise an alert.${quiet}`;
 }
 

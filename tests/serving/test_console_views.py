@@ -74,6 +74,7 @@ def test_the_worst_camera_comes_first(monkeypatch):
     ]  # fmt: skip
     shown = [each.camera for each in views.cameras(states)]
     assert shown == ["worse", "bad", "gone", "also quiet", "quiet"]
+    assert [each.camera for each in views.cameras(states, 3)] == shown[:3]
 
 
 WELDS = ModelBinding("welds", "ann", 7 * 10**6)
@@ -107,6 +108,28 @@ def test_pictures_come_from_the_evidence_or_else_from_kafka():
     assert alert.heat_url == "api/v1/evidence/frames/00000/00000000000000000003/heat.png"
     quiet = views.frame(stored(3, 0.5), {})
     assert (quiet.frame_url, quiet.heat_url) == ("api/v1/frames/frames/0/3-3000000000", None)
+
+
+def test_the_trouble_of_each_replica_is_told():
+    def consumer(trouble):
+        return {"pid": 1, "frames": 7, "trouble": trouble}
+
+    assert views.replicas([consumer("")]) == consumer("")
+    told = views.replicas([consumer(""), consumer("Kafka is away"), consumer("starting")])
+    assert told == consumer("Kafka is away; starting")
+    assert views.replicas([consumer("the same"), consumer("the same")])["trouble"] == "the same"
+
+    scorers = [
+        {"version": "v1", "trouble": {"welds": "no version"}, "refused": {}},
+        {"version": "v1", "trouble": {}, "refused": {"v2": "broken"}},
+    ]
+    told = views.replicas(scorers)
+    assert told["trouble"] == {"welds": "no version"}
+    assert told["refused"] == {"v2": "broken"}
+
+    lost = views.replicas([consumer(""), TimeoutError()])
+    assert lost == consumer("1 of 2 replicas: no answer (TimeoutError)")
+    assert views.replicas([OSError()]) == {"trouble": "1 of 1 replicas: no answer (OSError)"}
 
 
 def test_a_frame_shows_its_answer():
