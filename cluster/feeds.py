@@ -58,7 +58,8 @@ class CameraSpec:
     camera: str
     source: Source
     fps: float | None = None
-    """At most so many frames per second; None: as they come (folders: FOLDER_FPS)."""
+    """At most so many frames per second; None: as they come (folders: FOLDER_FPS; snapshots:
+    SNAPSHOT_FPS)."""
 
 
 @dataclass(slots=True)
@@ -331,7 +332,7 @@ def _read_until_lost(
     refused: Refusals,
 ) -> None:
     due = 0.0
-    for picture in live_pictures(address, over):
+    for picture in live_pictures(address, over, spec.fps):
         if count.state != "live" and not over.is_set():
             count.state, count.why = "live", ""
             say(f"{spec.camera}: {address.shown}: live")

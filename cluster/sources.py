@@ -32,6 +32,8 @@ OPEN_S = 10.0
 """A camera that has not answered for so long is tried again."""
 READ_S = 10.0
 """A camera that sends nothing for so long is lost."""
+SNAPSHOT_FPS = 1.0
+"""Pictures a second of a camera that gives one at a time, where no rate is asked for."""
 JPEG_QUALITY = 90
 JPEG_START = b"\xff\xd8\xff"
 
@@ -117,22 +119,33 @@ def video_pictures(path: Path) -> Iterator[Picture]:
         yield from _pictures(container)
 
 
-def live_pictures(address: Address, stop: threading.Event) -> Iterator[Picture]:
-    """A live camera's frames until it is lost, which raises CameraLost, or `stop` is set."""
+def live_pictures(
+    address: Address, stop: threading.Event, fps: float | None = None
+) -> Iterator[Picture]:
+    """A live camera's frames until it is lost, which raises CameraLost, or `stop` is set.
+
+    One that answers with a single picture is asked again, `fps` times a second.
+    """
     options = {"rtsp_transport": "tcp"} if address.url.startswith("rtsp") else {}
-    try:
-        with av.open(address.url, options=options, timeout=(OPEN_S, READ_S)) as container:
-            if not container.streams.video:
-                raise CameraLost("it sends no video")
-            for picture in _pictures(container):
-                if stop.is_set():
-                    return
-                yield picture
-    except av.FFmpegError as error:
-        raise CameraLost(error.strerror or type(error).__name__) from None
-    except OSError as error:
-        raise CameraLost(error.strerror or type(error).__name__) from None
-    raise CameraLost("its stream ended")
+    while not stop.is_set():
+        asked_s, num_pictures, single = time.monotonic(), 0, False
+        try:
+            with av.open(address.url, options=options, timeout=(OPEN_S, READ_S)) as container:
+                if not container.streams.video:
+                    raise CameraLost("it sends no video")
+                single = container.format.name.endswith("_pipe")  # jpeg_pipe, png_pipe, ...
+                for picture in _pictures(container):
+                    if stop.is_set():
+                        return
+                    num_pictures += 1
+                    yield picture
+        except (av.FFmpegError, OSError) as error:
+            # The end of a picture that came without its length is an error to FFmpeg.
+            if not (single and num_pictures):
+                raise CameraLost(error.strerror or type(error).__name__) from None
+        if not (single and num_pictures):
+            raise CameraLost("its stream ended")
+        stop.wait(max(0.0, asked_s + 1 / (fps or SNAPSHOT_FPS) - time.monotonic()))
 
 
 def _opened(url: str, shown: str) -> Any:

@@ -59,7 +59,7 @@ def test_a_reader_waits_for_frames_and_ends_when_the_buffer_is_closed():
 def live(monkeypatch, send):
     """A camera of an endless address whose frames `send` takes: (count, what was said)."""
 
-    def pictures(address, over):
+    def pictures(address, over, fps):
         while not over.wait(0.01):
             yield Picture(0, lambda: b"image")
         yield Picture(0, lambda: b"the one that was being read")
@@ -126,7 +126,7 @@ def test_frames_that_a_broker_that_is_away_never_got_are_counted_at_the_end(monk
 
     monkeypatch.setattr(Buffer, "put", counted)
 
-    def pictures(address, ended):
+    def pictures(address, ended, fps):
         for _ in range(5):
             yield Picture(0, lambda: b"image")
         ended.wait(5)

@@ -4,6 +4,7 @@ HTTP camera, and frames that arrive in a real Kafka."""
 from __future__ import annotations
 
 import http.server
+import itertools
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from kafka import TopicPartition
 
 from cluster.feeds import CameraSpec, run_cameras
-from cluster.sources import Address
+from cluster.sources import Address, CameraLost, live_pictures
 from infra.kafka_client import end_offsets, ensure_topics, make_admin, make_consumer
 from infra.messages import MAX_FRAME_BYTES
 
@@ -187,6 +188,39 @@ def test_an_http_camera_passes_its_jpegs_untouched(settings):
         server.shutdown()
     values = [record.value for record in frames_in_kafka(settings)]
     assert values[: len(images) - 1] == images[: len(images) - 1]
+
+
+class Snapshots(HttpCamera):
+    """A camera that gives one picture each time it is asked."""
+
+    def do_GET(self):
+        image = self.server.images[self.server.asked % len(self.server.images)]
+        self.server.asked += 1
+        self.send_response(200)
+        self.send_header("Content-Type", "image/jpeg")
+        if "length" in self.path:
+            self.send_header("Content-Length", str(len(image)))
+        self.end_headers()
+        self.wfile.write(image)
+
+
+@pytest.mark.parametrize("path", ["snapshot.jpg?length", "cgi-bin/snapshot"])
+def test_a_camera_of_single_pictures_is_asked_again_at_its_rate(path):
+    images = [
+        bytes(cv2.imencode(".jpg", np.full((48, 64, 3), level, np.uint8))[1])
+        for level in range(10, 250, 40)
+    ]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Snapshots) as server:
+        server.images, server.asked = images, 0
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = Address(f"http://127.0.0.1:{server.server_address[1]}/{path}")
+        began_s = time.monotonic()
+        pictures = itertools.islice(live_pictures(address, threading.Event(), 10.0), len(images))
+        assert [picture.jpeg() for picture in pictures] == images
+        assert time.monotonic() - began_s > (len(images) - 1) / 10
+        server.shutdown()
+    with pytest.raises(CameraLost):
+        next(live_pictures(address, threading.Event()))
 
 
 def test_one_cameras_end_is_not_anothers(settings, tmp_path):
