@@ -82,7 +82,9 @@ def _read_plain(root: Path) -> Dataset | None:
     if not normal.is_dir():
         return None
     normals, anomalies = _normals(root, normal), _by_class(root, anomaly, default="anomaly")
-    if normals and not anomalies:
+    # A line may begin without a defect; in a folder of another name there may be some.
+    elsewhere = not anomaly.is_dir() and len(_folders(root)) > 1
+    if normals and not anomalies and (elsewhere or _unread(anomaly)):
         raise _no_anomaly(root, anomaly, (normal, anomaly))
     return Dataset(root.name, normals, None, anomalies)
 
@@ -266,8 +268,13 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in _IMAGES and not path.name.startswith(".") and path.is_file()
 
 
-def _is_unread(path: Path) -> bool:
-    return path.is_file() and not _is_image(path) and not path.name.startswith(".")
+def _unread(folder: Path) -> list[Path]:
+    """Files below it that are no images."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not _is_image(path) and not path.name.startswith(".")
+    ]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -319,7 +326,7 @@ def _by_class(
 
 def _no_anomaly(root: Path, wanted: Path, read: tuple[Path, ...]) -> DatasetError:
     others = ", ".join(f"{d.name}/" for d in _folders(root) if d not in read)
-    unread = [p for p in sorted(wanted.rglob("*")) if _is_unread(p)]
+    unread = _unread(wanted)
     if unread:
         return DatasetError(
             f"{root}: no anomalies; {len(unread)} files in {wanted.name}/ are of no kind that is "

@@ -141,11 +141,13 @@ def split(
     shots: int,
     seed: int,
     seen_class: str | None = None,
+    defects_in_test: bool = True,
 ) -> Split:
     """Deal a data set out: normals 3:1 (MATH.md 3, never by seed), anomalies shuffled by seed.
 
     A data set with its own split of normals keeps it. In the hard setting seen_class gives the M
-    anomalies and leaves the test. Raises DatasetError when there are too few images for it.
+    anomalies and leaves the test. Without defects_in_test all may be seen, or there be none: what
+    an import can do, and an evaluation cannot. Raises DatasetError when there are too few images.
     """
     if setting == "hard":
         if len(dataset.defects) < 2:
@@ -161,12 +163,15 @@ def split(
         raise DatasetError(f"seen_class={seen_class!r} belongs to the hard setting")
     candidates = [s for s in dataset.anomalies if seen_class is None or s.defect == seen_class]
     # In the hard setting the other classes are the test.
-    most = len(candidates) - (seen_class is None)
+    tested = defects_in_test and seen_class is None
+    most = len(candidates) - tested
+    if most < 0:
+        raise DatasetError(f"{dataset.name} has no anomalies, and the test needs one")
     if not 0 <= shots <= most:
+        where = f" in {seen_class}" if seen_class else " and the test needs one" if tested else ""
         raise DatasetError(
-            f"{dataset.name} has {len(candidates)} anomalies "
-            f"{f'in {seen_class}' if seen_class else 'and the test needs one'}: shots={shots} can "
-            f"be {max(0, most)} at most"
+            f"{dataset.name} has {len(candidates)} anomalies{where}: shots={shots} can be {most} "
+            "at most"
         )
     normals, test_normals = dataset.normals, dataset.test_normals
     if test_normals is None:

@@ -111,10 +111,12 @@ def import_dataset(
 ) -> ImportReport:
     """Import "elpv" or a folder under `name`; the same input gives the same objects.
 
-    shots: known defects for training. calibration_share: of the training normals, held out for
-    thresholds. leave_out: sources of training normals that are not imported, such as those that
-    are to arrive later. Every file is read twice: to look at it, and to store it. Raises DataError
-    for a name or a folder that will not do, and where one image is both normal and a defect.
+    shots: known defects for training, all of them where none is to be left for the test; 0 where
+    there is none yet. calibration_share: of the training normals, held out for thresholds.
+    leave_out: sources of training normals that are not imported, such as those that are to arrive
+    later. Every file is read twice: to look at it, and to store it.
+    Raises DataError for a name or a folder that will not do, and where one image is both normal and
+    a defect.
     """
     check_name(name)
     try:
@@ -127,6 +129,7 @@ def import_dataset(
             shots=shots,
             seed=seed,
             seen_class=seen_class,
+            defects_in_test=False,
         )
     except protocol.DatasetError as error:
         raise DataError(str(error)) from None

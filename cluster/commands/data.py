@@ -18,7 +18,9 @@ app = typer.Typer(help="Data sets in S3.", no_args_is_help=True)
 def data_import(
     src: Annotated[str, typer.Argument(help="elpv, or a folder in a layout that is known.")],
     name: Annotated[str, typer.Option(help="Name of the data set in S3.")],
-    shots: Annotated[int, typer.Option(min=1, help="Defects for training.")] = 10,
+    shots: Annotated[
+        int, typer.Option(min=0, help="Defects for training; the others are for the test.")
+    ] = 10,
     seed: int = 0,
     report: Report = None,
 ) -> None:

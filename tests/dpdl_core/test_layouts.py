@@ -79,7 +79,6 @@ def test_images_deeper_than_the_layout_are_named(tmp_path, nested, inner, outer)
     ("folders", "message"),
     [
         (["normal", "nok/crack"], "images in anomaly/<class>/, and passed over nok/:"),
-        (["normal"], "images in anomaly/<class>/: put them there"),
         (
             ["train/good", "defects"],
             r"looked for images in test/<class>/, and passed over defects/",
@@ -92,6 +91,14 @@ def test_where_no_anomaly_is_found_folders_are_named(tmp_path, folders, message)
         draw(tmp_path / folder / "a.png")
     with pytest.raises(DatasetError, match=message):
         load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("empty", [(), ("anomaly",), ("anomaly/crack", "notes")])
+def test_a_line_may_begin_without_a_defect(tmp_path, empty):
+    draw(tmp_path / "normal" / "a.png")
+    for folder in empty:
+        (tmp_path / folder).mkdir(parents=True)
+    assert counts(load_dataset(tmp_path)) == (1, None, 0, [])
 
 
 def test_files_of_no_kind_that_is_read_are_named(tmp_path):

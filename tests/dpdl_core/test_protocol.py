@@ -70,6 +70,14 @@ def test_a_data_set_with_its_own_split_keeps_it():
     assert {s.source for s in found.test if s.label == 0} == {f"t{i:03}" for i in range(5)}
 
 
+@pytest.mark.parametrize("defects", [0, 1, 3])
+def test_where_no_test_needs_one_all_defects_may_be_seen(defects):
+    data = made(anomalies={"one": defects})
+    found = split(data, setting="general", shots=defects, seed=0, defects_in_test=False)
+    assert len(found.train_anomalies) == defects
+    assert {sample.label for sample in found.test} == {0}
+
+
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
@@ -78,6 +86,16 @@ def test_a_data_set_with_its_own_split_keeps_it():
         (made(), {"setting": "hard", "seen_class": None}, "one of crack, hole"),
         (made(), {"setting": "general", "seen_class": "hole"}, "hard setting"),
         (made(), {"setting": "general", "shots": 21}, "21 .* test needs one: .* be 20 at most"),
+        (
+            made(anomalies={"one": 0}),
+            {"setting": "general", "shots": 0},
+            "no anomalies, and the test",
+        ),
+        (
+            made(anomalies={"one": 2}),
+            {"setting": "general", "shots": 3, "defects_in_test": False},
+            "2 anomalies: shots=3 can be 2 at most",
+        ),
         (made(), {"setting": "hard", "seen_class": "hole"}, "9 anomalies in hole: .* be 9 at most"),
         (made(normals=3), {"setting": "general"}, "3 normals"),
         (made(normals=0, test_normals=5), {"setting": "general"}, "no normals to train on"),

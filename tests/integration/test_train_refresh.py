@@ -481,6 +481,42 @@ def test_defects_among_the_new_normals_are_set_aside_and_listed(settings, deploy
     assert report.numbers["auroc_candidate"] >= report.numbers["auroc_current"] - 0.01
 
 
+@pytest.mark.parametrize("defects", [0, 1])
+def test_a_line_begins_with_no_defect_or_one(settings, tmp_path, defects):
+    """All are learnt and none is left to test with; what cannot be measured is said."""
+    root = tmp_path / "few"
+    (root / "normal").mkdir(parents=True)
+    (root / "anomaly").mkdir()
+    for i in range(60):
+        (root / "normal" / f"{i}.png").write_bytes(plate(i))
+    for i in range(defects):
+        (root / "anomaly" / f"{i}.png").write_bytes(plate(i, spot=True))
+    counts = import_dataset(settings, root, "plates", shots=defects, calibration_share=0.4).counts
+    assert (counts["train"]["anomaly"], counts["test"]["anomaly"]) == (defects, 0)
+    index = load_index(settings, "plates")
+    learnt = [images(settings, index.keys("train", label), 64) for label in (0, 1)]
+    model = fit(override(recipe("edge"), SMALL), learnt[0], stack(learnt[1]), seed=0)
+    held_out = images(settings, index.keys("calibration"), 64)
+    thresholds, _ = calibrate(observe(model, held_out).score, [""] * held_out.num_images, RATE)
+    first = {
+        "kind": "train",
+        "created_at": "2026-01-01T00:00:00+00:00",
+        "parent": None,
+        "line": [],
+        "data": snapshot(index),
+        "false_alarm_rate": RATE,
+        "auroc": None,
+    }
+    store = ModelStore(settings)
+    files = artifact.pack(model, thresholds=thresholds, metrics={})
+    store.put_version("plates", "train-0", files, first)
+    store.move_pointer("plates", "train-0", None, by="test", why="the first version")
+    put_incoming(settings, "plates", new_plates(30))
+    report = refresh_once(settings, OPTIONS)
+    assert report.decision == "promoted", report.why
+    assert ("AUROC not compared" in report.why) == (defects == 0)
+
+
 def test_images_that_are_known_are_not_learnt_twice(settings, deployed, folder):
     """From training and from an earlier refresh, byte for byte, under other names."""
     normals = [path.read_bytes() for path in sorted((folder / "normal").iterdir())]
