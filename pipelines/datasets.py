@@ -107,6 +107,7 @@ def import_dataset(
     seen_class: str | None = None,
     calibration_share: float = 0.2,
     leave_out: Collection[str] = (),
+    camera: str = "",
     progress: Progress | None = None,
 ) -> ImportReport:
     """Import "elpv" or a folder under `name`; the same input gives the same objects.
@@ -114,7 +115,7 @@ def import_dataset(
     shots: known defects for training, all of them where none is to be left for the test; 0 where
     there is none yet. calibration_share: of the training normals, held out for thresholds.
     leave_out: sources of training normals that are not imported, such as those that are to arrive
-    later. Every file is read twice: to look at it, and to store it.
+    later. camera: which took all of them. Every file is read twice: to look at it, and to store it.
     Raises DataError for a name or a folder that will not do, and where one image is both normal and
     a defect.
     """
@@ -146,7 +147,7 @@ def import_dataset(
         parts[part] = []
         for label in (0, 1):
             chosen = [sample for sample in samples if sample.label == label]
-            rows = _rows(chosen, looks, tally)
+            rows = _rows(chosen, looks, tally, camera)
             parts[part] += _write_parts(settings, f"{name}/{part}", label, rows, len(chosen))
     index = DatasetIndex(
         name=name,
@@ -236,13 +237,13 @@ def labels(settings: Settings, name: str, split: Split) -> dict[str, tuple[int, 
 
 
 def _rows(
-    samples: Iterable[protocol.Sample], looks: Mapping[str, Look], tally: Tally
+    samples: Iterable[protocol.Sample], looks: Mapping[str, Look], tally: Tally, camera: str
 ) -> Iterator[dict[str, Any]]:
     """Rows of the samples, one at a time. DataError for one that is not what was looked at."""
     for sample in samples:
         tally.advance()
         try:
-            row = _row(whole(sample), sample.label, sample.defect, "", None, sample.source)
+            row = _row(whole(sample), sample.label, sample.defect, camera, None, sample.source)
         except (OSError, ImageRejected):
             row = {"digest": None}
         if row["digest"] != looks[sample.source].digest:

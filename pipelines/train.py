@@ -230,6 +230,7 @@ def _carry_out(
     }
     store, name = ModelStore(settings), record.model
     _when_s3_answers(lambda: store.put_version(name, record.run, files, manifest), progress)
+    shared = _when_s3_answers(lambda: _shared_again(store, name, figures["thresholds"]), progress)
     verdict = _when_s3_answers(
         lambda: consider_training(settings, store, name, record.run, progress), progress
     )
@@ -257,8 +258,23 @@ def _carry_out(
         },
         thresholds=figures["thresholds"],
         stages=_last_of_each(told),
-        notes=figures["notes"],
+        notes=figures["notes"] + shared,
     )
+
+
+def _shared_again(store: ModelStore, name: str, thresholds: Mapping[str, Any]) -> list[str]:
+    """A note on cameras that have thresholds of their own now and none by a training."""
+    pointer = store.current(name)
+    if pointer is None:
+        return []
+    own = store.manifest(name, pointer.version).get("thresholds", {}).get("cameras", {})
+    lost = sorted(set(own) - set(thresholds["cameras"]))
+    if not lost:
+        return []
+    return [
+        f"{', '.join(lost)}: a threshold of their own in {pointer.version}, and here that of all, "
+        "as the import has too few held-out normals of theirs; the next refresh sets it again"
+    ]
 
 
 def _last_of_each(told: list[tuple[str, float, dict[str, Any]]]) -> dict[str, dict[str, Any]]:

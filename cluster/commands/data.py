@@ -22,6 +22,7 @@ def data_import(
         int, typer.Option(min=0, help="Defects for training; the others are for the test.")
     ] = 10,
     seed: int = 0,
+    camera: Annotated[str, typer.Option(help="The camera that took them, if one did.")] = "",
     report: Report = None,
 ) -> None:
     """Import a folder of images into S3 as Parquet, split for training, thresholds and test."""
@@ -29,7 +30,9 @@ def data_import(
     from pipelines.datasets import import_dataset
 
     with progress_line("import") as progress:
-        done = import_dataset(load_settings(), src, name, shots=shots, seed=seed, progress=progress)
+        done = import_dataset(
+            load_settings(), src, name, shots=shots, seed=seed, camera=camera, progress=progress
+        )
     if done.licence:
         out.print(f"licence: {done.licence}", style="dim")
     for image in done.skipped:

@@ -20,7 +20,7 @@ from pipelines.dataset_index import check_snapshot, incoming, list_objects, load
 from pipelines.datasets import NewImage, import_dataset, iter_images, labels, put_incoming
 from pipelines.held_out import images, usable
 from pipelines.people import data_of_training, repeated, said
-from pipelines.sources import StreamedImages, digests, read_here, row_groups
+from pipelines.sources import StreamedImages, digests, read_columns, read_here, row_groups
 
 pytestmark = [pytest.mark.integration, pytest.mark.storage]
 
@@ -159,6 +159,14 @@ def test_the_command_takes_normals_of_one_folder_or_fails(settings, folder, tmp_
     assert incoming(settings, "plates") == []
     done = add("--recursive")
     assert (done.exit_code, done.stdout) == (0, "1 new normal images for plates\n")
+
+
+def test_an_import_of_one_camera_names_it(settings, folder):
+    import_dataset(settings, folder, "plates", shots=4, camera="cam-1")
+    keys = load_index(settings, "plates").keys("calibration")
+    assert {c for rows in read_columns(settings, keys, ["camera"]) for c in rows["camera"]} == {
+        "cam-1"
+    }
 
 
 def test_a_person_may_vouch_for_what_the_sieve_has_set_aside(settings, folder):

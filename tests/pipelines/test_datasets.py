@@ -149,10 +149,10 @@ def test_one_picture_many_times_still_fills_every_part():
 def test_a_file_that_changes_under_an_import_ends_it():
     dataset = found({"a": png(1), "b": png(2)}, {})
     _, looks = look_at(dataset, Tally(4, None))
-    assert len(list(_rows(dataset.normals, looks, Tally(2, None)))) == 2
+    assert len(list(_rows(dataset.normals, looks, Tally(2, None), ""))) == 2
     changed = found({"a": png(1), "b": png(9)}, {})
     with pytest.raises(DataError, match="b has changed"):
-        list(_rows(changed.normals, looks, Tally(2, None)))
+        list(_rows(changed.normals, looks, Tally(2, None), ""))
 
 
 def test_the_same_rows_are_the_same_bytes_in_the_groups_given():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from pipelines.ray_run import cause
 from pipelines.registry import version_before
 from pipelines.sources import RowGroup, RowRef, task_environment, task_settings
 from pipelines.storage import shared_filesystem
-from pipelines.train import TrainOptions, parse_workers
+from pipelines.train import TrainOptions, _shared_again, parse_workers
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,19 @@ def test_workers_are_a_number_or_two_bounds():
     for text in ("", "1:", "two", "1:2:3"):
         with pytest.raises(ValueError, match="LEAST:MOST"):
             parse_workers(text)
+
+
+def test_a_training_says_which_cameras_share_a_threshold_again():
+    manifest = {"thresholds": {"cameras": {"cam-1": 1.0, "cam-2": 2.0}}}
+    store = SimpleNamespace(
+        current=lambda name: SimpleNamespace(version="refresh-1"),
+        manifest=lambda name, version: manifest,
+    )
+    (note,) = _shared_again(store, "plates", {"cameras": {"cam-1": 1.5}})
+    assert note.startswith("cam-2: a threshold of their own in refresh-1")
+    assert _shared_again(store, "plates", {"cameras": {"cam-1": 1.5, "cam-2": 2.0}}) == []
+    nothing = SimpleNamespace(current=lambda name: None)
+    assert _shared_again(nothing, "plates", {"cameras": {}}) == []
 
 
 def test_the_cause_of_a_failed_run_is_the_worker_that_failed_first():
