@@ -235,20 +235,11 @@ async def _described(manager: KafkaConnectionManager, topic: str) -> Any:
 
 def end_offsets(settings: Settings, topic: str) -> dict[int, int]:
     """Partition -> the offset that the next record will get."""
-    return _offsets(settings, topic, OffsetSpec.LATEST)
-
-
-def beginning_offsets(settings: Settings, topic: str) -> dict[int, int]:
-    """Partition -> the oldest offset that retention has kept."""
-    return _offsets(settings, topic, OffsetSpec.EARLIEST)
-
-
-def _offsets(settings: Settings, topic: str, end: OffsetSpec) -> dict[int, int]:
     consumer = make_consumer(settings)
     try:
         with kafka_errors(settings.kafka):
             places = partitions_of(consumer, topic)
-            found = _led(consumer, places, end)
+            found = _led(consumer, places, OffsetSpec.LATEST)
         if leaderless := {place.partition for place in places if place not in found}:
             raise no_leader(topic, leaderless)
         return {place.partition: found[place] for place in places}
