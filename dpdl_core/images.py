@@ -187,7 +187,7 @@ def _check_scans(data: bytes) -> None:
 
 
 def _decode_png(data: bytes, max_pixels: int) -> Pixels:
-    _check_png(data, max_pixels)
+    data = _checked_png(data, max_pixels)
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         bgr = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -198,11 +198,14 @@ def _decode_png(data: bytes, max_pixels: int) -> Pixels:
     return cv2.cvtColor(_to_rgb8(bgr), cv2.COLOR_BGR2RGB)  # type: ignore[return-value]
 
 
-def _check_png(data: bytes, max_pixels: int) -> None:
+def _checked_png(data: bytes, max_pixels: int) -> bytes:
     """Walk the chunks: bound IHDR's size, verify every checksum, refuse an animation.
 
-    OpenCV hands out half-decoded pictures for some broken files, so it is not asked first.
+    OpenCV hands out half-decoded pictures for some broken files, so it is not asked first. It gets
+    what the picture is made of alone: of a colour profile it makes nothing, but libpng writes a
+    line to the log for one that is amiss, and a camera's is so in every frame.
     """
+    kept = [_PNG_SIGNATURE]
     position = len(_PNG_SIGNATURE)
     seen_header = False
     while True:
@@ -223,8 +226,10 @@ def _check_png(data: bytes, max_pixels: int) -> None:
             seen_header = True
         elif kind == b"acTL":
             raise ImageRejected("animated", "PNG: several frames in one file")
-        elif kind == b"IEND":
-            return
+        if kind[:1].isupper() or kind == b"tRNS":  # critical, and transparency
+            kept.append(data[position:end])
+        if kind == b"IEND":
+            return b"".join(kept)
         position = end
 
 

@@ -125,6 +125,14 @@ def test_portable_maps_that_are_cut_short_or_exceed_their_white():
     assert decode_image(pnm("P5", 4095, np.full((8, 8), 65535)), 8).min() == 255
 
 
+def test_a_colour_profile_that_is_amiss_fills_no_log_and_changes_no_pixel(capfd):
+    profile = png_chunk(b"iCCP", b"icc\0\0" + zlib.compress(b"\0\0\0\x80" + b"x" * 124))
+    gamma = png_chunk(b"gAMA", struct.pack(">I", 100_000))
+    got = decode_image(PNG[:33] + profile + gamma + PNG[33:], 64)
+    assert np.array_equal(got, decode_image(PNG, 64))
+    assert capfd.readouterr().err == ""
+
+
 def test_transparent_pixels_keep_their_colour():
     rgba = np.zeros((16, 16, 4), np.uint8)
     rgba[:, :, 0] = 200
