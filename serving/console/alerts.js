@@ -82,9 +82,11 @@ export function openAlerts(root, camera) {
     if (!fresh.length) return;
     fresh.forEach((each) => known.add(each.id));
     alerts.unshift(...fresh);
-    if (alerts.length > KEPT && live.checked) {
-      alerts.splice(KEPT).forEach((each) => known.delete(each.id));
+    if (alerts.length > KEPT) {
+      const cut = alerts.splice(KEPT), open = cut.find((each) => each.id === selected);
+      cut.forEach((each) => known.delete(each.id));
       older = alerts.at(-1).id;
+      if (open) alerts.push(open);
     }
     if (!live.checked) list.scrollTop += fresh.length * ROW; // what one reads stays where it is
     draw(true);
@@ -140,7 +142,7 @@ export function openAlerts(root, camera) {
     const thumb = h("img", { alt: "" });
     picture(thumb, alert.frame_url);
     const item = h("div", {
-      class: "entry", id: `a${alert.id}`, role: "option", "data-id": alert.id, "aria-selected": alert.id === selected,
+      class: "entry", id: `a${alert.id}`, role: "option", "data-id": alert.id, "aria-selected": String(alert.id === selected),
       "aria-setsize": older ? -1 : alerts.length, "aria-posinset": i + 1,
       onclick: () => { live.checked = false; select(alerts.findIndex((each) => each.id === alert.id)); },
     }, thumb, h("div", {}, h("div", { class: "name" }, alert.camera),

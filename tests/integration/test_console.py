@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
 import shutil
 import socket
@@ -527,6 +528,26 @@ def test_a_hundred_thousand_alerts_are_as_quick_as_ten(plant, page):
         until(lambda n=pages: browser.execute_script(count) >= 100 * n, f"{pages} pages")
     drawn = browser.execute_script("return document.querySelectorAll('.entry').length")
     assert 5 < drawn < 40
+    # A tab that is left open beside a noisy camera: as many as are kept, and the one that is open.
+    browser.set_script_timeout(120)
+    browser.execute_async_script(f"""const done = arguments[0], count = () => {{ {count} }};
+      const timer = setInterval(() => {{
+        if (count() < 20000) {{ {scroll} return; }}
+        clearInterval(timer);
+        done();
+      }}, 10);""")
+    open_one = browser.execute_script(
+        "const last = [...document.querySelectorAll('.entry')].at(-1);"
+        "last.click(); return last.dataset.id"
+    )
+    pipeline = redis.pipeline(transaction=False)
+    for i in range(300):
+        pipeline.xadd(key, fields | {"frame": f"{plant.settings.kafka.topic}/0/{2 * 10**6 + i}"})
+    pipeline.execute()
+    until(lambda: browser.execute_script(count) == 20_001, "the oldest let go")
+    browser.execute_script(scroll)
+    chosen = "return document.querySelector('.entry[aria-selected=true]').dataset.id"
+    assert until(lambda: browser.execute_script(chosen)) == open_one
 
 
 def test_a_wall_of_a_thousand_cameras_is_quickly_drawn_and_scrolled(plant, page):
@@ -567,6 +588,30 @@ def test_a_wall_of_a_thousand_cameras_is_quickly_drawn_and_scrolled(plant, page)
     redis.zrem(f"{prefix}:cameras", *names)
     assert drawn_s < 2
     assert statistics.median(took) < 100
+
+
+def test_of_more_cameras_than_the_wall_is_sent_the_worst_are_there(plant, page):
+    alert(plant, "press-1")
+    redis, prefix = make_redis(plant.settings), plant.settings.redis.prefix
+    fields = redis.hgetall(f"{prefix}:camera:press-1") | {"rate_alerts": "0"}
+    names = [f"hall-{i:04}" for i in range(2_100)]
+    pipeline = redis.pipeline(transaction=False)
+    for name in names:
+        pipeline.hset(f"{prefix}:camera:{name}", mapping=fields)
+    long_ago = {"last_captured_at": "1", "last_scored_at": "1"}
+    pipeline.hset(f"{prefix}:camera:{names[-1]}", mapping=long_ago)
+    pipeline.zadd(f"{prefix}:cameras", dict.fromkeys(names, time.time()))
+    pipeline.execute()
+    try:
+        with urllib.request.urlopen(f"{plant.url}api/v1/cameras", timeout=30) as answer:
+            found = json.load(answer)
+        assert found["known"] > len(found["cameras"]) == 2_000
+        assert names[-1] in [each["camera"] for each in found["cameras"] if each["state"] != "ok"]
+        summary = text(page(""), ".summary", "The filter looks through the worst 2000.")
+        assert f"of {found['known']} " in summary
+    finally:
+        redis.delete(*(f"{prefix}:camera:{name}" for name in names))
+        redis.zrem(f"{prefix}:cameras", *names)
 
 
 def test_pictures_of_each_page(plant, page):
