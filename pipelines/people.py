@@ -12,7 +12,7 @@ from typing import Any
 from infra.answers import is_answer
 from infra.settings import Settings
 from pipelines.dataset_index import SPLITS, DatasetIndex, incoming, snapshot
-from pipelines.sources import digests, read_columns
+from pipelines.sources import answered_by, digests
 
 
 def data_of_training(settings: Settings, index: DatasetIndex) -> dict[str, Any]:
@@ -31,19 +31,8 @@ def said(settings: Settings, index: DatasetIndex, incoming: Iterable[str]) -> di
     who gave each answer that is used."""
     defects = [key for key in index.keys("train", 1) if is_answer(key)]
     return {
-        "confirmed": [digest for key in defects for digest in digests(settings, key)],
+        "confirmed": [each for found in digests(settings, defects).values() for each in found],
         "answered_by": answered_by(settings, [*defects, *incoming]),
-    }
-
-
-def answered_by(settings: Settings, keys: Iterable[str]) -> dict[str, str]:
-    """Object -> who gave the answer, of those objects that are answers."""
-    return {
-        key: name
-        for key in keys
-        if is_answer(key)
-        for rows in read_columns(settings, [key], ["answered_by"])
-        for name in rows["answered_by"]
     }
 
 
@@ -65,12 +54,13 @@ def repeated(
     if not new:
         return {}
     keys = [key for split in SPLITS for key in index.keys(split)]
-    known = {digest for key in [*keys, *used] for digest in digests(settings, key)}
-    called_normal = {d for key in new if is_answer(key) for d in digests(settings, key)}
+    known = {each for rows in digests(settings, [*keys, *used]).values() for each in rows}
+    of_new = digests(settings, new)
+    called_normal = {each for key, rows in of_new.items() if is_answer(key) for each in rows}
     known -= called_normal & set(set_aside)
     found: dict[str, list[int]] = {}
-    for key in new:
-        for row, digest in enumerate(digests(settings, key)):
+    for key, rows in of_new.items():
+        for row, digest in enumerate(rows):
             if digest in known:
                 found.setdefault(key, []).append(row)
             known.add(digest)

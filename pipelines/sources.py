@@ -118,14 +118,30 @@ def read_columns(
                 yield batch.to_pydict()
 
 
-def digests(settings: Settings, key: str) -> list[str]:
-    """sha256 of an object's images by row; the images are read only where it does not say."""
-    with _opened(make_filesystem(settings), settings, key) as file:
-        if "digest" in file.schema_arrow.names:
-            return list(file.read(columns=["digest"]).column(0).to_pylist())
-        batches = file.iter_batches(DECODE_BATCH, columns=["image"])
-        images = (image for batch in batches for image in batch.column(0).to_pylist())
-        return [hashlib.sha256(image).hexdigest() for image in images]
+def digests(settings: Settings, keys: Iterable[str]) -> dict[str, list[str]]:
+    """sha256 of the images of some objects by row; images are read only where none says it."""
+    filesystem = make_filesystem(settings)
+    found = {}
+    for key in keys:
+        with _opened(filesystem, settings, key) as file:
+            if "digest" in file.schema_arrow.names:
+                found[key] = file.read(columns=["digest"]).column(0).to_pylist()
+                continue
+            batches = file.iter_batches(DECODE_BATCH, columns=["image"])
+            images = (image for batch in batches for image in batch.column(0).to_pylist())
+            found[key] = [hashlib.sha256(image).hexdigest() for image in images]
+    return found
+
+
+def answered_by(settings: Settings, keys: Iterable[str]) -> dict[str, str]:
+    """Object -> who gave the answer, of those objects that are answers."""
+    filesystem = make_filesystem(settings)
+    found = {}
+    for key in keys:
+        if is_answer(key):
+            with _opened(filesystem, settings, key) as file:
+                found[key] = file.read(columns=["answered_by"]).column(0)[0].as_py()
+    return found
 
 
 def read_here(

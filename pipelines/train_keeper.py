@@ -26,9 +26,9 @@ from infra.errors import DataError
 from infra.settings import Settings
 from pipelines.dataset_index import incoming, load_index
 from pipelines.held_out import is_held_out, usable
-from pipelines.people import answered_by, repeated
+from pipelines.people import repeated
 from pipelines.run_record import EPOCHS, epochs_from_lines, epochs_to_lines
-from pipelines.sources import RowGroup, RowRef, StreamedImages, row_groups
+from pipelines.sources import RowGroup, RowRef, StreamedImages, answered_by, row_groups
 
 ARRIVED = "arrived.json"
 """In a checkpoint: JOINED of the run's data, with the new normals that joined it."""

@@ -15,7 +15,7 @@ from dpdl_core.images import decode_image
 from infra.answers import is_answer
 from infra.errors import DataError
 from infra.s3_client import make_filesystem, make_minio
-from pipelines import datasets
+from pipelines import datasets, sources
 from pipelines.dataset_index import check_snapshot, incoming, list_objects, load_index
 from pipelines.datasets import NewImage, import_dataset, iter_images, labels, put_incoming
 from pipelines.held_out import images, usable
@@ -161,6 +161,21 @@ def test_the_command_takes_normals_of_one_folder_or_fails(settings, folder, tmp_
     assert (done.exit_code, done.stdout) == (0, "1 new normal images for plates\n")
 
 
+def test_however_many_answers_there_are_they_share_their_connections(settings, folder, monkeypatch):
+    import_dataset(settings, folder, "plates", shots=4)
+    for i in range(5):
+        put_incoming(settings, "plates", [texture(5000 + i)], vouched_by="ann")
+    keys = [o.key for o in incoming(settings, "plates")]
+    made = []
+    monkeypatch.setattr(
+        sources, "make_filesystem", lambda given: made.append(1) or make_filesystem(given)
+    )
+    index = load_index(settings, "plates")
+    assert said(settings, index, keys)["answered_by"] == dict.fromkeys(keys, "ann")
+    assert repeated(settings, index, used=(), new=keys) == {}
+    assert len(made) == 4
+
+
 def test_an_import_of_one_camera_names_it(settings, folder):
     import_dataset(settings, folder, "plates", shots=4, camera="cam-1")
     keys = load_index(settings, "plates").keys("calibration")
@@ -174,7 +189,7 @@ def test_a_person_may_vouch_for_what_the_sieve_has_set_aside(settings, folder):
     import_dataset(settings, folder, "plates", shots=4)
     batch = [texture(5000 + i, spot=True) for i in range(3)]
     (doubtful,) = put_incoming(settings, "plates", batch).keys
-    aside = digests(settings, doubtful)
+    aside = digests(settings, [doubtful])[doubtful]
     (key,) = put_incoming(settings, "plates", batch, vouched_by="ann").keys
     before = {o.key: o.etag for o in incoming(settings, "plates")}
     assert put_incoming(settings, "plates", batch, vouched_by="bob").keys == [key]
@@ -222,7 +237,7 @@ def test_digests_are_read_where_they_are_written_and_made_where_not(settings, fo
     key = load_index(settings, "plates").keys("train", 0)[0]
     filesystem, path = make_filesystem(settings), f"{settings.s3.data_bucket}/{key}"
     table = pq.read_table(path, filesystem=filesystem)
-    found = digests(settings, key)
+    found = digests(settings, [key])[key]
     assert found == [hashlib.sha256(image).hexdigest() for image in table["image"].to_pylist()]
     pq.write_table(table.drop_columns(["digest"]), path, filesystem=filesystem)  # an older import
-    assert digests(settings, key) == found
+    assert digests(settings, [key]) == {key: found}
