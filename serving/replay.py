@@ -86,7 +86,7 @@ class ReplayOptions:
     end: Place | None = None
     """None: where Kafka ends when the replay begins. The frame there is not replayed."""
     cameras: Sequence[str] = ()
-    """Empty: all."""
+    """Empty: all that the model is to score by now."""
     device: str = "cpu"
     keep_days: float = 7.0
     """The replay's own results expire after this."""
@@ -96,7 +96,7 @@ def replay(settings: Settings, options: ReplayOptions, progress: Progress) -> di
     """Scores the range and compares; the report's fields are in docs/serving.md.
 
     Errors: NotFound, VersionBroken and DataError (a version that the stream would refuse too, or
-    nothing in the range), ServiceUnavailable.
+    nothing in the range, no camera for the model), ServiceUnavailable.
     """
     held = _version(settings, options)
     began_s, run_id = time.time(), f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
@@ -114,6 +114,11 @@ def replay(settings: Settings, options: ReplayOptions, progress: Progress) -> di
     finally:
         consumer.close()
         decoder.close()
+    if run.left_out and not run.comparison.total.frames:
+        raise DataError(
+            f"model {options.model} is to score none of the cameras in that range "
+            f"({len(run.left_out)} are other models'): name with --camera those to compare on"
+        )
     seconds = time.time() - began_s
     return {
         "id": run_id,
@@ -131,6 +136,7 @@ def replay(settings: Settings, options: ReplayOptions, progress: Progress) -> di
             }
             for place, (first, _) in ranges.items()
         },
+        "left_out": run.left_out,
         "bad": dict(+run.bad),
         "seconds": round(seconds, 2),
         "frames_per_second": round(run.comparison.total.frames / seconds, 1),
@@ -248,6 +254,9 @@ class _Run:
         self._begun_ms: dict[TopicPartition, int] = {}
         self._alerts_then = self._alerts_of_then()
         self._last_alert = "0"
+        self._chosen: dict[bytes | None, bool] = {}
+        self.left_out: dict[str, str] = {}
+        """Camera -> the model that is to score it, another than this."""
         self._ruled: set[str] = set()
         self._overrides: dict[str, float] = {}
         self._then: dict[str, Iterator[FrameResult]] = {}
@@ -267,9 +276,7 @@ class _Run:
 
     def score(self, place: TopicPartition, records: list[KafkaRecord], next_offset: int) -> None:
         self._begun_ms.setdefault(place, records[0].timestamp)
-        if self._options.cameras:
-            names = {camera.encode() for camera in self._options.cameras}
-            records = [record for record in records if record.key in names]
+        records = [record for record in records if self._is_chosen(record.key)]
         decoded = self._decoder(Polled(records, []), Plan(self._held.image_size))
         dead = Counter(bad.reason for bad in decoded.bad)
         self.bad.update(dead)
@@ -313,6 +320,21 @@ class _Run:
             for row, frame in enumerate(batch.frames)
             if finite[row]
         ]
+
+    def _is_chosen(self, key: bytes | None) -> bool:
+        """Whether frames with this key are scored; what is no camera's id the decoder counts."""
+        if key not in self._chosen:
+            camera = (key or b"").decode("utf-8", "replace")
+            if self._options.cameras:
+                self._chosen[key] = camera in self._options.cameras
+            else:
+                state, ours = self._live.camera(camera), self._options.model
+                bound = state.binding.model if state and state.binding else None
+                wanted = bound or (state and state.model) or ours
+                self._chosen[key] = wanted == ours
+                if wanted != ours:
+                    self.left_out[camera] = wanted
+        return self._chosen[key]
 
     def _look_up(self, cameras: set[str]) -> None:
         """What persons have set: a debounce rule is kept where publishing looks for it; a threshold

@@ -28,7 +28,8 @@ def replay_command(
         str | None, typer.Option("--to", metavar="TIME|OFFSET", help="Default: until now.")
     ] = None,
     camera: Annotated[
-        list[str] | None, typer.Option(help="Only this camera; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Only this one; may be repeated. Default: the model's cameras."),
     ] = None,
     keep_days: Annotated[float, typer.Option(min=0.001, help="Results expire after this.")] = 7.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -97,6 +98,12 @@ def _show(done: dict[str, Any]) -> None:
             "" if correlation is None else f"{correlation:.3f}",
         )
     out.print(table)
+    if done["left_out"]:
+        err.print(
+            f"cameras left out, which other models are to score: {len(done['left_out'])} "
+            "(--camera takes them in)",
+            style="yellow",
+        )
     out.print(
         f"{done['model']}/{done['version']} at {done['frames_per_second']:g} frames/s; results "
         f"below {done['results_below']} until {done['results_expire_at'][:16]} UTC",

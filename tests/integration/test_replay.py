@@ -187,6 +187,7 @@ def test_a_replay_scores_compares_and_touches_nothing(past, tmp_path):
     _check_ranges(settings, scores)
     _check_debounce(settings, scores, threshold, done)
     _check_thresholds(settings, scores)
+    _check_whose_cameras(settings)
     _check_what_expired(settings)
 
 
@@ -196,11 +197,24 @@ def _check_thresholds(settings, scores):
     live.set_threshold("cam-0", -1e9, by="test")
     live.bind_model("cam-2", "welds", by="test")
     live.set_threshold("cam-2", -1e9, by="test")
-    chosen = ReplayOptions(model="default", version="v2", start=Place(offset=0))
+    chosen = ReplayOptions(model="default", version="v2", start=Place(offset=0), cameras=CAMERAS)
     found = replay(settings, chosen, lambda *_: None)["cameras"]
     kept = [name for _, (name, _, here) in scores.items() if here]
     assert found["cam-0"]["alerts_now"] == kept.count("cam-0")
     assert found["cam-2"]["alerts_now"] < kept.count("cam-2")
+
+
+def _check_whose_cameras(settings):
+    """cam-2 is bound to welds by now: its frames say nothing of how the default one has changed."""
+    ran = CliRunner().invoke(cli, ["replay", "--from", "0", "--model", "v2"])
+    assert ran.exit_code == 0, ran.output
+    assert "cam-0" in ran.output
+    assert "cam-2" not in ran.output
+    assert "cameras left out, which other models are to score: 1" in " ".join(ran.output.split())
+    ModelStore(settings).put_version("other", "v1", ModelStore(settings).fetch("default", "v2"), {})
+    chosen = ReplayOptions(model="other", version="v1", start=Place(offset=0))
+    with pytest.raises(DataError, match=r"other is to score none of the cameras .*--camera"):
+        replay(settings, chosen, lambda *_: None)
 
 
 def _check_what_expired(settings):
