@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from pipelines.dataset_index import load_index, snapshot
 from pipelines.datasets import NewImage, import_dataset, put_incoming
 from pipelines.held_out import images
 from pipelines.promotion import load
+from pipelines.refresh import RefreshOptions, refresh_once
 from pipelines.run_record import list_runs
 from pipelines.scoring import calibrate, observe
 from pipelines.sources import stack
@@ -337,6 +339,18 @@ def test_without_tuning_a_training_begins_anew_when_a_worker_dies_and_learns_wha
     assert after.mean() < 0.8 * before.mean()  # others of the kind, which nobody spoke for
     files = ModelStore(settings).fetch("default", report.version)
     assert files["curves.png"].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("overrides", [FROZEN, TUNED])
+def test_a_line_that_has_seen_no_defect_is_trained(settings, folder, tmp_path, ray_here, overrides):
+    """Of tuning there is none, as it needs defects; what cannot be measured is None."""
+    shutil.copytree(folder / "normal", tmp_path / "fresh" / "normal")
+    import_dataset(settings, tmp_path / "fresh", "plates", shots=0, calibration_share=0.4)
+    report = train(settings, options(overrides, workers=1))
+    assert (report.decision, report.auroc, report.ap, report.epochs) == ("promoted", None, None, 0)
+    put_incoming(settings, "plates", [NewImage(plate(5000 + i)) for i in range(20)])
+    refreshed = refresh_once(settings, RefreshOptions(model_name="default", min_new=8))
+    assert "AUROC not compared" in refreshed.why
 
 
 def test_what_cannot_be_trained_is_told_in_one_line(settings, dataset, ray_here):
