@@ -35,7 +35,7 @@ from dpdl_core.model import Dpdl
 from dpdl_core.observe import Features, Normals, check_images, look_at_all, observe
 from dpdl_core.parts import Energies
 from dpdl_core.shard import Shard
-from dpdl_core.sieve import look_over, see, with_new
+from dpdl_core.sieve import LIMIT_QUANTILE, look_over, see, with_new
 from dpdl_core.tune import Keeper, tune
 
 Progress = Callable[[str, float, dict[str, Any]], None]
@@ -308,7 +308,7 @@ def _calibrated(
         else:
             model.tails.take_over(before.tails, slice(num_energies, None))
     share = model.weigh(model.tails(cross.normals))[:, :num_energies].sum(1)
-    model.energy_limit.copy_(share.quantile(0.995))
+    model.energy_limit.copy_(share.quantile(LIMIT_QUANTILE))
     _calibrate_maps(model, normals)
     tell("calibration", 1.0, {})
     return model.eval().requires_grad_(False).to(trunk.mean_255.device)
