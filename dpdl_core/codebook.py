@@ -306,7 +306,7 @@ def _pass(x: Tensor, center: Tensor, codes: Tensor) -> _Step:
         index = torch.addmm(half_norms, rows, codes.T, alpha=-1).argmin(1)
         nearest.append(index)
         distances.append((rows - codes[index]).square().sum(1))
-        sums.index_add_(0, index, rows.double())
+        sums += torch.zeros_like(codes).index_add_(0, index, rows)
     found = torch.cat(nearest)
     return _Step(found, torch.cat(distances), sums, found.bincount(minlength=num_codes))
 
