@@ -36,10 +36,9 @@ WEIGHTS, CONFIG, THRESHOLDS, METRICS = (
 )
 FILES = (WEIGHTS, CONFIG, THRESHOLDS, METRICS)
 MANIFEST = "manifest.json"
-
-
 _WHOLE_WHITENER = r"parts\.energies\.pooled\..+\.whitener"
 _ALL_AXES = 1 << 20
+"""More than any trunk has."""
 
 
 class ArtifactError(ValueError):
@@ -85,8 +84,8 @@ def unpack(files: Mapping[str, bytes], device: str | torch.device = "cpu") -> Lo
     described = _from_json(files, CONFIG)
     if described.get("format") not in READABLE:
         raise ArtifactError(
-            f"{CONFIG}: format {described.get('format')!r}, this program reads {FORMAT}; "
-            "update the program or train again"
+            f"{CONFIG}: format {described.get('format')!r}, this program reads "
+            f"{' and '.join(map(str, READABLE))}; update the program or train again"
         )
     model = _blank(described)
     _load_weights(model, files[WEIGHTS])

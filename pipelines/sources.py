@@ -140,7 +140,8 @@ def answered_by(settings: Settings, keys: Iterable[str]) -> dict[str, str]:
     for key in keys:
         if is_answer(key):
             with _opened(filesystem, settings, key) as file:
-                found[key] = file.read(columns=["answered_by"]).column(0)[0].as_py()
+                for name in file.read(columns=["answered_by"]).column(0).to_pylist():
+                    found[key] = name  # one for all rows; of an object without rows nobody
     return found
 
 
