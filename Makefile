@@ -49,8 +49,8 @@ setup: .venv/.installed  ## Make .venv with the packages and the embedded servic
 	@$(BIN)/python -m infra.embedded
 	@touch $@
 
-clean:  ## Remove .venv and the demo's state (.dpdl)
-	rm -rf .venv .dpdl build *.egg-info
+clean:  ## Remove .venv and what demo and bench left; a plant's .dpdl goes by `dpdl down` and rm
+	rm -rf .venv .dpdl/demo .dpdl/bench build *.egg-info
 
 help:  ## Print this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
