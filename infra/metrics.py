@@ -85,7 +85,8 @@ class ReplicaMetrics:
 
 class ExpiryMetrics:
     """That Kafka removed frames before they were scored: shown by the consumer that had to pass
-    over them, and by the watch for as long as nobody does."""
+    over them, and by the watch for as long as nobody does. That it lost scored ones, cut off at a
+    partition's end: shown by the consumer that found it."""
 
     def __init__(self) -> None:
         self._last = Gauge(
@@ -93,11 +94,28 @@ class ExpiryMetrics:
             "When frames were last found to have expired in Kafka unscored (Unix seconds).",
             ("topic", "partition"),
         )
+        self._lost = Gauge(
+            "dpdl_frames_lost_total",
+            "Scored frames that Kafka was found to have lost at a partition's end.",
+            ("topic", "partition"),
+        )
+        self._lost_at = Gauge(
+            "dpdl_frames_lost_timestamp_seconds",
+            "When Kafka was last found to have lost frames (Unix seconds).",
+            ("topic", "partition"),
+        )
 
     def show(self, topic: str, last_s: Mapping[int, float]) -> None:
         """last_s: partition -> when (Unix seconds), of those where it has happened."""
         for partition, at_s in last_s.items():
             self._last.set(at_s, {"topic": topic, "partition": str(partition)})
+
+    def lost(self, topic: str, found: Mapping[int, tuple[int, float]]) -> None:
+        """found: partition -> frames since this process began, and when last (Unix seconds)."""
+        for partition, (frames, at_s) in found.items():
+            tags = {"topic": topic, "partition": str(partition)}
+            self._lost.set(frames, tags)
+            self._lost_at.set(at_s, tags)
 
 
 class StreamMetrics:

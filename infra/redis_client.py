@@ -59,6 +59,12 @@ MAX_PAGE = 10_000
 MAX_ALERT_N = 100
 """Frames that a debounce rule looks back."""
 
+_TAKE_BACK = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return nil end
+if redis.call('GET', KEYS[2]) == ARGV[2] then redis.call('SET', KEYS[2], ARGV[3]) end
+return redis.call('GET', KEYS[2])
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredResult:
@@ -87,6 +93,7 @@ class ResultStore:
         once = make_redis(settings, retries=0)
         script = (files("infra") / "publish.lua").read_text(encoding="utf-8")
         self._publish = once.register_script(script)
+        self._take_back = self._redis.register_script(_TAKE_BACK)
         self._once = once
 
     def close(self) -> None:
@@ -193,6 +200,18 @@ class ResultStore:
         with redis_errors(self._where):
             self._redis.set(self._progress(group, topic, "id"), topic_id, nx=True)
             return cast(str, self._redis.get(self._progress(group, topic, "id")))
+
+    def take_back(
+        self, group: str, topic: str, topic_id: str, partition: int, stored: int, end: int
+    ) -> int | None:
+        """Move a next offset of `stored` back to `end`; the one that holds then.
+
+        None, and nothing is changed, where the progress is not known to be of this topic.
+        """
+        keys = [self._progress(group, topic, "id"), self._progress(group, topic, partition)]
+        with redis_errors(self._where):
+            held = self._take_back(keys=keys, args=[topic_id, stored, end])
+        return None if held is None else int(cast(str, held))
 
     def store_id(self) -> str:
         """8 hexadecimal digits, drawn when first asked for: no other Redis or prefix has them."""

@@ -277,5 +277,7 @@ class Consumer:
             self._replica.alive()
             self._metrics.in_flight(self._loop.in_flight if self._loop else 0)
             if self._source:
-                self._expiry.show(self._settings.kafka.topic, dict(self._source.expired_s))
+                topic = self._settings.kafka.topic
+                self._expiry.show(topic, dict(self._source.expired_s))
+                self._expiry.lost(topic, dict(self._source.lost))
             self._stopping.wait(GAUGES_S)

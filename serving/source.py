@@ -51,6 +51,9 @@ class Offsets(Protocol):
     def next_offset(self, group: str, topic: str, partition: int) -> int | None: ...
     def set_start(self, group: str, topic: str, partition: int, offset: int) -> int: ...
     def set_topic_id(self, group: str, topic: str, topic_id: str) -> str: ...
+    def take_back(
+        self, group: str, topic: str, topic_id: str, partition: int, stored: int, end: int
+    ) -> int | None: ...
 
 
 class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -60,7 +63,9 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
     the store before its first record is polled.
 
     A topic that was made anew counts its offsets from 0 again: its frames are not read from where
-    the old one's ended, but refused, until a person names another group.
+    the old one's ended, but refused, until a person names another group. Where it is the same
+    topic and Kafka has lost its last frames (a power cut, an unclean election), reading goes on at
+    Kafka's end: what comes next bears the offsets of what is lost.
     """
 
     def __init__(self, consumer: KafkaConsumer, offsets: Offsets, settings: Settings) -> None:
@@ -76,6 +81,8 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
         """Which of our partitions cannot be read just now, for people; "" when all can."""
         self.expired_s: dict[int, float] = {}
         """Partition -> when frames were last found to have expired unscored (Unix seconds)."""
+        self.lost: dict[int, tuple[int, float]] = {}
+        """Partition -> scored frames that Kafka was found to have lost, and when last (Unix s)."""
         self.behind: dict[int, int] = {}
         """Frames in Kafka beyond what was polled, per partition that we read; for any thread."""
         consumer.subscribe([settings.kafka.topic], listener=self)
@@ -236,7 +243,8 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
         self._say_who_waits([each.number for each in places if each.number not in bounds])
         places = {each: place for each, place in places.items() if each.number in bounds}
         if places:
-            self._check_topic({each: bounds[each.number][1] for each in places}, stored)
+            ends = {each: bounds[each.number][1] for each in places}
+            stored |= self._of_this_topic(ends, stored)
         for partition, place in places.items():
             begin, next_offset = bounds[partition.number][0], stored[partition]
             if next_offset is None:
@@ -265,24 +273,46 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
             log.warning("%s", error)
         self.trouble = str(error or "")
 
-    def _check_topic(
+    def _of_this_topic(
         self, ends: Mapping[Partition, int], stored: Mapping[Partition, int | None]
-    ) -> None:
-        """ServiceUnavailable where what is stored is of another topic of the same name."""
+    ) -> dict[Partition, int]:
+        """The next offsets of partitions that Kafka has cut off before what is stored.
+
+        ServiceUnavailable where what is stored is of another topic of the same name.
+        """
         topic, group = self._kafka.topic, self._kafka.group
+        held: dict[Partition, int] = {}
+        with kafka_errors(self._kafka):
+            this = topic_id(self._consumer, topic)
         for partition, end in ends.items():
-            if (stored[partition] or 0) > end:
+            at = stored[partition] or 0
+            if at <= end or self._refused:
+                continue
+            # Asked before an id is kept: progress without one may be of any topic.
+            next_offset = self._offsets.take_back(group, topic, this, partition.number, at, end)
+            if next_offset is None:
                 self._refused = (
-                    f"results are stored up to offset {stored[partition]} of {topic} partition "
+                    f"results are stored up to offset {at} of {topic} partition "
                     f"{partition.number}, but Kafka ends at {end}"
                 )
-        if not self._refused:
-            with kafka_errors(self._kafka):
-                this = topic_id(self._consumer, topic)
-            if this and self._offsets.set_topic_id(group, topic, this) != this:
-                self._refused = f"results are stored of another topic {topic} than Kafka has now"
+                continue
+            held[partition] = next_offset
+            self._say_lost(partition.number, at, end)
+        if not self._refused and this and self._offsets.set_topic_id(group, topic, this) != this:
+            self._refused = f"results are stored of another topic {topic} than Kafka has now"
         if self._refused:
             raise ServiceUnavailable(
                 f"{self._refused}: was the topic made anew? Then set another kafka.group, which "
                 "begins with its first frame"
             )
+        return held
+
+    def _say_lost(self, partition: int, stored: int, end: int) -> None:
+        log.error(
+            "partition %d: Kafka has lost %d frames that were scored (offsets %d to %d), and goes "
+            "on with their offsets: what it lost beyond them was never scored. Give the topic "
+            "kafka.replication=3, or the broker a power supply of its own",
+            partition, stored - end, end, stored - 1,
+        )  # fmt: skip
+        frames, _ = self.lost.get(partition, (0, 0.0))
+        self.lost[partition] = (frames + stored - end, time.time())

@@ -86,7 +86,7 @@ def test_importing_and_recording_start_no_ray() -> None:
 
 def test_names_carry_their_units_and_every_metric_is_explained() -> None:
     found = declared()
-    assert len({metric.info["name"] for metric in found}) == len(found) == 23
+    assert len({metric.info["name"] for metric in found}) == len(found) == 25
     for metric in found:
         name = metric.info["name"]
         assert name.startswith("dpdl_")

@@ -38,9 +38,9 @@ def exported() -> set[str]:
 def test_every_rule_says_what_is_the_matter_and_what_to_do() -> None:
     found = {rule["alert"] for rule in rules()}
     assert found == {
-        "CameraSilent", "LagGrowing", "FramesExpired", "LatencyOverBudget", "AlarmRateJumped",
-        "Drift", "DeadLetters", "VersionRefused", "ModelReplaced", "RefreshHeld", "StoreAway",
-        "ReplicaRestarting", "PartGone", "NothingScraped",
+        "CameraSilent", "LagGrowing", "FramesExpired", "FramesLost", "LatencyOverBudget",
+        "AlarmRateJumped", "Drift", "DeadLetters", "VersionRefused", "ModelReplaced",
+        "RefreshHeld", "StoreAway", "ReplicaRestarting", "PartGone", "NothingScraped",
     }  # fmt: skip
     for rule in rules():
         assert rule["labels"]["severity"] in ("warning", "critical")

@@ -225,3 +225,13 @@ def test_what_is_to_vanish_never_stands_without_its_end(settings: Settings) -> N
         assert all(0 < end <= 60 for end in ends())
     with pytest.raises(Fenced):
         put(store, 2, [result(2)])
+
+
+def test_an_offset_is_taken_back_only_where_it_is_still_there_and_of_this_topic(store):
+    store.set_start(GROUP, TOPIC, 0, 25)
+    assert store.take_back(GROUP, TOPIC, "", 0, 25, 20) is None  # whose it is was never kept
+    store.set_topic_id(GROUP, TOPIC, "this")
+    assert store.take_back(GROUP, TOPIC, "another", 0, 25, 20) is None
+    assert store.take_back(GROUP, TOPIC, "this", 0, 24, 20) == 25  # moved meanwhile
+    assert store.take_back(GROUP, TOPIC, "this", 0, 25, 20) == 20
+    assert store.next_offset(GROUP, TOPIC, 0) == 20

@@ -383,6 +383,26 @@ def test_frames_that_expired_unscored_are_passed_over_and_said(settings, topic):
     assert (spans[0][0], spans[-1][1]) == (1, end)
 
 
+def test_frames_that_kafka_lost_stop_no_partition_and_what_comes_next_is_scored(settings, topic):
+    """As after a power cut: of one partition, what is stored lies beyond Kafka's end."""
+    send(settings, 60)
+    with Life(settings) as life:
+        life.run_to_the_end()
+    ends, kafka = end_offsets(settings, topic), settings.kafka
+    cut = max(ends, key=ends.get)
+    ResultStore(settings).publish(kafka.group, topic, cut, ends[cut], ends[cut] + 5, [])
+    with Life(settings) as life:
+        placed = threading.Thread(target=life.run_to_the_end)
+        placed.start()
+        until = time.monotonic() + 30
+        while not life.source.lost and time.monotonic() < until:
+            time.sleep(0.1)
+        send(settings, 60)
+        placed.join()
+        assert life.source.lost == {cut: (5, pytest.approx(time.time(), abs=60))}
+    check_nothing_lost_nothing_twice(settings)
+
+
 def make_anew(settings):
     """The topic again, by its name, with no frames in it."""
     admin = make_admin(settings)

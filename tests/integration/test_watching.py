@@ -56,7 +56,12 @@ FOLDER = Path(app.__file__).parents[1] / "infra" / "prometheus"
 MAY_BE_EMPTY = {"GPU"}
 """Panels of what this machine need not have."""
 NUM_RULES = 14
-MAY_BE_ABSENT = {"ray_dpdl_frames_expired_timestamp_seconds", "ray_dpdl_model_replaced"}
+MAY_BE_ABSENT = {
+    "ray_dpdl_frames_expired_timestamp_seconds",
+    "ray_dpdl_frames_lost_timestamp_seconds",
+    "ray_dpdl_frames_lost_total",
+    "ray_dpdl_model_replaced",
+}
 """Metrics of what does not happen here: frames lost to retention, a bound model out of use."""
 MAY_BE_NULL = {"Set by hand", "AUROC", "Threshold", "New normals", "From"}
 """Columns of what these cameras and versions need not have."""
