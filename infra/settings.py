@@ -72,6 +72,8 @@ class KafkaSettings(_Group):
     retention_hours: float = Field(default=24.0, gt=0)
     retention_mb: int = Field(default=2048, ge=1)
     """Per partition, of topics that we create. Whichever bound comes first deletes."""
+    dead_retention_hours: float = Field(default=720.0, gt=0)
+    """Of the dead letters, which a person looks at: a month, beside retention_mb."""
     group: str = "dpdl"
     """Whose progress it is; in Kafka an id of the Redis is added, and an ACL wants the prefix."""
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
