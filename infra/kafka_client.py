@@ -10,12 +10,14 @@ of being refused where nobody sees it. Kafka's own request limit is 100 MB.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka import errors as ke
+from kafka.admin import ConfigResource
 from kafka.net.compat import KafkaNetClient
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
@@ -35,9 +37,12 @@ from infra.errors import (
 from infra.messages import MAX_FRAME_BYTES
 from infra.settings import KafkaSettings, Settings
 
+log = logging.getLogger("dpdl.kafka")
+
 MAX_RECORD_BYTES = 2 * MAX_FRAME_BYTES
 _MAX_DEAD_BYTES = MAX_RECORD_BYTES + 2**20
 """A dead letter is a record with a few more headers."""
+_BY_ARRIVAL = ("message.timestamp.type", "LogAppendTime")
 BOOTSTRAP_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 15.0
 DELIVERY_TIMEOUT_S = 60.0
@@ -127,12 +132,13 @@ def ensure_topics(settings: Settings) -> None:
     """Create the frame topic and the dead-letter topic where they do not exist.
 
     Existing topics are left as they are: their partitions and retention belong to whoever made
-    them. Errors: AuthFailed, ServiceUnavailable, SettingsError.
+    them. One whose records are kept by their senders' clocks is warned of.
+    Errors: AuthFailed, ServiceUnavailable, SettingsError.
     """
     kafka = settings.kafka
     wanted = {
-        kafka.topic: _topic(kafka, kafka.partitions, MAX_RECORD_BYTES),
-        kafka.dead_topic: _topic(kafka, 1, _MAX_DEAD_BYTES),
+        kafka.topic: _topic(kafka, kafka.partitions, MAX_RECORD_BYTES, kafka.retention_hours),
+        kafka.dead_topic: _topic(kafka, 1, _MAX_DEAD_BYTES, kafka.dead_retention_hours),
     }
     admin = make_admin(settings)
     try:
@@ -146,17 +152,36 @@ def ensure_topics(settings: Settings) -> None:
                 with suppress(ke.TopicAlreadyExistsError):  # someone else was quicker
                     admin.create_topics({name: wanted[name]})
             admin.wait_for_topics(list(wanted), timeout_ms=int(REQUEST_TIMEOUT_S * 1000))
+            for name in existing:
+                _warn_of_senders_clocks(admin, name)
     finally:
         admin.close()
 
 
-def _topic(kafka: KafkaSettings, partitions: int, max_record_bytes: int) -> dict[str, Any]:
+def _warn_of_senders_clocks(admin: KafkaAdminClient, topic: str) -> None:
+    try:
+        asked = ConfigResource("topic", topic, {_BY_ARRIVAL[0]: None})
+        found = admin.describe_configs([asked], config_filter="all")["topic"][topic]
+    except ke.KafkaError as error:  # a user who may only send and read, for instance
+        log.debug("the settings of topic %s: %r", topic, error)
+        return
+    if found[_BY_ARRIVAL[0]]["value"] != _BY_ARRIVAL[1]:
+        log.warning(
+            "topic %s keeps records by their senders' clocks: of one that is slow they are deleted "
+            "too early. Set %s=%s for it (docs/faults.md)",
+            topic, *_BY_ARRIVAL,
+        )  # fmt: skip
+
+
+def _topic(
+    kafka: KafkaSettings, partitions: int, max_record_bytes: int, retention_hours: float
+) -> dict[str, Any]:
     retention_bytes = kafka.retention_mb * 2**20
     return {
         "num_partitions": partitions,
         "replication_factor": kafka.replication,
         "configs": {
-            "retention.ms": str(int(kafka.retention_hours * 3_600_000)),
+            "retention.ms": str(int(retention_hours * 3_600_000)),
             "retention.bytes": str(retention_bytes),
             # Kafka deletes whole segments: a bound in bytes is only as fine as its segments.
             "segment.bytes": str(min(max(retention_bytes // 8, 2 * max_record_bytes), 2**30)),
@@ -164,6 +189,8 @@ def _topic(kafka: KafkaSettings, partitions: int, max_record_bytes: int) -> dict
             # Whatever a sender compresses with, the broker unpacks: kafka-python lacks some
             # codecs, and would stand still before such a record for ever.
             "compression.type": "uncompressed",
+            # Else a camera's clock decides how long its frames are kept, or that they are refused.
+            _BY_ARRIVAL[0]: _BY_ARRIVAL[1],
             "min.insync.replicas": "2" if kafka.replication > 2 else "1",
         },
     }
@@ -266,6 +293,13 @@ def _translated(error: Exception, kafka: KafkaSettings, detail: str = "") -> Dpd
         )
     if isinstance(error, SIZE_ERRORS):
         return DataError(f"{where} refused a record as too large: {error}")
+    if isinstance(error, ke.InvalidTimestampError):
+        return DataError(
+            f"{where} refused a record for its time: set this machine's clock, or give the topic "
+            f"{'='.join(_BY_ARRIVAL)}"
+        )
+    if isinstance(error, ke.BrokerResponseError):
+        return ServiceUnavailable(f"{where} refused ({detail or error}): its log says more")
     return ServiceUnavailable(
         f"{where} did not answer ({detail or error}): check that it runs (`dpdl status`), "
         "kafka.bootstrap and kafka.security_protocol"

@@ -5,8 +5,8 @@ Knows no client and no network: it reads Kafka records by their attributes and w
 
 Frame, schema 1: key = camera id (UTF-8), value = the encoded image, headers `dpdl-schema`,
 `captured-at` (unix nanoseconds, decimal) and `content-type`. Headers may be missing: then the
-camera is the key and the time is the record's timestamp. What breaks these rules raises
-`BadFrame(reason)`; the reasons are listed in `FrameRecord.from_kafka`.
+camera is the key and the time is the record's timestamp, in our topics that of its arrival. What
+breaks these rules raises `BadFrame(reason)`; the reasons are listed in `FrameRecord.from_kafka`.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ Progress = Callable[[str, float, dict[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """An offset, the same in every partition, or a time by the records' timestamps."""
+    """An offset, the same in every partition, or a time by the records' timestamps (of arrival)."""
 
     offset: int | None = None
     time_ms: int | None = None

@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import ConfigResource
-from kafka.errors import NoOffsetForPartitionError, OffsetOutOfRangeError
+from kafka.errors import (
+    NoOffsetForPartitionError,
+    NotEnoughReplicasError,
+    OffsetOutOfRangeError,
+)
 from pydantic import SecretStr
 
 from infra import kafka_client
@@ -90,6 +94,48 @@ def test_topics_are_made_once_as_the_settings_say(settings: Settings) -> None:
     text = str(found)
     for value in ("1800000", str(2**30), str(MAX_RECORD_BYTES)):
         assert value in text
+
+
+def test_dead_letters_have_a_retention_of_their_own(settings: Settings) -> None:
+    """Friday's frames are gone on Monday; what was wrong with some of them is not."""
+    ensure_topics(settings)
+    admin = make_admin(settings)
+    names = (settings.kafka.topic, settings.kafka.dead_topic)
+    found = admin.describe_configs([ConfigResource("topic", name) for name in names])["topic"]
+    admin.close()
+    kept = [int(found[name]["retention.ms"]["value"]) / 86_400_000 for name in names]
+    assert kept == [1, 30]
+
+
+def test_a_senders_clock_does_not_decide_how_long_its_frames_are_kept(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two days back or two hours ahead: the record's time is that of its arrival."""
+    ensure_topics(changed(settings, partitions=1))
+    producer, now_ms = make_producer(settings), int(time.time() * 1000)
+    for offset_h in (-48, 2):
+        at_ms = now_ms + offset_h * 3_600_000
+        producer.send(settings.kafka.topic, b"x", timestamp_ms=at_ms).get(30)
+    arrived = [record.timestamp for record in read(at(settings, 0, 0), 2)]
+    assert arrived == [pytest.approx(now_ms, abs=60_000)] * 2
+
+    by_hand = changed(settings, topic=settings.kafka.topic + "-by-hand")
+    admin = make_admin(settings)
+    admin.create_topics({by_hand.kafka.topic: {"num_partitions": 1, "replication_factor": 1}})
+    admin.wait_for_topics([by_hand.kafka.topic])
+    admin.close()
+    ensure_topics(by_hand)
+    warned = [each.message for each in caplog.records if each.name == "dpdl.kafka"]
+    assert [by_hand.kafka.topic in message for message in warned] == [True]
+    with pytest.raises(DataError, match="clock"), kafka_errors(settings.kafka):
+        producer.send(by_hand.kafka.topic, b"x", timestamp_ms=now_ms + 7_200_000).get(30)
+    producer.close()
+
+
+def test_what_a_broker_refuses_is_not_told_as_no_answer(settings: Settings) -> None:
+    wanted = pytest.raises(ServiceUnavailable, match=r"refused.*NotEnoughReplicas")
+    with wanted, kafka_errors(settings.kafka):
+        raise NotEnoughReplicasError()
 
 
 def test_a_missing_topic_is_told(settings: Settings) -> None:
