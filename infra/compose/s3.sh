@@ -10,6 +10,11 @@ END
 # One volume to begin a bucket with, not seven; their number is free disk / their size (0) and not
 # eight: three buckets of seven could not all store something.
 export WEED_MASTER_VOLUME_GROWTH_COPY_1=1
+# `weed server` keeps lifecycle rules and carries out none: evidence expires by its shell, each hour.
+while sleep 3600 && kill -0 $$; do
+  echo "s3.lifecycle.run-shard -shards 0-15 -events 0 -runtime 1h -s3 127.0.0.1:18333" |
+    weed -logtostderr=true shell -master=127.0.0.1:9333 || :  # tried again in an hour
+done &
 # Only the S3 gateway leaves the container: master, volume and filer ask for no keys.
 exec weed -logtostderr=true server -ip=127.0.0.1 -ip.bind=127.0.0.1 -dir=/data \
   -filer -s3 -s3.port=8333 -s3.ip.bind=0.0.0.0 -s3.config=/tmp/s3.json \

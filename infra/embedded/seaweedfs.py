@@ -29,6 +29,19 @@ from infra.embedded.service import (
     plain_environment,
 )
 
+EXPIRE_EVERY_S = 3600
+# `weed server` keeps lifecycle rules and carries out none: its shell does, as here, or a worker
+# with an admin server would. In the server's process group, which the guard ends with it; the
+# server takes the shell's place, so that $$ is alive as long as it is.
+_SCRIPT = """\
+while sleep "$1" && kill -0 $$; do
+  echo "s3.lifecycle.run-shard -shards 0-15 -events 0 -runtime 1h -s3 $3" |
+    "$4" -logtostderr=true shell -master="$2"
+done &
+shift 3
+exec "$@"
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class SeaweedFs:
@@ -56,7 +69,7 @@ class SeaweedFs:
         actions = ["Admin", "Read", "List", "Tagging", "Write"]
         identity = {"name": USER, "credentials": [credential], "actions": actions}
         write_private(keys, json.dumps({"identities": [identity]}))
-        argv = [
+        server = [
             str(_program()),
             "-logtostderr=true",
             "server",
@@ -80,7 +93,10 @@ class SeaweedFs:
             "-master.electionTimeout=1s",
         ]
         if self.tls:  # with no https port of its own, -s3.port speaks https
-            argv += [f"-s3.cert.file={self.tls.certificate}", f"-s3.key.file={self.tls.key}"]
+            server += [f"-s3.cert.file={self.tls.certificate}", f"-s3.key.file={self.tls.key}"]
+        master, s3 = place.ports["master"], place.ports["s3"] + GRPC_OFFSET
+        words = [str(EXPIRE_EVERY_S), f"{HOST}:{master}", f"{HOST}:{s3}"]
+        argv = ["/bin/sh", "-c", _SCRIPT, "weed", *words, *server]
         # One volume to begin a bucket with, not seven.
         environment = {**plain_environment(), "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
         return Command(argv, place.home, environment)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import redis
 import yaml
 from minio import Minio
+from minio.commonconfig import ENABLED, Filter
 from minio.error import MinioException
+from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 from urllib3 import PoolManager
@@ -210,6 +214,9 @@ def s3(tmp_path) -> Iterator[Minio]:
         ("-dir=/data", f"-dir={tmp_path}/data"),
         ("-s3.port=8333", f"-s3.port={s3_port}"),
         ("-s3.ip.bind=0.0.0.0", "-s3.ip.bind=127.0.0.1"),
+        ("sleep 3600", "sleep 1"),
+        ("127.0.0.1:18333", f"127.0.0.1:{s3_port + ports.GRPC_OFFSET}"),
+        ("127.0.0.1:9333", f"127.0.0.1:{master}"),
     ):
         assert there in script
         script = script.replace(there, here)
@@ -224,23 +231,37 @@ def s3(tmp_path) -> Iterator[Minio]:
             env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
             stdout=log,
             stderr=log,
+            start_new_session=True,
         )
     pool = PoolManager(timeout=20, retries=False)
     try:
         yield Minio(f"127.0.0.1:{s3_port}", secure=False, http_client=pool, **keys)
     finally:
-        weed.kill()
+        os.killpg(weed.pid, signal.SIGKILL)
         weed.wait(10)
         pool.clear()
 
 
 def test_each_of_the_three_buckets_of_its_s3_can_be_written_to(s3) -> None:
     for bucket in ("data", "models", "evidence"):
-        deadline = time.monotonic() + 60
-        while failed := _put_in(s3, bucket):
-            if time.monotonic() > deadline:
-                pytest.fail(f"{bucket}: {failed}")
-            time.sleep(0.5)
+        _wait_until(lambda bucket=bucket: _put_in(s3, bucket))
+
+
+def test_what_is_due_in_its_s3_is_deleted(s3) -> None:
+    _wait_until(lambda: _put_in(s3, "evidence"))
+    past = datetime(2026, 1, 1, tzinfo=UTC)
+    rule = Rule(ENABLED, rule_filter=Filter(prefix=""), expiration=Expiration(date=past))
+    s3.set_bucket_lifecycle("evidence", LifecycleConfig([rule]))
+    _wait_until(lambda: list(s3.list_objects("evidence")))
+
+
+def _wait_until(failed: Callable[[], object]) -> None:
+    """Until it returns nothing."""
+    deadline = time.monotonic() + 60
+    while found := failed():
+        if time.monotonic() > deadline:
+            pytest.fail(str(found))
+        time.sleep(0.5)
 
 
 def _put_in(s3: Minio, bucket: str) -> Exception | None:

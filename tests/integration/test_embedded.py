@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,13 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.admin import NewTopic
 from kafka.errors import KafkaError
 from minio import Minio
+from minio.commonconfig import ENABLED, Filter
 from minio.error import S3Error
+from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 from rich.console import Console
 
 import cluster.stack
-from infra.embedded import SERVICE_NAMES, Stack, jvm, ports
+from infra.embedded import SERVICE_NAMES, Stack, jvm, ports, seaweedfs
 from infra.embedded.process import Record
 from infra.errors import DataError, ServiceUnavailable, SettingsError
 from infra.settings import Settings, load_settings
@@ -218,6 +222,27 @@ def test_start_again_changes_nothing(stack):
     before = [stack.pid(name) for name in SERVICE_NAMES]
     stack.start()
     assert [stack.pid(name) for name in SERVICE_NAMES] == before
+
+
+def test_what_is_due_in_s3_is_deleted(own_state, monkeypatch):
+    """Its server keeps lifecycle rules; what runs beside it carries them out, and ends with it."""
+    monkeypatch.setattr(seaweedfs, "EXPIRE_EVERY_S", 1)
+    past = Expiration(date=datetime(2026, 1, 1, tzinfo=UTC))
+    rule = Rule(ENABLED, rule_filter=Filter(prefix=""), expiration=past)
+    with Stack(own_state, services=["s3"]) as stack:
+        client = s3(load_settings())
+        client.make_bucket("evidence")
+        client.put_object("evidence", "key", io.BytesIO(b"object"), 6)
+        client.set_bucket_lifecycle("evidence", LifecycleConfig([rule]))
+        deadline = time.monotonic() + 60
+        while list(client.list_objects("evidence")):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        group = stack.pid("s3")
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            assert int(its_group) != group or state == "Z", path
 
 
 # -- owners ---------------------------------------------------------------------------------------
