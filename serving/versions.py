@@ -4,7 +4,8 @@ Knows the model store and dpdl_core, no Ray. A version is refused when the store
 or incomplete (hash), when dpdl_core does not take it (shapes, NaN weights, a newer format), or
 when it does not give finite scores on a trial batch. Then the old one goes on, and the refusal
 is kept for people to see. A refused version is not tried again until the pointer moves to it anew;
-one that failed for what may pass, such as a device out of memory, is tried again after a while.
+one that failed for what may pass, such as a device out of memory or a key that S3 refused, is tried
+again after a while.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import torch
 
 from dpdl_core.artifact import METRICS, ArtifactError, LoadedVersion, unpack
 from dpdl_core.drift import Drift
-from infra.errors import DataError, DpdlError
+from infra.errors import DataError, DpdlError, VersionBroken
 
 log = logging.getLogger("dpdl.score")
 
 FIRST_RETRY_S, LAST_RETRY_S = 10.0, 600.0
-"""Until a version is tried again whose trial failed for no fault that is known to be its own; each
-wait is twice the one before."""
+"""Until a version is tried again whose fetch or trial failed for no fault that is known to be its
+own; each wait is twice the one before."""
 
 
 class Pointer(Protocol):
@@ -162,7 +163,8 @@ class Versions:
 
     def _refuse(self, version: str, why: Exception) -> None:
         said = " ".join(str(why).split())[:500] or type(why).__name__
-        if isinstance(why, RuntimeError):  # torch's, of the device as well as of shapes
+        if not isinstance(why, (ArtifactError, VersionBroken, KeyError)):
+            # torch's RuntimeError, of the device as well as of shapes; a key that S3 refuses.
             _, waited_s = self._waits.get(version, (0.0, FIRST_RETRY_S / 2))
             wait_s = min(2 * waited_s, LAST_RETRY_S)
             self._waits[version] = (time.monotonic() + wait_s, wait_s)

@@ -17,7 +17,7 @@ from dpdl_core import artifact
 from dpdl_core.config import recipe
 from dpdl_core.fit import fit
 from dpdl_core.images import ArraySource
-from infra.errors import DataError, NotFound, ServiceUnavailable, VersionBroken
+from infra.errors import AuthFailed, DataError, NotFound, ServiceUnavailable, VersionBroken
 from serving import models as subject
 from serving import versions
 from serving.models import Models
@@ -177,6 +177,26 @@ def test_a_device_out_of_memory_refuses_a_version_for_a_while_only(store, files,
     models.refresh()
     assert models.of("")[1].version == "d2"
     assert (models.default.refused, models.default.refused_now) == ({}, None)
+
+
+def test_a_version_that_s3_refused_to_give_is_used_once_it_gives_it(store, files, monkeypatch):
+    """Its keys were being changed, say: nothing is known against the version."""
+    models, now_s = models_of(store), [time.monotonic()]
+    monkeypatch.setattr(versions.time, "monotonic", lambda: now_s[0])
+    store.promote("default", "d2", files)
+    real = store.fetch
+
+    def fetch(name, version):
+        raise AuthFailed("S3 refused the key")
+
+    store.fetch = fetch
+    models.refresh()
+    assert models.default.refused_now == "d2"
+    store.fetch = real
+    now_s[0] += versions.FIRST_RETRY_S
+    models.refresh()
+    assert models.of("")[1].version == "d2"
+    assert models.default.refused == {}
 
 
 def test_a_pointer_that_cannot_be_read_hides_no_other_model(store, files):
