@@ -18,7 +18,7 @@ from datetime import datetime
 from kafka import KafkaConsumer
 
 from infra.decisions import Decision, Recorded
-from infra.errors import DpdlError, VersionBroken
+from infra.errors import DataError, DpdlError, NotFound, VersionBroken
 from infra.kafka_client import (
     behind,
     bounds_of,
@@ -58,8 +58,8 @@ class Watch:
         self._decisions: dict[str, Recorded] = {}
         self._listed: dict[str, tuple[float, list[Decision], float | None]] = {}
         """Model -> when its decisions were listed, what there was, and _moved_s()."""
-        self._trouble: dict[str, str | None] = {}
-        """Store -> why it cannot be looked at; None for one that answers."""
+        self._trouble: dict[str, DpdlError | None] = {}
+        """Store -> why it cannot be looked at; None when all is well."""
         self.waiting: dict[int, int] = {}
         """Partition -> frames in Kafka whose result is not yet published, at the last look."""
         self._expired_s: dict[int, float] = {}
@@ -84,7 +84,7 @@ class Watch:
         while True:
             self._replica.alive()
             for store, trouble in list(self._trouble.items()):
-                self._metrics.store(store, up=trouble is None)
+                self._metrics.store(store, up=not _is_away(trouble))
             self._metrics.totals()
             time.sleep(GAUGES_S)
 
@@ -94,9 +94,9 @@ class Watch:
                 look()
                 self._trouble[store] = None
             except DpdlError as error:
-                if self._trouble.get(store) != str(error):
+                if str(self._trouble.get(store)) != str(error):
                     log.warning("cannot look at %s: %s", store, error)
-                self._trouble[store] = str(error)
+                self._trouble[store] = error
             except Exception:  # whatever a store holds, the next look may find something else
                 log.exception("looking at %s", store)
             time.sleep(GAUGES_S)
@@ -170,6 +170,13 @@ class Watch:
         except VersionBroken:
             return None
         return _unix_s(pointer.promoted_at if pointer else "")
+
+
+def _is_away(trouble: DpdlError | None) -> bool:
+    """Not where only something in a store is broken; but where a topic or bucket is gone."""
+    return trouble is not None and (
+        isinstance(trouble, NotFound) or not isinstance(trouble, DataError)
+    )
 
 
 def _unix_s(moment: str) -> float:

@@ -4,11 +4,15 @@ import io
 import time
 from dataclasses import replace
 from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 from kafka import TopicPartition
 from results import put, result
 
+from infra import decisions
+from infra.decisions import Decision
+from infra.errors import AuthFailed, DataError, NotFound, ServiceUnavailable, VersionBroken
 from infra.kafka_client import ensure_topics, make_admin, make_producer
 from infra.metrics import ExpiryMetrics, WatchMetrics
 from infra.model_store import ModelStore
@@ -124,3 +128,49 @@ def test_when_the_pointer_moved_and_that_a_broken_one_is_not_taken_for_s3_away(
     make_minio(settings).put_object(bucket, "default/current.json", io.BytesIO(b"{}"), 2)
     watch._look_at_decisions()
     assert len(shown) == 2
+
+
+def test_a_decision_that_is_broken_hides_no_other_and_is_not_taken_for_s3_away(
+    settings, watch, monkeypatch, caplog
+):
+    ensure_buckets(settings)
+    for candidate in ("r-1", "r-3"):
+        decisions.record(
+            settings, "default", Decision(candidate, None, "promoted", "better", {}, {})
+        )
+    client, bucket = make_minio(settings), settings.s3.models_bucket
+    client.put_object(bucket, "default/decisions/r-2.json", io.BytesIO(b"{"), 1)
+    shown = []
+    monkeypatch.setattr(watch._metrics, "refreshes", lambda *found: shown.append(found[:3]))
+    monkeypatch.setattr("serving.watch.DECISIONS_S", 0.0)
+    watch._look_at_decisions()
+    watch._look_at_decisions()
+    assert shown == 2 * [("default", "promoted", 2), ("default", "held", 0)]
+    assert [each.name for each in caplog.records if "r-2.json" in each.message] == [
+        "dpdl.decisions"
+    ]
+    # Who settles inputs by them goes no further: those of the broken one are not known.
+    with pytest.raises(DataError, match=r"r-2\.json"):
+        decisions.recorded(settings, "default")
+
+
+def test_only_a_store_that_does_not_answer_is_down(watch, monkeypatch):
+    class Ended(BaseException):
+        pass
+
+    def ended(seconds):
+        raise Ended
+
+    monkeypatch.setattr("serving.watch.time.sleep", ended)
+    watch._trouble, watch._replica, shown = {}, SimpleNamespace(alive=lambda: None), {}
+    monkeypatch.setattr(watch._metrics, "store", lambda name, up: shown.update({name: up}))
+    for error in (ServiceUnavailable(), AuthFailed(), NotFound(), DataError(), VersionBroken()):
+
+        def look(error=error):
+            raise error
+
+        with pytest.raises(Ended):
+            watch._follow(type(error).__name__, look)
+    with pytest.raises(Ended):
+        watch._show()
+    assert [name for name, up in shown.items() if up] == ["DataError", "VersionBroken"]
