@@ -178,5 +178,6 @@ class Sink(Protocol):
         """
 
 
-Decode = Callable[[Polled, Plan], Decoded]
+Decode = Callable[[Polled, Plan, Callable[[], None]], Decoded]
+"""(what was polled, plan, called after each record): a batch of hostile images takes minutes."""
 Report = Callable[[BatchReport], None]

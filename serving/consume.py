@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -39,8 +39,8 @@ from serving.source import KafkaSource, consumer_group
 
 log = logging.getLogger("dpdl.stream")
 
-ANSWER_S = 120.0
-"""Longest wait for one batch's scores before it is asked for again."""
+ANSWER_S = 5.0
+"""How often a wait for an answer looks whether it is to end."""
 INFO_S = 3.0
 """Longest wait of the loop's own thread for a scorer: it shows no life and sees no stop then."""
 LOOK_S = 1.0
@@ -70,6 +70,7 @@ class HandleScore:
         """The question still open while no scorer answers; a retry looks at it again."""
         self._bound: dict[str, str] = {}
         self._looked_s = float("-inf")
+        self._closed = threading.Event()
 
     def plan(self) -> Plan:
         """Sizes as of the last answers, bindings as of LOOK_S ago. ServiceUnavailable."""
@@ -84,6 +85,7 @@ class HandleScore:
         return self._pool.submit(self._ask, batch)
 
     def close(self) -> None:
+        self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _default_size(self) -> int:
@@ -94,26 +96,31 @@ class HandleScore:
         return int(asked.result()["image_size"])
 
     def _ask_info(self) -> dict[str, Any]:
-        found: dict[str, Any] = _answer(
-            lambda: self._scorer.info.remote().result(timeout_s=ANSWER_S)
-        )
+        found: dict[str, Any] = self._answer(self._scorer.info.remote)
         return found
 
     def _ask(self, batch: Batch) -> Scored | WrongSize:
-        call, cameras = self._scorer.score, [frame.camera for frame in batch.frames]
-        answer: Scored | WrongSize = _answer(
-            lambda: call.remote(batch.images, cameras, batch.model).result(timeout_s=ANSWER_S)
+        cameras = [frame.camera for frame in batch.frames]
+        answer: Scored | WrongSize = self._answer(
+            self._scorer.score.remote, batch.images, cameras, batch.model
         )
         self._sizes[batch.model] = answer.image_size
         return answer
 
-
-def _answer(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except (RayError, RayServeException, TimeoutError, RuntimeError) as error:
-        # Replaced, restarting, overloaded: Serve brings a scorer back, and a batch is not lost.
-        raise ServiceUnavailable(f"the scorer: {' '.join(str(error).split())[:300]}") from error
+    def _answer(self, ask: Callable[..., Any], *what: object) -> Any:
+        """For as long as it takes while the replica lives: one that is slow would only find a
+        batch that is asked again behind itself. ServiceUnavailable."""
+        try:
+            response = ask(*what)
+            while True:
+                try:
+                    return response.result(timeout_s=ANSWER_S)
+                except TimeoutError as error:
+                    if isinstance(error, RayTaskError) or self._closed.is_set():
+                        raise
+        except (RayError, RayServeException, TimeoutError, RuntimeError) as error:
+            # Replaced, restarting, overloaded: Serve brings a scorer back, and a batch is not lost.
+            raise ServiceUnavailable(f"the scorer: {' '.join(str(error).split())[:300]}") from error
 
 
 class Consumer:
@@ -205,23 +212,41 @@ class Consumer:
             except DpdlError as error:
                 if not error.retryable:
                     raise
-                if str(error) != self._trouble:
-                    log.warning("cannot start yet: %s", error)
-                self._trouble = str(error)
-                self._stopping.wait(1.0)
+                self._wait_after(error)
         return None
+
+    def _wait_after(self, error: DpdlError) -> None:
+        if str(error) != self._trouble:
+            log.warning("cannot start yet: %s", error)
+        self._trouble = str(error)
+        self._stopping.wait(1.0)
+
+    def _await_scorer(self, score: HandleScore) -> None:
+        """Before the group is joined: partitions of a consumer without a scorer would stand still,
+        as those of a new cluster beside the old one that still serves. ServiceUnavailable at a
+        stop."""
+        while True:
+            self._alive_s = time.monotonic()
+            try:
+                score.plan()
+                return
+            except ServiceUnavailable as error:
+                self._wait_after(error)
+                if self._stopping.is_set():
+                    raise
 
     def _connect(self, settings: Settings, ends: ExitStack) -> Loop:
         depth = settings.stream.max_in_flight
         results = ResultStore(settings)
+        score = HandleScore(self._scorer, results, depth)
+        ends.callback(score.close)
+        self._await_scorer(score)
         dead = DeadLetters(settings)
         ends.callback(dead.close, CLOSE_S)
         archive = open_archive(settings)
         ends.callback(archive.close)
         decoder = Decoder(settings.stream.decode_threads)
         ends.callback(decoder.close)
-        score = HandleScore(self._scorer, results, depth)
-        ends.callback(score.close)
         consumer = make_consumer(settings, group=consumer_group(settings, results))
         source = KafkaSource(consumer, results, settings)
         ends.callback(source.close, CLOSE_S)

@@ -6,6 +6,7 @@ equal offline ones. Decoding runs in threads; the codecs let go of Python's lock
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -28,12 +29,18 @@ class Decoder:
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    def __call__(self, polled: Polled, plan: Plan) -> Decoded:
-        """Keeps the order of records within each model. Never raises for what is in them."""
+    def __call__(
+        self, polled: Polled, plan: Plan, alive: Callable[[], None] = lambda: None
+    ) -> Decoded:
+        """Keeps the order of records within each model. Never raises for what is in them.
+
+        alive: called after each record.
+        """
         outcomes = self._pool.map(lambda record: _decode(record, plan), polled.records)
         bad: list[BadRecord] = []
         rows: dict[str, list[_Row]] = {}
         for each in outcomes:
+            alive()
             if isinstance(each, BadRecord):
                 bad.append(each)
             else:

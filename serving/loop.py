@@ -58,7 +58,7 @@ T = TypeVar("T")
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 2.0
 WAIT_S = 5.0
-"""How often the loop shows life while the scorer is away."""
+"""How often the loop shows life while the scorer is away, and polls idly while it decodes."""
 
 
 class _Clock:
@@ -119,7 +119,8 @@ class Loop:
         self._stop = threading.Event()
         self._stop_by = float("inf")
         self.last_poll_s = time.monotonic()
-        """When the loop last went round or last retried: its sign of life."""
+        """When the loop last went round, decoded or retried: its sign of life."""
+        self._idled_s = self.last_poll_s
         self.trouble = ""
         """What is being retried just now, for people; "" when all is well."""
 
@@ -155,7 +156,7 @@ class Loop:
         polled_at_ns = time.time_ns()
         clock = _Clock({"poll": round(polled.waited_s * 1000, 1)})
         plan = self._patiently("asking which model is wanted", self._score.plan)
-        decoded = self._decode(polled, plan)  # 1. decode
+        decoded = self._decode(polled, plan, self._show_life)  # 1. decode
         clock.lap("decode")
         if decoded.bad:  # 2. bad records are kept before their offset is passed
             self._set_aside(decoded.bad)
@@ -213,8 +214,7 @@ class Loop:
             asked = pending or self._score.submit(batch)
             pending = None  # a failed answer is not asked for again, its question is
             while wait([asked], timeout=WAIT_S).not_done:
-                self._source.idle(0)
-                self.last_poll_s = time.monotonic()
+                self._show_life()
             return asked.result()
 
         while True:
@@ -223,12 +223,19 @@ class Loop:
                 return batch, scored
             # Never resized from the decoded pixels: online scores equal offline ones.
             plan = Plan(scored.image_size, dict.fromkeys(_cameras(batch), batch.model))
-            again = self._decode(Polled(batch.records, []), plan)
+            again = self._decode(Polled(batch.records, []), plan, self._show_life)
             self._set_aside(again.bad)
             bad += again.bad
             if not again.batches:
                 return None
             (batch,) = again.batches
+
+    def _show_life(self) -> None:
+        """In a long step, as often as it likes: to Serve, and to Kafka, by polling idly."""
+        self.last_poll_s = time.monotonic()
+        if self.last_poll_s - self._idled_s >= WAIT_S:
+            self._source.idle(0)
+            self._idled_s = self.last_poll_s
 
     def _set_aside(self, bad: Sequence[BadRecord]) -> None:
         if bad:

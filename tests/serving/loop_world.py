@@ -177,10 +177,11 @@ def frame_id(record):
     return f"{record.topic}/{record.partition}/{record.offset}"
 
 
-def decode(polled, plan):
+def decode(polled, plan, alive=lambda: None):
     """A frame's pixels are its offset, so that scores tell which frame they belong to."""
     by_model = defaultdict(list)
     for record in polled.records:
+        alive()
         if record.value is not None:
             by_model[plan.of(record.key.decode())].append(record)
     bad = [BadRecord(r, "empty") for r in polled.records if r.value is None]

@@ -78,3 +78,10 @@ def test_a_codec_that_trips_does_not_stop_the_stream(decoder, monkeypatch):
     monkeypatch.setattr("serving.decode.decode_image", trips)
     decoded = decoder(Polled([record(0, JPEG)], []), Plan(32))
     assert [bad.reason for bad in decoded.bad] == ["undecodable"]
+
+
+def test_each_record_is_a_sign_of_life(decoder):
+    """Some images take seconds: a batch of them must not look like a loop that is stuck."""
+    seen = []
+    decoder(Polled([record(0, JPEG), record(1, b"hello")], []), Plan(32), lambda: seen.append(1))
+    assert len(seen) == 2

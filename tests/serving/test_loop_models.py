@@ -49,7 +49,7 @@ def test_what_cannot_be_decoded_at_the_other_size_is_put_aside(lost):
         future.set_result(WrongSize(4))
         return real(images, model) if images.shape[1] == 4 else future
 
-    def decode_some(polled, plan):
+    def decode_some(polled, plan, alive):
         if plan.of("cam-0")[1] != 4:
             return decode(polled, plan)
         bad = [record for record in polled.records if record.offset in lost]

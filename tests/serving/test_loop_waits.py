@@ -6,9 +6,10 @@ import itertools
 from concurrent.futures import Future
 
 import pytest
-from loop_world import Outside, World, quiet_state, run
+from loop_world import Outside, World, decode, quiet_state, run
 
 from infra.errors import AuthFailed, ServiceUnavailable
+from serving.loop import Loop
 
 
 @pytest.mark.parametrize("step", ["poll", "set_aside", "submit", "keep_evidence", "publish"])
@@ -52,6 +53,29 @@ def test_an_answer_lost_after_publishing_is_not_a_second_publishing(monkeypatch)
     reports = run(Outside(world, trap))
     assert world.state() == quiet_state()
     assert sum(report.dropped_spans for report in reports) == 0
+
+
+def test_a_batch_that_is_long_to_decode_shows_life_and_stays_in_the_group(monkeypatch):
+    """Else it is taken for a stuck loop, and read again by the next one: for ever."""
+    monkeypatch.setattr("serving.loop.WAIT_S", 0.0)
+    outside, shown = Outside(World()), []
+
+    def slowly(polled, plan, alive):
+        def frame_done():
+            loop.last_poll_s = 0.0
+            alive()
+            shown.append(loop.last_poll_s)
+
+        idled = outside.idled
+        decoded = decode(polled, plan, frame_done)
+        assert outside.idled == idled + len(polled.records)
+        return decoded
+
+    loop = Loop(outside, slowly, outside, outside, report=lambda report: None)
+    outside.loop = loop
+    loop.run()
+    assert len(shown) == 14
+    assert all(shown)
 
 
 def test_wrong_credentials_are_not_retried():
