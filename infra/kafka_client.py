@@ -78,7 +78,7 @@ def make_producer(settings: Settings, *, idempotent: bool = True) -> KafkaProduc
     """
     return _build(
         KafkaProducer,
-        settings.kafka,
+        settings,
         acks="all",
         enable_idempotence=idempotent,
         max_request_size=_MAX_DEAD_BYTES,
@@ -109,7 +109,7 @@ def make_consumer(settings: Settings, *, group: str | None = None) -> KafkaConsu
     """
     return _build(
         KafkaConsumer,
-        settings.kafka,
+        settings,
         group_id=group,
         enable_auto_commit=False,
         auto_offset_reset="none",
@@ -125,7 +125,7 @@ def make_consumer(settings: Settings, *, group: str | None = None) -> KafkaConsu
 
 def make_admin(settings: Settings) -> KafkaAdminClient:
     """Errors: AuthFailed, ServiceUnavailable, SettingsError."""
-    return _build(KafkaAdminClient, settings.kafka)
+    return _build(KafkaAdminClient, settings)
 
 
 def ensure_topics(settings: Settings) -> None:
@@ -425,12 +425,10 @@ class _Client(KafkaNetClient):  # type: ignore[misc]
         return failure
 
 
-def _build(make: Callable[..., Any], kafka: KafkaSettings, **config: Any) -> Any:
+def _build(make: Callable[..., Any], settings: Settings, **config: Any) -> Any:
+    kafka = settings.kafka
     if not kafka.bootstrap:
-        raise SettingsError(
-            "no Kafka is known: start the embedded services with `dpdl up`, or set "
-            "DPDL_KAFKA_BOOTSTRAP=HOST:PORT"
-        )
+        raise settings.unknown("Kafka", "DPDL_KAFKA_BOOTSTRAP=HOST:PORT")
     clients: list[_Client] = []
 
     def client(**options: Any) -> _Client:

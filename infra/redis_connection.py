@@ -32,10 +32,7 @@ def make_redis(settings: Settings, *, retries: int = 1) -> redis.Redis:
     """
     where = settings.redis
     if not where.host:
-        raise SettingsError(
-            "no Redis is known: start the embedded services with `dpdl up`, or set "
-            "DPDL_REDIS_HOST and DPDL_REDIS_PORT"
-        )
+        raise settings.unknown("Redis", "DPDL_REDIS_HOST and DPDL_REDIS_PORT")
     client = redis.Redis(
         host=where.host,
         port=where.port,

@@ -1,7 +1,7 @@
 """S3 by two clients, one set of settings: minio for objects, pyarrow for Parquet.
 
 Plain S3 only (SeaweedFS, MinIO, AWS, Ceph): path-style addresses, signature v4, conditional PUT.
-Waits are bounded: 2 s to connect, 30 s for an answer, one more try where the server is ill.
+Waits are bounded: 10 s to connect, 30 s for an answer, one more try where the server is ill.
 """
 
 from __future__ import annotations
@@ -107,10 +107,7 @@ def make_filesystem(settings: Settings) -> S3FileSystem:
 def _known(settings: Settings) -> S3Settings:
     s3 = settings.s3
     if not s3.endpoint:
-        raise SettingsError(
-            "no S3 is known: start the embedded services with `dpdl up`, or set "
-            "DPDL_S3_ENDPOINT=HOST:PORT"
-        )
+        raise settings.unknown("S3", "DPDL_S3_ENDPOINT=HOST:PORT")
     if not s3.access_key or s3.secret_key is None:
         raise SettingsError(f"S3 at {s3.endpoint} needs s3.access_key and s3.secret_key")
     if s3.tls_ca and not s3.tls_ca.is_file():

@@ -252,6 +252,14 @@ class Settings(_Group):
         found = (self.origin(f"{service}.{field}") for field in _ENDPOINTS[service])
         return next((origin for origin in found if origin not in ours), "")
 
+    def unknown(self, service: str, variables: str) -> SettingsError:
+        """For a service whose address no source says."""
+        return SettingsError(
+            f"no {service} is known in {self.state_dir}: start the embedded services with "
+            "`dpdl up`, set DPDL_STATE_DIR where they were started from another folder, or set "
+            f"{variables}"
+        )
+
     def redacted(self) -> dict[str, Any]:
         """Plain data for people and logs: secrets that are set show as "***"."""
         shown: dict[str, Any] = {}

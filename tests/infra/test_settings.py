@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from infra.errors import SettingsError
+from infra.kafka_client import make_admin
+from infra.redis_connection import make_redis
+from infra.s3_client import make_minio
 from infra.settings import Settings, load_settings
 
 
@@ -317,3 +321,14 @@ def test_any_yaml_is_settings_or_one_line(
         said = str(error)
     assert "\n" not in said
     assert len(said) < 1000
+
+
+@pytest.mark.parametrize(
+    ("service", "connect"),
+    [("Kafka", make_admin), ("Redis", make_redis), ("S3", make_minio)],
+)
+def test_where_no_service_is_known_the_folder_that_was_looked_at_is_named(
+    home: Path, service: str, connect: Callable[[Settings], Any]
+) -> None:
+    with pytest.raises(SettingsError, match=f"no {service} is known in {home}/.dpdl: .*STATE_DIR"):
+        connect(load_settings({}))
