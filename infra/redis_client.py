@@ -46,7 +46,7 @@ from infra.cameras import (
     camera_state,
     threshold_override,
 )
-from infra.errors import Fenced
+from infra.errors import Fenced, ServiceUnavailable
 from infra.messages import FrameResult, check_camera
 from infra.redis_connection import make_redis, redis_errors
 from infra.settings import Settings
@@ -138,16 +138,21 @@ class ResultStore:
             self._key("unlisted"),
         ]
         arguments = self._arguments(first_offset, next_offset, results, dead or {})
-        with redis_errors(self._where):
-            if self._keep_s is None:
-                reply = self._publish(keys=keys, args=arguments)
-            else:
-                pipeline = self._once.pipeline(transaction=True)
-                self._publish(keys=keys, args=arguments, client=pipeline)
-                for camera in {result.camera for result in results}:
-                    keys += [self._key(f"scores:{camera}"), self._key(f"camera:{camera}")]
-                self._let_vanish(pipeline, keys)
-                reply = pipeline.execute()[0]
+        try:
+            with redis_errors(self._where):
+                if self._keep_s is None:
+                    reply = self._publish(keys=keys, args=arguments)
+                else:
+                    pipeline = self._once.pipeline(transaction=True)
+                    self._publish(keys=keys, args=arguments, client=pipeline)
+                    for camera in {result.camera for result in results}:
+                        keys += [self._key(f"scores:{camera}"), self._key(f"camera:{camera}")]
+                    self._let_vanish(pipeline, keys)
+                    reply = pipeline.execute()[0]
+        except ServiceUnavailable:
+            # After a failover those that only read would stay with the old primary.
+            self._redis.connection_pool.disconnect(inuse_connections=False)
+            raise
         accepted, number = cast("list[Any]", reply)
         if not accepted:
             raise Fenced(expected=int(number), found=first_offset)

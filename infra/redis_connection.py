@@ -43,6 +43,9 @@ def make_redis(settings: Settings, *, retries: int = 1) -> redis.Redis:
         socket_connect_timeout=CONNECT_TIMEOUT_S,
         socket_timeout=REPLY_TIMEOUT_S,
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries),
+        # Refused, and nothing done: the connection is dropped, with no retries too. After a
+        # failover the name stands for another server than the one that it was opened to.
+        retry_on_error=[rex.ReadOnlyError, rex.MasterDownError],
         **_tls(where),
     )
     with redis_errors(where):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
+import yaml
 from pydantic import SecretStr
 from results import GROUP, TOPIC, changed, put, result, snapshot
 
@@ -17,7 +21,7 @@ from infra.embedded import Stack
 from infra.errors import AuthFailed, DataError, Fenced, ServiceUnavailable, StoreFull
 from infra.redis_client import ResultStore
 from infra.redis_connection import REPLY_TIMEOUT_S, make_redis
-from infra.settings import Settings
+from infra.settings import Settings, services_file
 
 pytestmark = pytest.mark.integration
 
@@ -94,6 +98,62 @@ def test_a_replica_is_not_written_to(settings: Settings, store: ResultStore) -> 
     finally:
         admin.replicaof("NO", "ONE")
     assert put(store, 1, [result(1)]) == 0
+
+
+class Address:
+    """One address that stands for whichever server is the primary, as a virtual IP does."""
+
+    def __init__(self, target_port: int) -> None:
+        self.target_port = target_port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self.target_port))
+                for ends in ((client, server), (server, client)):
+                    threading.Thread(target=self._pass, args=ends, daemon=True).start()
+
+    @staticmethod
+    def _pass(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+def test_after_a_failover_the_new_primary_is_used(settings: Settings, tmp_path: Path) -> None:
+    """The address stands for another server; connections to the demoted one stay open."""
+    old = make_redis(settings)
+    with (
+        Stack(tmp_path / "other", services=["redis"]) as other,
+        closing(Address(settings.redis.port)) as address,
+    ):
+        store = ResultStore(changed(settings, "redis", port=address.port))
+        put(store, 0, [result(0)])
+        assert store.next_offset(GROUP, TOPIC, 0) == 1
+        new = yaml.safe_load(services_file(other.state_dir).read_text())["redis"]
+        with redis.Redis(port=new["port"], password=new["password"]) as primary:
+            assert settings.redis.password
+            primary.config_set("requirepass", settings.redis.password.get_secret_value())
+        address.target_port = new["port"]
+        old.replicaof("127.0.0.1", "1")
+        try:
+            with pytest.raises(ServiceUnavailable, match="primary"):
+                put(store, 1, [result(1)])
+            assert store.next_offset(GROUP, TOPIC, 0) is None  # this test's new one was no replica
+            assert put(store, 0, [result(0, anomaly=True)]) == 1
+            store.set_threshold("cam-1", 2.0, by="x")
+        finally:
+            old.replicaof("NO", "ONE")
+        store.close()
 
 
 @pytest.mark.parametrize(
