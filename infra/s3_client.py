@@ -40,13 +40,6 @@ _AUTH_CODES = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "A
 _AUTH_WORDS = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
 _MISSING_CODES = {"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "ResourceNotFound"}
 _CONFLICT_CODES = {"PreconditionFailed", "ConditionalRequestConflict", "OperationAborted"}
-_BUSY_CODES = {
-    "SlowDown",
-    "InternalError",
-    "ServiceUnavailable",
-    "RequestTimeout",
-    "XMinioServerNotInitialized",
-}
 
 
 def make_minio(
@@ -235,12 +228,20 @@ def _translated(error: Exception, s3: S3Settings) -> DpdlError:
     if code in _MISSING_CODES or isinstance(error, FileNotFoundError):
         return NotFound(f"{where} does not have it ({text})")
     unavailable = (urllib3.exceptions.HTTPError, ServerError, InvalidResponseError, OSError)
-    if code in _BUSY_CODES or isinstance(error, unavailable):
+    if _is_busy(error) or isinstance(error, unavailable):
         return ServiceUnavailable(
             f"{where} is not available ({text}): check that it runs (`dpdl status`), s3.endpoint "
             "and s3.secure"
         )
     return DataError(f"{where} refused a request ({text})")
+
+
+def _is_busy(error: Exception) -> bool:
+    """Full and not yet ready too: every server has codes of its own for them, by few statuses."""
+    if not isinstance(error, S3Error):
+        return False
+    status = error.response.status
+    return status == 429 or (status >= 500 and status != 501) or error.code == "RequestTimeout"
 
 
 def _told(error: Exception) -> tuple[str, str]:
