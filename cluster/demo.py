@@ -70,7 +70,8 @@ class _Renewal:
 
 
 def run_demo(options: DemoOptions, write: Callable[[dict[str, Any]], None]) -> None:
-    """Run it all; `write` gets the report. Errors: DpdlError, in one line."""
+    """Run it all; `write` gets the report. Errors: DpdlError, in one line, also for a report of
+    frames that were lost or scored twice."""
     console = Console()
     began = time.monotonic()
     with own_state_folder("demo") as settings, open_stack(settings, say=_dim(console)):
@@ -94,9 +95,11 @@ def run_demo(options: DemoOptions, write: Callable[[dict[str, Any]], None]) -> N
                 console.print(
                     f"Other commands see this run with DPDL_STATE_DIR={settings.state_dir}",
                     style="dim",
+                    markup=False,
                 )
                 with suppress(KeyboardInterrupt):
                     threading.Event().wait()
+            _check_account(report)
         finally:
             _end_ray()
 
@@ -289,6 +292,15 @@ def _report(
     }
 
 
+def _check_account(report: dict[str, Any]) -> None:
+    lost, twice = report["frames_lost"], report["frames_duplicated"]
+    if lost or twice:
+        raise DpdlError(
+            f"of {report['frames_sent']} frames {lost} were lost and {twice} scored twice: that is "
+            "not to happen, keep the report and the log"
+        )
+
+
 def _show(console: Console, report: dict[str, Any]) -> None:
     console.rule("what happened")
     for name, value in report.items():
@@ -314,7 +326,7 @@ def _short(value: Any) -> str:
 
 
 def _dim(console: Console) -> Callable[[str], None]:
-    return lambda line: console.print(line, style="dim")
+    return lambda line: console.print(line, style="dim", markup=False)
 
 
 def _end_ray() -> None:

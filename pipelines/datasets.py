@@ -32,6 +32,7 @@ from dpdl_core import protocol
 from dpdl_core.images import ImageRejected
 from infra import answers
 from infra.errors import DataError
+from infra.messages import check_camera
 from infra.s3_client import ensure_buckets, make_minio, s3_errors
 from infra.settings import Settings
 from pipelines.dataset_index import (
@@ -117,9 +118,12 @@ def import_dataset(
     leave_out: sources of training normals that are not imported, such as those that are to arrive
     later. camera: which took all of them. Every file is read twice: to look at it, and to store it.
     Raises DataError for a name or a folder that will not do, and where one image is both normal and
-    a defect.
+    a defect; ValueError for a camera id that will not do.
     """
     check_name(name)
+    if camera:
+        check_camera(camera)
+    ensure_buckets(settings)  # an S3 that is away is told before the images are looked at
     try:
         found = protocol.load_dataset(src)
         tally = Tally(2 * len(all_samples(found)), progress)
@@ -139,7 +143,6 @@ def import_dataset(
         looks,
         fixed_test=usable.test_normals is not None,
     )
-    ensure_buckets(settings)
     before = {o.key for part in SPLITS for o in list_objects(settings, f"{name}/{part}/")}
     tally.total = tally.done + sum(map(len, dealt.values()))
     parts: dict[str, list[Part]] = {}

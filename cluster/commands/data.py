@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from cluster.commands.shared import Report, err, out, progress_line, write_report
 
@@ -36,7 +35,7 @@ def data_import(
     if done.licence:
         out.print(f"licence: {done.licence}", style="dim")
     for image in done.skipped:
-        err.print(f"left out: {escape(image['source'])}: {image['reason']}", style="yellow")
+        _left_out(image)
     for split, counts in done.counts.items():
         out.print(f"{split}: {counts['normal']} normal, {counts['anomaly']} anomalous")
     write_report(report, asdict(done))
@@ -67,7 +66,12 @@ def data_add(
     images = (NewImage(f.image, camera=camera, source=f.source) for f in frames)
     done = put_incoming(load_settings(), name, images, vouched_by=vouched_by)
     for image in done.skipped:
-        err.print(f"left out: {escape(image['source'])}: {image['reason']}", style="yellow")
+        _left_out(image)
     out.print(f"{done.images} new normal images for {name}")
     if not done.images:
         raise typer.Exit(1)
+
+
+def _left_out(image: dict[str, str]) -> None:
+    # The reason too may name a file, and a file's name is no markup.
+    err.print(f"left out: {image['source']}: {image['reason']}", style="yellow", markup=False)

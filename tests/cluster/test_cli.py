@@ -2,19 +2,22 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from cluster import cli
+from cluster import cli, demo
 from cluster.commands.shared import check_device, duration, key_values, write_report
 from infra.errors import DpdlError
-from pipelines import refresh
+from pipelines import datasets, refresh
+from pipelines.datasets import ImportReport
 from pipelines.refresh import RefreshReport
 from serving import app as stream_app
 
@@ -122,11 +125,65 @@ def test_config_hides_secrets(tmp_path):
     assert "open-sesame" not in done.stdout + done.stderr
 
 
-def test_every_command_in_the_readme_exists(tmp_path):
-    done = dpdl("--help", cwd=tmp_path)
-    assert done.returncode == 0
-    for name in ("demo", "up", "down", "status", "train", "refresh", "serve", "stream", "alerts"):
-        assert name in done.stdout
+def commands_in(text):
+    """What follows `dpdl` in a Markdown text's code: a line of a block, or between backticks."""
+    text = re.sub(r"^```.*", "", text, flags=re.M).replace("\\\n", " ").replace("\\|", "|")
+    block = re.compile(r"^ {4,}.*", re.M)
+    for code in block.findall(text) + re.findall(r"`([^`]+)`", block.sub("", text)):
+        for found in re.findall(r"(?<![\w./-])(?:\.venv/bin/)?dpdl ([a-z][^#&;'`]*)", code):
+            yield " ".join(found.split())
+
+
+def unknown(line):
+    """The first word of `dpdl LINE` that is no command or option of it, "" where all are."""
+    root = typer.main.get_command(cli.app)
+    meant = [root]  # more than one behind "score|stream"
+    for word in re.sub(r"[][,]", " ", line).replace(" | ", " ").split():
+        groups = [each for each in meant if hasattr(each, "commands")]
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            for each in meant:
+                # `dpdl job train ARGS` hands on what it does not know to `dpdl train ARGS`.
+                passed_on = each.context_settings.get("ignore_unknown_options")
+                more = root.commands[each.name].params if passed_on else []
+                if all(name not in (*p.opts, *p.secondary_opts) for p in (*each.params, *more)):
+                    return word
+        elif groups and word != "...":
+            names = word.split("|")
+            if any(name not in groups[0].commands for name in names):
+                return word
+            meant = [groups[0].commands[name] for name in names]
+    return ""
+
+
+def test_every_command_in_the_readme_and_the_docs_exists():
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    found = [(page.name, line) for page in pages for line in commands_in(page.read_text())]
+    assert len(found) > 80
+    assert [each for each in found if unknown(each[1])] == []
+    for line, wrong in (("trian", "trian"), ("models lst", "lst"), ("up --wait", "--wait")):
+        assert unknown(line) == wrong
+
+
+def test_names_of_files_are_no_markup(monkeypatch, tmp_path):
+    skipped = [{"source": "a[/b].png", "reason": "duplicate of [old] [/c].png"}]
+    done = ImportReport("d", "", {}, skipped, objects=0, written=0, removed=0)
+    monkeypatch.setattr(datasets, "import_dataset", lambda *_, **__: done)
+    report = tmp_path / "report.json"
+    command = ["data", "import", "elpv", "--name", "d", "--report", str(report)]
+    said = CliRunner().invoke(cli.app, command)
+    assert said.exit_code == 0, said.output
+    assert "a[/b].png: duplicate of [old] [/c].png" in said.output
+    assert json.loads(report.read_text())["skipped"] == skipped
+
+
+def test_a_demo_that_lost_frames_has_failed():
+    whole = {"frames_sent": 9, "frames_lost": 0, "frames_duplicated": 0}
+    demo._check_account(whole)
+    for wrong in ("frames_lost", "frames_duplicated"):
+        with pytest.raises(DpdlError, match="of 9 frames"):
+            demo._check_account(whole | {wrong: 1})
 
 
 def test_train_wants_a_data_set_or_a_run_to_resume(tmp_path):

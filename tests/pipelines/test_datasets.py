@@ -9,7 +9,9 @@ from PIL import Image
 
 from dpdl_core import protocol
 from dpdl_core.protocol import Dataset, Sample, Split
-from infra.errors import DataError
+from infra.errors import DataError, ServiceUnavailable
+from infra.settings import Settings
+from pipelines import datasets
 from pipelines.dataset_index import DatasetIndex, Part, check_name
 from pipelines.datasets import SCHEMA, _parquet, _row, _rows
 from pipelines.dealing import Tally, deal, look_at, with_twins
@@ -48,6 +50,25 @@ def test_normals_that_are_to_arrive_later_are_left_out():
 def test_too_few_normals_to_hold_any_out_are_refused():
     with pytest.raises(DataError, match="more images"):
         deal(paper_split(normals=2), 0.2, ())
+
+
+@pytest.mark.parametrize(
+    ("camera", "error", "words"),
+    [("", ServiceUnavailable, "S3"), (" line 1", ValueError, "blanks at its ends")],
+)
+def test_what_stands_in_the_way_of_an_import_is_told_before_images_are_read(
+    tmp_path, monkeypatch, camera, error, words
+):
+    def looked(*_):
+        raise AssertionError("the images were looked at")
+
+    monkeypatch.setattr(datasets, "look_at", looked)
+    for kind in ("normal", "anomaly/spot"):
+        (tmp_path / kind).mkdir(parents=True)
+        (tmp_path / kind / "a.png").write_bytes(png(1))
+    settings = Settings(s3={"endpoint": "127.0.0.1:9", "access_key": "a", "secret_key": "b"})
+    with pytest.raises(error, match=words):
+        datasets.import_dataset(settings, tmp_path, "plates", camera=camera)
 
 
 def png(seed):
