@@ -44,6 +44,8 @@ class Move:
     why: str
     nonce: str
     """Tells a mover whose answer was lost that the move in place is its own."""
+    back: bool | None = None
+    """Whether it was a rollback; None in pointers of before moves said so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,15 +273,24 @@ class ModelStore:
             raise VersionBroken(f"{where} is not a pointer: {error!r}") from None
 
     def move_pointer(
-        self, name: str, version: str, expected: Pointer | None, *, by: str, why: str
+        self,
+        name: str,
+        version: str,
+        expected: Pointer | None,
+        *,
+        by: str,
+        why: str,
+        back: bool = False,
     ) -> Pointer:
         """Make `version` current, if the pointer is still the one that the caller saw.
 
-        expected: what current() returned. Errors: PointerConflict when someone moved it
-        meanwhile, NotFound or VersionBroken when the version does not exist or has no manifest.
+        expected: what current() returned. back: to version_before(expected.moves), so that rolling
+        back again goes further. Errors: PointerConflict when someone moved it meanwhile, NotFound
+        or VersionBroken when the version does not exist or has no manifest.
         """
         self.manifest(name, version)
-        move = Move(version=version, at=_now(), by=by, why=why, nonce=secrets.token_hex(8))
+        nonce = secrets.token_hex(8)
+        move = Move(version=version, at=_now(), by=by, why=why, nonce=nonce, back=back)
         moves = (*(expected.moves if expected else ()), move)[-MOVES_KEPT:]
         data = _json({"format": FORMAT, "moves": [_fields(each) for each in moves]})
         key = f"{name}/current.json"
@@ -308,10 +319,26 @@ class ModelStore:
         return f"{name}/versions/{version}/{file}"
 
 
-def version_before(moves: Sequence[str]) -> str | None:
-    """What was current before the last of `moves` first was: rolling back twice goes back twice."""
-    first = moves.index(moves[-1])
-    return moves[first - 1] if first else None
+def way_back(moves: Sequence[Move]) -> list[str]:
+    """The versions that rolling back goes through, the current one last.
+
+    A rollback takes the last of them away, so that rolling back twice goes back twice; a promotion
+    adds one, be it of an old version. A move that does not say which it was counts as a rollback
+    where it went to one of them.
+    """
+    way: list[str] = []
+    for move in moves:
+        if move.back or (move.back is None and move.version in way):
+            while way and way[-1] != move.version:
+                way.pop()
+        if way[-1:] != [move.version]:
+            way.append(move.version)
+    return way
+
+
+def version_before(moves: Sequence[Move]) -> str | None:
+    """What a rollback goes back to."""
+    return next(iter(way_back(moves)[-2:-1]), None)
 
 
 def _pointer(moves: tuple[Move, ...], etag: str) -> Pointer:
@@ -327,7 +354,7 @@ def _pointer(moves: tuple[Move, ...], etag: str) -> Pointer:
     )
 
 
-def _fields(move: Move) -> dict[str, str]:
+def _fields(move: Move) -> dict[str, Any]:
     return {name: getattr(move, name) for name in Move.__dataclass_fields__}
 
 

@@ -102,14 +102,21 @@ def load(store: ModelStore, name: str, version: str, device: str = "cpu") -> Loa
 
 
 def move(
-    settings: Settings, store: ModelStore, name: str, version: str, seen: Pointer | None, why: str
+    settings: Settings,
+    store: ModelStore,
+    name: str,
+    version: str,
+    seen: Pointer | None,
+    why: str,
+    *,
+    back: bool = False,
 ) -> Pointer:
     """Point at `version` and annotate it in Grafana; harmless where another process did it first.
 
     Whoever moved it annotates it, so that one move is one annotation.
     """
     try:
-        pointer = store.move_pointer(name, version, seen, by=who(), why=why)
+        pointer = store.move_pointer(name, version, seen, by=who(), why=why, back=back)
         announce_move(settings, name, pointer)
         return pointer
     except PointerConflict:

@@ -13,7 +13,7 @@ from typing import Any
 
 from infra import decisions
 from infra.errors import DataError
-from infra.model_store import ModelStore, Pointer, version_before
+from infra.model_store import ModelStore, Pointer, version_before, way_back
 from infra.settings import Settings
 from pipelines.promotion import load, move
 from pipelines.run_record import list_runs, remove_run
@@ -106,19 +106,21 @@ class Registry:
         pointer = self._store.current(self.model_name)
         if pointer is not None and pointer.version == version:
             return pointer
-        load(self._store, self.model_name, version)
-        return move(self._settings, self._store, self.model_name, version, pointer, why)
+        return self._move(version, pointer, why)
 
     def rollback(self, why: str) -> Pointer:
-        """Back to the version before the current one; again, to the one before that."""
+        """Back to the version before the current one; again, to the one before that.
+
+        Raises DataError where there is none, and as promote().
+        """
         pointer = self._current(self._store.current(self.model_name))
-        before = version_before([move.version for move in pointer.moves])
+        before = version_before(pointer.moves)
         if before is None:
             raise DataError(
                 f"{pointer.version} of {self.model_name!r} has no version before it: "
                 "promote one by name, `dpdl models list` shows them"
             )
-        return self.promote(before, why)
+        return self._move(before, pointer, why, back=True)
 
     def prune(self, keep: int) -> tuple[str, ...]:
         """Delete what nothing leads to any more; the names of versions and runs that went.
@@ -153,6 +155,10 @@ class Registry:
                 gone.append(f"runs/{run}")
         return tuple(gone)
 
+    def _move(self, version: str, seen: Pointer | None, why: str, *, back: bool = False) -> Pointer:
+        load(self._store, self.model_name, version)
+        return move(self._settings, self._store, self.model_name, version, seen, why, back=back)
+
     def _current(self, pointer: Pointer | None) -> Pointer:
         if pointer is None:
             raise DataError(
@@ -168,5 +174,4 @@ def _moment(when: datetime) -> str:
 
 def _led_to(pointer: Pointer | None) -> set[str]:
     """The current version and those that rolling back goes through."""
-    moves = [move.version for move in pointer.moves] if pointer else []
-    return set(moves[: moves.index(moves[-1]) + 1]) if moves else set()
+    return set(way_back(pointer.moves)) if pointer else set()

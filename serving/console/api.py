@@ -355,10 +355,16 @@ class Console:
     ) -> schema.Promotion:
         """Make a version current, whatever the gate said; it is verified first.
 
-        To roll back, promote `rollback_to`. 409 where another version is current than `expected`.
+        To roll back, promote `rollback_to` with `back`. 409 where another version is current
+        than `expected`.
         """
         moved = self._desk.promote(
-            model, version, expected=order.expected, by=order.by, why=order.why
+            model,
+            version,
+            expected=order.expected,
+            by=order.by,
+            why=order.why,
+            back=order.back,
         )
         return schema.Promotion(
             version=moved.version, at=moved.promoted_at, by=moved.by, why=moved.why

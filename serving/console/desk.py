@@ -152,9 +152,19 @@ class Desk:
         )
 
     def promote(
-        self, model: str | None, version: str, *, expected: str | None, by: str, why: str
+        self,
+        model: str | None,
+        version: str,
+        *,
+        expected: str | None,
+        by: str,
+        why: str,
+        back: bool = False,
     ) -> Pointer:
-        """Verify a version and point at it. PointerConflict where `expected` is not current."""
+        """Verify a version and point at it. PointerConflict where `expected` is not current.
+
+        back: a rollback; DataError where `version` is not what it goes back to.
+        """
         model = model or self._model
         pointer = self._store.current(model)
         current = pointer.version if pointer else None
@@ -164,11 +174,13 @@ class Desk:
             )
         if pointer is not None and current == version:
             return pointer
+        if back and version != _back(pointer):
+            raise DataError(f"a rollback goes back to {_back(pointer)}, not to {version}")
         try:
             unpack(self._store.fetch(model, version))
         except ArtifactError as error:
             raise VersionBroken(f"{model} {version}: {error}") from None
-        moved = self._store.move_pointer(model, version, pointer, by=by, why=why)
+        moved = self._store.move_pointer(model, version, pointer, by=by, why=why, back=back)
         announce_move(self._settings, model, moved)
         return moved
 
@@ -195,4 +207,4 @@ class Desk:
 
 
 def _back(pointer: Pointer | None) -> str | None:
-    return version_before([move.version for move in pointer.moves]) if pointer else None
+    return version_before(pointer.moves) if pointer else None

@@ -197,3 +197,5 @@ class PromoteOrder(_Order):
     expected: str | None
     """The version that was current when you looked."""
     why: Annotated[str, Field(min_length=1, max_length=200)] = "promoted in the console"
+    back: bool = False
+    """A rollback, to `rollback_to`: rolling back again goes further."""

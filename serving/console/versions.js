@@ -36,7 +36,7 @@ export function openVersions(root, model) {
   }
 
   function row(version) {
-    const promote = h("button", { type: "button", onclick: () => ask(version.version, `promoted in the console`, "Promote") }, "Promote\u2026");
+    const promote = h("button", { type: "button", onclick: () => ask(version.version, { why: "promoted in the console", verb: "Promote" }) }, "Promote\u2026");
     promote.disabled = version.current;
     const gate = version.decision || version.why ? h("details", {},
       h("summary", {}, h("span", { class: `gate ${version.decision}` }, version.decision || "no gate"), ` ${version.why}`),
@@ -53,7 +53,7 @@ export function openVersions(root, model) {
       h("td", { class: "wide" }, gate), h("td", {}, promote));
   }
 
-  const ask = trying(async (version, why, verb) => {
+  const ask = trying(async (version, { why, verb, back = false }) => {
     const expected = page.current;
     const by = await who();
     if (!by) return;
@@ -62,12 +62,12 @@ export function openVersions(root, model) {
       h("label", {}, "Why ", h("input", { name: "why", maxlength: 200, required: true, value: why }))], verb);
     if (!given) return;
     const of = encodeURIComponent(page.model);
-    const moved = await send("POST", `api/v1/versions/${encodeURIComponent(version)}/promote?model=${of}`, { expected, by, why: given.why });
+    const moved = await send("POST", `api/v1/versions/${encodeURIComponent(version)}/promote?model=${of}`, { expected, by, why: given.why, back });
     tell(`${page.model}: ${moved.version} is current.`);
     await load();
   });
 
-  const keys = { B: [() => page?.rollback_to && ask(page.rollback_to, "rolled back in the console", "Roll back to"), "roll back"] };
+  const keys = { B: [() => page?.rollback_to && ask(page.rollback_to, { why: "rolled back in the console", verb: "Roll back to", back: true }), "roll back"] };
   return { look: async () => { if (rounds++ % EVERY === 0) await load(); }, keys };
 }
 

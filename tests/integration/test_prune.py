@@ -35,7 +35,7 @@ def test_only_what_nothing_leads_to_is_deleted(settings, store, monkeypatch):
     for version in ("v-1", "v-2", "v-3", "v-4"):
         put(settings, store, version, "promoted")
         pointer = store.move_pointer("lines", version, pointer, by="test", why="")
-    store.move_pointer("lines", "v-3", pointer, by="test", why="back")
+    store.move_pointer("lines", "v-3", pointer, by="test", why="", back=True)
     for version in ("held-1", "held-2", "held-3"):
         put(settings, store, version, "held")
     put(settings, store, "train-9")  # the gate may be at it now

@@ -406,6 +406,9 @@ def test_what_a_person_rolled_back_does_not_come_again(settings, deployed):
     with pytest.raises(DataError, match="no version before it"):
         registry.rollback("further")
     assert registry.promote(promoted.to_version, "was right").version == promoted.to_version
+    registry.promote("train-0", "after all")
+    assert registry.rollback("no").version == promoted.to_version
+    assert registry.rollback("further").version == "train-0"
 
 
 @pytest.mark.storage

@@ -9,11 +9,11 @@ import yaml
 from ray.train import WorkerGroupError
 
 from infra.answers import is_answer
+from infra.model_store import Move, version_before
 from infra.settings import load_settings
 from pipelines.candidate import Inputs
 from pipelines.held_out import AT_MOST, HELD_OUT_OF, enough, evenly, is_held_out, usable
 from pipelines.ray_run import cause
-from pipelines.registry import version_before
 from pipelines.sources import RowGroup, RowRef, task_environment, task_settings
 from pipelines.storage import shared_filesystem
 from pipelines.train import TrainOptions, _shared_again, parse_workers
@@ -24,13 +24,32 @@ from pipelines.train import TrainOptions, _shared_again, parse_workers
     [
         (["a"], None),
         (["a", "b"], "a"),
-        (["a", "b", "a"], None),  # rolled back: going on means before a, not to b again
-        (["a", "b", "c", "b"], "a"),
-        (["a", "b", "a", "c"], "a"),
+        (["a", "b", "<a"], None),  # rolled back: going on means before a, not to b again
+        (["a", "b", "c", "<b"], "a"),
+        (["a", "b", "<a", "c"], "a"),
+        (["a", "b", "c", "a"], "c"),  # a person's promotion can be taken back
+        (["a", "b", "c", "a", "<c"], "b"),
+        (["a", "b", "c", "<b", "<a", "c"], "a"),
+        (["a", "b", "a", "<b", "<a"], None),
+        (["<b"], None),  # the moves before it are no longer kept
     ],
 )
 def test_rolling_back_twice_goes_back_twice(moves, before):
-    assert version_before(moves) == before
+    """<a: a rollback to a."""
+    assert version_before([move(name, name.startswith("<")) for name in moves]) == before
+
+
+@pytest.mark.parametrize(
+    ("moves", "before"),
+    [("aba", None), ("abcb", "a"), ("abac", "a"), ("abcbac", "a")],
+)
+def test_moves_that_do_not_say_so_are_rollbacks_where_they_went_back(moves, before):
+    """As pointers of before were written."""
+    assert version_before([move(name) for name in moves]) == before
+
+
+def move(name, back=None):
+    return Move(version=name.lstrip("<"), at="", by="", why="", nonce="", back=back)
 
 
 INPUTS = Inputs(
