@@ -17,7 +17,7 @@ export function openAlerts(root, camera) {
     onanswer: () => draw(true),
     empty: "No alert yet. The first one will show here.",
   });
-  const live = h("input", { type: "checkbox", checked: true, onchange: () => { if (live.checked) top(); } });
+  const live = h("input", { type: "checkbox", checked: true, onchange: () => follow(live.checked) });
   const only = h("select", { "aria-label": "Camera", onchange: () => { location.hash = `#/alerts/${encodeURIComponent(only.value)}`; } },
     h("option", { value: "" }, "all cameras"));
   const until = h("input", { type: "datetime-local", "aria-label": "Not later than", onchange: () => { live.checked = !until.value; trying(restart)(); } });
@@ -34,7 +34,8 @@ export function openAlerts(root, camera) {
   let older = null;
   let newest = "";
   let begun = false;
-  let fetching = false;
+  let turn = 0; // of the list: what comes for an earlier one, or after the page has closed, is dropped
+  let fetching = null; // the turn whose older alerts are awaited
   let drawn = new Map(); // index -> element, of those on the screen
   let rounds = 0;
   let cameAt = 0;
@@ -42,7 +43,9 @@ export function openAlerts(root, camera) {
   const filter = () => ({ camera, to: until.value ? new Date(until.value).getTime() : "" });
 
   async function restart() {
+    const mine = ++turn;
     const page = await get("api/v1/alerts", { count: PAGE, ...filter() });
+    if (mine !== turn) return;
     alerts = page.alerts;
     known = new Set(alerts.map((each) => each.id));
     newest = page.newest;
@@ -50,16 +53,18 @@ export function openAlerts(root, camera) {
     list.scrollTop = 0;
     begun = true;
     draw(true);
-    if (alerts.length && !alerts.some((each) => each.id === selected)) select(0);
+    if (live.checked || !alerts.some((each) => each.id === selected)) top();
   }
 
   async function more() {
-    if (fetching || !older || alerts.length >= KEPT) return;
-    fetching = true;
+    const mine = turn;
+    if (fetching === mine || !older || alerts.length >= KEPT) return;
+    fetching = mine;
     try {
       let fresh = [];
       while (!fresh.length && older) { // of a camera that seldom alerts, a page may hold none
         const page = await get("api/v1/alerts", { count: PAGE, before: older, camera });
+        if (mine !== turn) return;
         older = page.older;
         fresh = page.alerts.filter((each) => !known.has(each.id));
       }
@@ -67,7 +72,7 @@ export function openAlerts(root, camera) {
       alerts.push(...fresh);
       draw(true);
     } finally {
-      fetching = false;
+      if (fetching === mine) fetching = null;
     }
   }
 
@@ -75,7 +80,9 @@ export function openAlerts(root, camera) {
     if (rounds++ % 10 === 0) await cameras();
     if (!begun) return restart();
     if (until.value) return;
+    const mine = turn;
     const page = await get("api/v1/alerts", { after: newest, camera });
+    if (mine !== turn) return;
     if (page.skipped) return restart();
     newest = page.newest;
     const fresh = page.alerts.filter((each) => !known.has(each.id));
@@ -111,8 +118,16 @@ export function openAlerts(root, camera) {
     return false;
   }
 
+  function follow(on) {
+    live.checked = on;
+    if (!on) return;
+    if (!until.value) return top();
+    until.value = ""; // the newest are not among those until then
+    trying(restart)();
+  }
+
   function top() {
-    if (alerts.length && alerts[0].id !== selected) cameAt = Date.now();
+    if (selected !== null && alerts.length && alerts[0].id !== selected) cameAt = Date.now();
     list.scrollTop = 0;
     select(0);
   }
@@ -174,10 +189,10 @@ export function openAlerts(root, camera) {
   const down = [() => step(1), "next alert"], up = [() => step(-1), "alert before"];
   return {
     look,
-    close: viewer.close,
+    close: () => { turn++; viewer.close(); },
     keys: {
       ArrowDown: down, ArrowUp: up, J: [down[0], ""], K: [up[0], ""], ...viewer.keys,
-      L: [() => { live.checked = !live.checked; if (live.checked) top(); }, "follow the newest"],
+      L: [() => follow(!live.checked), "follow the newest"],
       C: [() => { const frame = viewer.frame(); if (frame) location.hash = `#/camera/${encodeURIComponent(frame.camera)}`; }, "open its camera"],
     },
   };

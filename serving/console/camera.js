@@ -5,6 +5,7 @@ import { clock, figure, get, h, moment, pairs, percent, question, send, tell, tr
 import { makeViewer } from "./viewer.js";
 
 const HOURS = 24;
+const MOST = "20,000"; // frames, as in lookup.py: at 5 a second, an hour
 const EVERY = 10; // looks; a timeline of 10,000 frames is some 400 kB
 const STEPS = 1000; // of the slider
 
@@ -32,7 +33,7 @@ function whose(state) {
 export function openCamera(root, camera) {
   const at = `api/v1/cameras/${encodeURIComponent(camera)}`;
   const facts = h("dl", { class: "facts" });
-  const canvas = h("canvas", { class: "chart", role: "img", "aria-label": "Scores of the last day against the threshold" });
+  const canvas = h("canvas", { class: "chart", role: "img", "aria-label": "Scores against the threshold" });
   const chart = makeChart(canvas, (i) => pick(i));
   const slider = h("input", { type: "range", min: 0, max: STEPS, "aria-label": "Threshold", oninput: () => propose(level()) });
   const value = h("input", { type: "number", step: "any", "aria-label": "Threshold as a number", onchange: () => value.value && propose(+value.value) });
@@ -62,7 +63,11 @@ export function openCamera(root, camera) {
 
   async function look() {
     if (rounds++ % EVERY) return;
-    const [next, all] = await Promise.all([get(`${at}/timeline`, { hours: HOURS }), get("api/v1/cameras")]);
+    const [next, all] = await Promise.all([timeline(), get("api/v1/cameras")]);
+    if (!next) {
+      would.textContent = "No such camera is listed: it was forgotten, never sent a frame, or is beyond stream.max_cameras.";
+      return;
+    }
     const id = line?.id[chosen];
     line = next;
     chosen = id ? line.id.indexOf(id) : -1;
@@ -71,6 +76,9 @@ export function openCamera(root, camera) {
     chart.choose(chosen);
     draw();
   }
+
+  const timeline = () => get(`${at}/timeline`, { hours: HOURS })
+    .catch((error) => { if (error.status === 404) return null; throw error; });
 
   function draw() {
     if (state) {
@@ -102,13 +110,14 @@ export function openCamera(root, camera) {
 
   function tellWould() {
     const frames = line.id.length;
-    const span = line.complete ? `the last ${HOURS} hours` : `the time since ${moment(line.captured_at_ms[0])}, of which frames are kept,`;
+    const span = line.complete ? `the last ${HOURS} hours` : `the time since ${moment(line.captured_at_ms[0])}`;
+    const bound = line.complete ? "" : ` Earlier ones are not shown: stream.scores_kept bounds them, or ${MOST} at most.`;
     const mixed = line.versions.length > 1 ? ` ${line.versions.length} versions scored them; scores of different versions need not compare.` : "";
     const now = raised(line, null);
     would.replaceChildren(...(proposed === null
-      ? [`Of the ${frames} frames in ${span} `, h("strong", {}, `${now}`), ` raised an alert (${percent(now / frames)}).${mixed}`]
+      ? [`Of the ${frames} frames in ${span} `, h("strong", {}, `${now}`), ` raised an alert (${percent(now / frames)}).${bound}${mixed}`]
       : [`At ${figure(proposed)}, ${span} would have raised `, h("strong", {}, `${raised(line, proposed)}`),
-        ` alerts instead of ${now}, of ${frames} frames.${mixed}`]));
+        ` alerts instead of ${now}, of ${frames} frames.${bound}${mixed}`]));
     apply.disabled = proposed === null;
   }
 
@@ -148,7 +157,7 @@ export function openCamera(root, camera) {
       h("p", {}, `It takes the place of ${figure(inUse())}. `, would.textContent)], "Apply");
     if (yes) set(proposed);
   };
-  const step = (by) => pick(Math.max(0, Math.min(line.id.length - 1, (chosen < 0 ? line.id.length : chosen) + by)));
+  const step = (by) => line && pick(Math.max(0, Math.min(line.id.length - 1, (chosen < 0 ? line.id.length : chosen) + by)));
   const keys = {
     J: [() => step(1), "next frame"], K: [() => step(-1), "frame before"],
     T: [() => slider.focus(), "to the threshold slider"], A: [sure, "apply the threshold"], ...viewer.keys,

@@ -36,7 +36,8 @@ async function ask(path, options = {}) {
   if (answer.status === 401) location.reload();
   if (answer.ok) return answer.json();
   const { detail } = await answer.json().catch(() => ({}));
-  throw new Error(typeof detail === "string" ? detail : `${answer.status} ${answer.statusText}`);
+  const error = new Error(typeof detail === "string" ? detail : `${answer.status} ${answer.statusText}`);
+  throw Object.assign(error, { status: answer.status });
 }
 
 export const get = (path, values = {}) => {
@@ -114,7 +115,14 @@ export function showName() {
 }
 
 // Evidence may be a moment late, or owed while S3 was away: ask again a few times, then say so.
+// Without a url there is none to show: one that is still loading must not come up either.
 export function picture(image, url, onlost, tries = 6) {
+  if (!url) {
+    image.hidden = true;
+    image.dataset.url = "";
+    image.removeAttribute("src");
+    return;
+  }
   image.onerror = () => {
     if (image.dataset.url !== url) return;
     if (tries-- > 0) setTimeout(() => { if (image.dataset.url === url) image.src = `${url}?again=${tries}`; }, 1500);

@@ -78,7 +78,7 @@ export function makeViewer({ path, mayanswer = () => true, onanswer = () => {}, 
     heat.onload = () => { heat.hidden = false; cover(); };
     picture(image, frame.frame_url, () => { nothing.textContent = "This picture is no longer kept."; }, frame.heat_url ? 6 : 1);
     image.alt = `Frame of camera ${frame.camera}`;
-    if (frame.heat_url) picture(heat, frame.heat_url); else heat.dataset.url = "";
+    picture(heat, frame.heat_url);
     slider.disabled = !frame.heat_url;
   }
 

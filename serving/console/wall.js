@@ -91,7 +91,7 @@ function tile(name) {
     last.textContent = camera.last_alert_at_ms ? `last alert ${since(camera.last_alert_at_ms)} ago` : "no alert yet";
     if (camera.last_alert_frame_url && frame.dataset.url !== camera.last_alert_frame_url) {
       picture(frame, camera.last_alert_frame_url);
-      if (camera.last_alert_heat_url) picture(heat, camera.last_alert_heat_url);
+      picture(heat, camera.last_alert_heat_url);
     }
   }
   return { element, show };

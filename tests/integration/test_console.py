@@ -234,10 +234,12 @@ def scored(plant, camera, frame_id):
 
 
 def alert(plant, camera, defect="stain"):
-    frame_id, image = send(plant, camera, defect)
-    result = scored(plant, camera, frame_id).result
-    assert result.is_anomaly, f"a {defect} scored {result.score}, threshold {result.threshold}"
-    return frame_id, image
+    for _ in range(5):  # the threshold is a real one: now and then a faint defect is below it
+        frame_id, image = send(plant, camera, defect)
+        result = scored(plant, camera, frame_id).result
+        if result.is_anomaly:
+            return frame_id, image
+    raise AssertionError(f"a {defect} scored {result.score}, threshold {result.threshold}")
 
 
 def data_objects(plant):
@@ -290,6 +292,73 @@ def test_the_heat_map_lies_over_the_frame_as_strongly_as_wanted(plant, page):
     press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     assert float(browser.execute_script(opacity)) == pytest.approx(before + 0.1)
     assert "above the threshold" in one(browser, ".verdict").text
+
+
+def test_no_heat_map_of_another_frame_comes_up_late(plant, page):
+    """The next frame is shown while the heat map is on its way: one that has none gets none."""
+    alert(plant, "press-1")
+    alerts = f"{plant.url}api/v1/alerts?count=1"
+    with urllib.request.urlopen(alerts, timeout=30) as answer:
+        (found,) = json.load(answer)["alerts"]
+    until(lambda: urllib.request.urlopen(plant.url + found["heat_url"], timeout=30))
+    browser = page("#/alerts")
+    shown = """const [found, done] = arguments;
+    import('./viewer.js').then(({ makeViewer }) => {
+      const viewer = makeViewer({ path: () => '', empty: '' });
+      document.body.append(viewer.element);
+      viewer.show(found);
+      viewer.show({ ...found, frame_id: 'dpdl.frames/0/9', heat_url: null });
+      setTimeout(() => done(!viewer.element.querySelector('.heat').hidden), 1000);
+    });"""
+    assert browser.execute_async_script(shown, found) is False
+    # Not because it never came.
+    until(lambda: browser.execute_async_script(shown.replace("heat_url: null", "x: 0"), found))
+
+
+def test_to_follow_the_newest_ends_until(plant, page):
+    alert(plant, "press-1")
+    browser = page("#/alerts")
+    until(lambda: one(browser, ".entry"))
+    early = "const u = document.querySelector('input[type=datetime-local]');"
+    browser.execute_script(
+        early + "u.value = '2020-01-01T00:00'; u.dispatchEvent(new Event('change'))"
+    )
+    text(browser, ".count", "0 alerts")
+    press(browser, "l")
+    until(lambda: one(browser, ".entry"))
+    assert browser.execute_script(early + "return u.value") == ""
+    frame_id, _ = alert(plant, "press-1")
+    until(lambda: frame_id in browser.execute_script(SHOWN_FACTS), "the alert")
+
+
+def test_older_alerts_that_come_late_do_not_join_another_list(plant, page):
+    """They are asked for, and "until" is changed before they are there; or the page is left."""
+    redis, key = make_redis(plant.settings), f"{plant.settings.redis.prefix}:alerts"
+    alert(plant, "press-1")
+    fields = plant.results.latest_alerts(1)[0].result.to_redis()
+    pipeline = redis.pipeline(transaction=False)
+    for i in range(250):
+        pipeline.xadd(key, fields | {"frame": f"{plant.settings.kafka.topic}/0/{10**5 + i}"})
+    pipeline.execute()
+    browser = page("#/alerts")
+    text(browser, ".count", "100 and more")
+    browser.execute_script("""const { fetch } = window, list = document.querySelector('.list');
+    window.older = 0;
+    window.fetch = async (path, options) => {
+      if (!path.includes('before=')) return fetch(path, options);
+      window.older++;
+      const answer = await fetch(path, options);
+      await new Promise((done) => setTimeout(done, 1500));
+      return answer;
+    };
+    list.scrollTop = list.scrollHeight;""")
+    until(lambda: browser.execute_script("return window.older") == 1, "older ones are asked for")
+    browser.execute_script("""const u = document.querySelector('input[type=datetime-local]');
+    u.value = '2020-01-01T00:00'; u.dispatchEvent(new Event('change'))""")
+    text(browser, ".count", "0 alerts")
+    time.sleep(2)
+    assert one(browser, ".count").text == "0 alerts"
+    assert browser.execute_script("return window.older") == 1
 
 
 def test_an_answer_is_one_key_and_undo_takes_it_all_back(plant, page):
@@ -352,6 +421,13 @@ def test_a_threshold_is_tried_on_the_last_day_and_applied(plant, page):
     override_ = plant.results.camera("line/2").override
     assert (override_.threshold, override_.by) == (pytest.approx(between), "Ann")
     plant.results.set_threshold("line/2", None, by="test")
+
+
+def test_a_camera_that_is_not_listed_is_said_to_be_so(plant, page):
+    browser = page("#/camera/nobody")
+    text(browser, ".would", "No such camera is listed")
+    press(browser, "j")  # there is nothing to step to
+    assert "no answer" not in one(browser, "#state").text
 
 
 def test_a_missed_defect_is_found_by_camera_and_time_and_answered(plant, page):
@@ -422,7 +498,8 @@ def test_each_model_has_its_versions_and_its_own_pointer(plant, page):
     text(browser, "dialog[open] h2", "Roll back to w1?")
     one(browser, "dialog button.main").click()
     text(browser, ".summary", "w1")
-    assert [m.version for m in plant.store.current("welds").moves] == ["w1", "w2", "w1"]
+    moves = [(m.version, m.back) for m in plant.store.current("welds").moves]
+    assert moves == [("w1", False), ("w2", False), ("w1", True)]
     assert plant.store.current(MODEL) == before
     plant.results.bind_model("weld-1", None, by="ann")
 
