@@ -152,6 +152,24 @@ def test_pictures_of_one_scene_are_dealt_to_one_part_and_the_parts_keep_their_si
         assert {s.source for s in dealt["test"] if s.label == 0} == set(tests)
 
 
+@pytest.mark.parametrize("shots", [1, 2, 3])
+def test_no_twin_of_a_learnt_defect_is_tested_however_few_are_learnt(shots):
+    """Half of the defects are pictured twice."""
+    defects = {f"d{at}": plate(100 + at // 2, at) for at in range(12)}
+    defects |= {f"e{at}": plate(200 + at, 0) for at in range(12)}
+    normal = {f"n{at}": plate(at, 0) for at in range(30)}
+    usable, looks = look_at(found(normal, defects), Tally(60, None))
+    for seed in range(6):
+        split = protocol.split(usable, setting="general", shots=shots, seed=seed)
+        dealt = with_twins(deal(split, 0.2, ()), looks, fixed_test=False)
+        learnt, tested = (
+            {s.source for s in dealt[part] if s.label == 1} for part in ("train", "test")
+        )
+        assert (len(learnt), len(tested)) == (shots, 24 - shots)
+        for at in range(0, 12, 2):
+            assert len({f"d{at}", f"d{at + 1}"} & learnt) != 1
+
+
 def test_one_picture_many_times_still_fills_every_part():
     named = {f"n{taken}": plate(0, taken) for taken in range(40)}
     usable, looks = look_at(found(named, {"d": plate(1, 0), "e": plate(2, 0)}), Tally(90, None))
