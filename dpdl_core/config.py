@@ -198,7 +198,7 @@ def recipe(name: str) -> DpdlConfig:
     if name == "paper":
         return DpdlConfig(
             recipe="paper",
-            trunk="resnet18",
+            trunk="resnet18.tv_in1k",  # torchvision's weights: without a tag timm takes its own
             weights="hub",
             image_size=448,
             pooled_spaces=("4q", "1-4"),

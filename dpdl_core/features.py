@@ -6,6 +6,7 @@ Letters: B batch, S side of the image in pixels, c channels, h w sides of a map.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.resources
 import io
@@ -55,9 +56,9 @@ class Trunk(nn.Module):
         self.channels: list[int] = []
         """Channels of every stage's map."""
         own = int(network.pretrained_cfg["input_size"][-1])
-        size = image_size or own
+        self.image_size = image_size or own
         try:
-            self.channels = self.try_size(size)
+            self.channels = self.try_size(self.image_size)
         except ValueError as error:
             raise ValueError(
                 f"trunk={name!r} {error}: set image_size={own}, what it was made for, or another "
@@ -95,11 +96,38 @@ class Trunk(nn.Module):
             yield from stage.parameters()
 
     def fuse(self) -> Trunk:
-        """Fold batch norms and padding into the convolutions (inference only, in place)."""
+        """Fold batch norms and padding into the convolutions (inference only, in place).
+
+        Batch norms stay in a network that defines its layers in another order than they run in.
+        """
         self.eval()
-        fold_batch_norms(self)
+        if self._can_fold():
+            fold_batch_norms(self)
         fold_padding(self)
         return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    @torch.no_grad()
+    def _can_fold(self) -> bool:
+        """Whether folding changes nothing. Tried with figures drawn for it, so that the answer is
+        the network's, whatever it has learnt: a trunk that is read back from a file is fused as
+        the saved one was. Fresh norms (0 and 1) and branches that start at 0 would hide a fault.
+        """
+        generator = torch.Generator().manual_seed(0)
+        probe = copy.deepcopy(self).cpu()
+        for values in (*probe.stages.parameters(), *probe.stages.buffers()):
+            if values.is_floating_point() and values.numel() == max(values.shape, default=1):
+                values.copy_(0.5 + torch.rand(values.shape, generator=generator))
+            elif values.is_floating_point():
+                deviation = values[0].numel() ** -0.5
+                values.copy_(deviation * torch.randn(values.shape, generator=generator))
+        side = self.image_size
+        image = torch.randint(256, (1, side, side, 3), generator=generator).to(torch.uint8)
+        before = probe(image)
+        fold_batch_norms(probe)
+        return all(
+            bool((a - b).abs().max() <= 0.01 * a.abs().max())
+            for a, b in zip(before, probe(image), strict=True)
+        )
 
 
 def load_network(name: str, weights: str) -> nn.Module:
@@ -167,22 +195,25 @@ def _read(name: str, path: Path) -> dict[str, Tensor]:
 def _match(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """`found` under the keys of `wanted`: by name, else by order of definition.
 
-    The pip package holds timm's network under other names in the same order.
+    The pip package holds timm's network under other names in the same order. Older files lack the
+    norms' counts of batches, which no trunk computes with.
     """
-    if not found.keys() >= wanted.keys():
-        if len(found) != len(wanted):
+    needed = [key for key in wanted if not key.endswith("num_batches_tracked")]
+    if not found.keys() >= set(needed):
+        names = needed if len(found) == len(needed) else list(wanted)
+        if len(found) != len(names):
             raise WeightsUnavailable(
                 f"{path}: {len(found)} tensors where the trunk has {len(wanted)}; "
                 "give the state dict of this very network"
             )
-        found = dict(zip(wanted, found.values(), strict=True))
-    for key, tensor in wanted.items():
-        if found[key].shape != tensor.shape:
+        found = dict(zip(names, found.values(), strict=True))
+    for key in needed:
+        if found[key].shape != wanted[key].shape:
             raise WeightsUnavailable(
                 f"{path}: {key} has shape {tuple(found[key].shape)}, the trunk wants "
-                f"{tuple(tensor.shape)}; give the state dict of this very network"
+                f"{tuple(wanted[key].shape)}; give the state dict of this very network"
             )
-    return {key: found[key] for key in wanted}
+    return {key: found.get(key, tensor) for key, tensor in wanted.items()}
 
 
 def _cut(network: Any) -> list[nn.Module]:

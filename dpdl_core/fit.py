@@ -103,7 +103,8 @@ def fit(
     trunk = Trunk(config.trunk, config.weights, config.image_size).to(device)
     if config.tuned_stages > len(trunk.stages):
         raise ValueError(
-            f"tuned_stages={config.tuned_stages}: {config.trunk} has {len(trunk.stages)}"
+            f"tuned_stages={config.tuned_stages}: {config.trunk} has {len(trunk.stages)} that can "
+            f"be tuned apart; set {len(trunk.stages)} at most"
         )
     check_spaces(config, trunk.channels)
     blank_heads(config, trunk.channels)

@@ -197,10 +197,18 @@ class _Training:
             stage.eval()  # statistics of frozen stages stay frozen too
 
     def _choose_parameters(self) -> None:
-        trunk = self.network.trunk
-        trunk.requires_grad_(False)
-        for parameter in trunk.tuned_parameters(self.config.tuned_stages):
+        trunk, side = self.network.trunk, self.config.image_size
+        chosen = list(trunk.requires_grad_(False).tuned_parameters(self.config.tuned_stages))
+        for parameter in chosen:
             parameter.requires_grad_(True)
+        # timm's feature levels leave the classifier out, whose gradient ranks would wait for.
+        reached = torch.autograd.grad(
+            last_map(trunk, torch.zeros(1, side, side, 3, device=self.device)).sum(),
+            chosen,
+            allow_unused=True,
+        )
+        for parameter, gradient in zip(chosen, reached, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
     # Batches ----------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from dpdl_core import baselines
 from dpdl_core.baselines import BaselineConfig, FrozenTrunk
 from dpdl_core.config import DpdlConfig, override, recipe, to_json, untuned
+from dpdl_core.features import load_network
 from dpdl_core.fit import fit
 from dpdl_core.images import ArraySource, Pixels
 from dpdl_core.model import part_groups
@@ -134,7 +135,8 @@ class _Dpdl:
     def __init__(self, config: DpdlConfig, without: Sequence[str], device: str) -> None:
         self._config, self._without, self._device = config, without, device
         self.image_size, self.batch_size = config.image_size, config.batch_size
-        where = {"device": device, "weights_sha256": _weights_sha256(config.weights)}
+        found = _weights_sha256(config.trunk, config.weights)
+        where = {"device": device, "weights_sha256": found}
         chosen = {**json.loads(to_json(config)), "without": list(without)}
         self.settings = json.dumps({"method": "dpdl", **chosen, **where})
 
@@ -166,13 +168,18 @@ class _Dpdl:
         return Fitted(time.perf_counter() - started, judge)
 
 
-def _weights_sha256(weights: str) -> str:
-    """Of the file that weights=PATH names; "" for a name, and where there is no such file."""
-    path = Path(weights)
-    if weights in ("package", "hub", "random") or not path.is_file():
+def _weights_sha256(trunk: str, weights: str) -> str:
+    """Of the file that weights=PATH names, or of the tensors, in order, that `package` or `hub`
+    gives; "" for `random`. Raises as load_network()."""
+    if weights == "random":
         return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    network = load_network(trunk, weights)
+    if weights not in ("package", "hub"):
+        return hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=1)
@@ -186,7 +193,7 @@ def _frozen_trunk(
 class _Baseline:
     def __init__(self, name: str, config: BaselineConfig, device: str) -> None:
         self._name, self._config = name, config
-        found = _weights_sha256(config.weights)
+        found = _weights_sha256(config.trunk, config.weights)
         self._trunk = _frozen_trunk(config.trunk, config.weights, found, config.image_size, device)
         baselines.make(name, self._trunk, config)  # what cannot be is said before images are read
         self.image_size, self.batch_size = config.image_size, self._trunk.batch_size

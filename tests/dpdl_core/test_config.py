@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 
 from dpdl_core.config import from_json, override, recipe, stage_numbers, to_json
 
@@ -43,6 +44,12 @@ def test_overrides_are_typed():
 def test_what_cannot_be_is_told(key, value, told):
     with pytest.raises(ValueError, match=told):
         override(recipe("edge"), {key: value})
+
+
+def test_the_papers_trunk_has_torchvisions_weights():
+    """Whose normalisation and name timm knows; by `resnet18` alone it would give others."""
+    trunk = recipe("paper").trunk
+    assert timm.create_model(trunk, pretrained=False).pretrained_cfg["tag"] == "tv_in1k"
 
 
 @pytest.mark.parametrize("name", ["edge", "paper"])

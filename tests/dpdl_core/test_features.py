@@ -52,6 +52,23 @@ def test_folding_changes_speed_only(name, side):
     assert not any(type(m) is Conv2dSame for m in folded.modules())
 
 
+def test_a_network_whose_norms_run_elsewhere_than_they_stand_keeps_them():
+    """RepViT defines a norm behind a convolution that runs after the sum of three branches."""
+    torch.manual_seed(0)
+    trunk = Trunk("repvit_m0_9", image_size=64)
+    for module in trunk.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+    images = torch.randint(256, (1, 64, 64, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        plain = trunk(images)
+        for a, b in zip(plain, trunk.fuse()(images), strict=True):
+            torch.testing.assert_close(a, b)
+    # Of fresh weights too, into which a saved trunk is read back.
+    assert trunk.state_dict().keys() == Trunk("repvit_m0_9").fuse().state_dict().keys()
+
+
 def test_stages_of_lite0_are_its_seven_blocks():
     assert Trunk(PACKAGE_TRUNK).channels == [16, 24, 40, 80, 112, 192, 320]
 
@@ -83,6 +100,17 @@ def test_a_path_gives_what_was_saved(tmp_path):
     loaded = load_network("test_resnet", str(tmp_path / "weights.pth"))
     for key, tensor in network.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[key]), key
+
+
+def test_files_from_before_norms_counted_their_batches_are_read(tmp_path):
+    """torchvision's published resnet18 is such a one: 102 tensors of 122."""
+    state = timm.create_model("resnet18.tv_in1k", pretrained=False).state_dict()
+    old = {k: t for k, t in state.items() if not k.endswith("num_batches_tracked")}
+    assert (len(state), len(old)) == (122, 102)
+    for name, renamed in (("by_name", old), ("by_order", {f"o.{k}": t for k, t in old.items()})):
+        torch.save(renamed, tmp_path / f"{name}.pth")
+        loaded = load_network("resnet18.tv_in1k", str(tmp_path / f"{name}.pth")).state_dict()
+        assert all(torch.equal(old[key], loaded[key]) for key in old)
 
 
 def test_other_names_in_the_same_order_are_mapped(tmp_path):

@@ -30,7 +30,7 @@ from dpdl_core.losses import dispersion_loss
 from dpdl_core.norms import GlobalNorm
 from dpdl_core.renewal import stand_out
 from dpdl_core.shard import Shard
-from dpdl_core.tune import tune
+from dpdl_core.tune import _Training, tune
 from dpdl_core.tune_network import TuneNetwork
 from dpdl_core.tune_state import TuneState
 
@@ -253,6 +253,18 @@ def test_fewer_images_than_a_batch_are_drawn_again():
     part = next(deal(shard(NORMALS[:10]), 8, seed=0))
     assert part.normals.shape[0] == 16
     assert part.seen_places.tolist() == list(range(8))
+
+
+def test_every_weight_that_is_tuned_gets_a_gradient():
+    """Two ranks would wait for one: timm's feature levels leave the classifier out."""
+    config = replace(CONFIG, trunk="test_convnext", tuned_stages=1)
+    generator = torch.Generator().manual_seed(0)
+    training = _Training(config, Trunk(config.trunk), shard(NORMALS), SEEN, generator, None)
+    training._train_mode()
+    training._take_step()
+    tuned = {n: p for n, p in training.network.named_parameters() if p.requires_grad}
+    assert [name for name, p in tuned.items() if p.grad is None] == []
+    assert "trunk.stages.0.network.stages.3.blocks.0.conv_dw.weight" in tuned
 
 
 # Two ranks ------------------------------------------------------------------------------------

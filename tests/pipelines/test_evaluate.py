@@ -15,7 +15,7 @@ from PIL import Image
 
 import pipelines.evaluate
 from cluster.commands import research
-from dpdl_core import protocol
+from dpdl_core import features, protocol
 from dpdl_core.metrics import auroc, average_precision
 from dpdl_core.model import part_groups
 from dpdl_core.parts import evidence
@@ -237,6 +237,18 @@ def test_changed_weights_under_the_same_path_are_seen(data, tmp_path, method):
     runs = [p.with_suffix(".json") for p in path.with_suffix(".runs").glob("*.npz")]
     first, second = (json.loads(run.read_text())["scores"] for run in runs)
     assert first != second
+
+
+def test_the_weights_of_the_package_have_a_hash_in_the_report():
+    """Of what is loaded: the package may be another one tomorrow under the same name."""
+    pytest.importorskip(features.PACKAGE_MODULE)
+    network = features.load_network(features.PACKAGE_TRUNK, "package")
+    want = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        want.update(name.encode() + tensor.numpy().tobytes())
+    for method in ("dpdl", "mahalanobis"):
+        made = evaluate_methods.make_method(method, "edge", {}, "cpu", shots=1)
+        assert json.loads(made.settings)["weights_sha256"] == want.hexdigest()
 
 
 def test_broken_files_are_left_out_and_listed(data, tmp_path):
