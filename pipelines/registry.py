@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from infra import decisions
-from infra.errors import DataError
+from infra.errors import DataError, NotFound
 from infra.model_store import ModelStore, Pointer, version_before, way_back
 from infra.settings import Settings
 from pipelines.promotion import load, move
@@ -46,7 +46,7 @@ class Registry:
         self._store = ModelStore(settings)
 
     def list(self) -> list[VersionSummary]:
-        """Newest first."""
+        """Newest first. NotFound where there is none, which says of what models there are."""
         pointer = self._store.current(self.model_name)
         past = {d.candidate: d for d in decisions.recorded(self._settings, self.model_name)}
         said = {move.version: move.why for move in pointer.moves} if pointer else {}
@@ -69,6 +69,9 @@ class Registry:
                     auroc=manifest.get("auroc"),
                 )
             )
+        if not found:
+            known = ", ".join(self._store.list_models()) or "none, `dpdl train` makes one"
+            raise NotFound(f"model {self.model_name!r} has no version; models there are: {known}")
         return sorted(found, key=lambda summary: summary.created_at, reverse=True)
 
     def show(self, version: str | None = None) -> dict[str, Any]:

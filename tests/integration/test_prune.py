@@ -7,6 +7,7 @@ import pytest
 from minio import Minio
 
 from infra import decisions
+from infra.errors import NotFound
 from infra.model_store import ModelStore
 from infra.s3_client import ensure_buckets, make_minio
 from pipelines import registry
@@ -76,6 +77,8 @@ def test_broken_versions_are_listed_and_pruned_with_the_others(settings, store, 
     assert "update dpdl" in listed["newer"]
     assert listed["torn"].startswith("broken: ")
     assert not listed["v-1"].startswith("broken")
+    with pytest.raises(NotFound, match="'line' has no version; models there are: lines"):
+        Registry(settings, "line").list()
 
     assert Registry(settings, "lines").prune(keep=0) == ("v-2",)  # the two are of today
     monkeypatch.setattr(registry, "UNDECIDED_FOR", timedelta(seconds=-5))
