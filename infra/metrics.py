@@ -33,8 +33,9 @@ SEEN_CAMERAS = 1_500
 """Cameras whose last frame and threshold are shown."""
 GONE_S = 86_400.0
 """A camera silent for so long counts as taken away, as the rule CameraSilent has it."""
-VERSIONS = 100
-"""Versions with a score histogram of their own, per replica and life of it."""
+VERSIONS = 800
+"""Versions with a score histogram of their own, per replica and life of it: since a series is never
+given back, as many as 200 days bring at a refresh every six hours."""
 OTHER = "other"
 DEAD = "dead"
 GAUGES_S = 5.0
@@ -289,6 +290,18 @@ class WatchMetrics:
             ("model",),
         )
 
+        self._owed = Gauge(
+            "dpdl_evidence_owed", "Alerts whose picture S3 has not taken yet; it is noted in Redis."
+        )
+        self._lost = Gauge(
+            "dpdl_evidence_lost_total", "Alerts that stay without a picture: S3 did not take it."
+        )
+        self._look_due = Gauge(
+            "dpdl_refresh_look_due_timestamp_seconds",
+            "When a loop of refreshes is to have looked again (Unix seconds).",
+            ("model",),
+        )
+
     def store(self, store: str, *, up: bool) -> None:
         self._up.set(int(up), {"store": store})
 
@@ -349,6 +362,14 @@ class WatchMetrics:
         tags = {"model": model, "decision": decision}
         self._decisions.set(number, tags)
         self._decided.set(last_s, tags)
+
+    def evidence(self, owed: int, lost: int) -> None:
+        """Totals, as Redis keeps them."""
+        self._owed.set(owed)
+        self._lost.set(lost)
+
+    def look_due(self, model: str, at_s: float) -> None:
+        self._look_due.set(at_s, {"model": model})
 
     def pointer(self, model: str, moved_s: float) -> None:
         self._moved.set(moved_s, {"model": model})

@@ -17,8 +17,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from infra import looks
 from infra.answers import ANOMALIES, INCOMING
 from infra.errors import DpdlError, SettingsError
+from infra.looks import Look
 from infra.model_store import ModelStore
 from infra.s3_events import listen
 from infra.settings import Settings
@@ -41,6 +43,8 @@ LONGEST_PAUSE_S = 900.0
 """Between two looks that end in the same error, which a person has to put right."""
 RETRY_S = (1.0, 300.0)
 """First and longest pause before the store is asked to tell again."""
+ALIVE_EVERY_S = 60.0
+"""How often the watch is told at most that the loop lives."""
 _SLICE_S = 0.2
 
 Report = Callable[[RefreshReport | DpdlError], None]
@@ -59,9 +63,14 @@ def refresh_every(
     Errors are reported, and the next look comes after interval_s or the longer pause. Raises
     SettingsError.
     """
-    attempts = _Attempts(report)
+    attempts, alive = _Attempts(report), _Alive(settings, options.model_name)
+
+    def look() -> None:
+        report(refresh_once(settings, options, progress))
+        alive.say(interval_s)
+
     while True:
-        attempts.make(lambda: report(refresh_once(settings, options, progress)))
+        attempts.make(look)
         if stop.wait(attempts.pause_s(interval_s)):
             return
 
@@ -82,6 +91,7 @@ def refresh_on_arrival(
     the store has none or holds them back. `say` is told which of the two, when it changes.
     """
     ears, attempts = _Ears(settings, say), _Attempts(report)
+    alive = _Alive(settings, options.model_name)
     ears.start()
     done: _Watermark | None = None
     try:
@@ -95,6 +105,7 @@ def refresh_on_arrival(
                     promoted = made.to_version if made.decision == "promoted" else found[0]
                     done = (promoted, found[1])
                     report(made)
+                alive.say(max(SAFETY_POLL_S, poll_s))
 
             ears.heard.clear()
             if attempts.make(look):
@@ -128,6 +139,18 @@ def _settled(settings: Settings, model: str, stop: threading.Event) -> _Watermar
         if found == before:
             break
     return found
+
+
+class _Alive:
+    """Tells the watch that the loop lives, with looks that worked."""
+
+    def __init__(self, settings: Settings, model: str) -> None:
+        self._settings, self._model, self._said_s = settings, model, -math.inf
+
+    def say(self, next_in_s: float) -> None:
+        if time.monotonic() - self._said_s > ALIVE_EVERY_S:
+            looks.record(self._settings, self._model, Look(time.time() + next_in_s))
+            self._said_s = time.monotonic()
 
 
 class _Attempts:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import cv2
 import numpy as np
@@ -44,7 +44,8 @@ PATIENCE_S = 2.0
 BREATHER_S = 5.0
 """After a failure S3 is left alone for so long: alerts must not wait for its timeouts."""
 MAX_DEBTS = 10_000
-"""Notes kept while S3 is away; about 4 KB each. Beyond, new alerts stay without a picture."""
+"""Notes kept while S3 is away; about 4 KB each. Beyond, new alerts stay without a picture: that is
+counted, and the rule EvidenceLost fires."""
 PAY_AT_ONCE = 16
 REREAD_MS = 5000
 
@@ -131,6 +132,8 @@ class Archive:
             owed = [pair for pair, t in zip(owed, tries, strict=True) if t not in kept]
             if owed:
                 self._rest()
+            else:
+                self._works()
         for frame, heat in owed:
             self._debts.note(frame, heat)
         return [frame.evidence_key for frame in frames]
@@ -152,6 +155,11 @@ class Archive:
         if not self._rest_until:
             log.warning("S3 does not take evidence: it is owed until it does")
         self._rest_until = time.monotonic() + BREATHER_S
+
+    def _works(self) -> None:
+        if self._rest_until:
+            log.warning("S3 takes evidence again")
+        self._rest_until = 0.0
 
     def _store(self, key: str, image: bytes, heat: NDArray[np.float32]) -> None:
         self._put(f"{key}/{HEAT}", heat_png(heat), "image/png")
@@ -181,7 +189,8 @@ class Archive:
                 )
             else:
                 self._store(owed.key, image, owed.heat)
-            self._debts.settle(owed.frame_id)
+                self._works()
+            self._debts.settle(owed.frame_id, paid=image is not None)
         if notes:
             log.info("owed evidence of %d alerts paid", len(notes))
         return len(notes)
@@ -201,7 +210,8 @@ class Owed(NamedTuple):
 
 
 class Debts:
-    """Evidence that S3 has not got yet: a Redis hash, frame id -> key and heat map.
+    """Evidence that S3 has not got yet: a Redis hash, frame id -> key and heat map; and how much it
+    will never get.
 
     Every method can raise infra's ServiceUnavailable.
     """
@@ -210,10 +220,21 @@ class Debts:
         self._where = settings.redis
         self._redis = make_redis(settings)
         self._key = f"{settings.redis.prefix}:evidence-owed:{settings.kafka.group}"
+        self._lost_key = f"{settings.redis.prefix}:evidence-lost:{settings.kafka.group}"
+        self._full = False
 
     def note(self, frame: FrameRecord, heat: NDArray[np.float32]) -> None:
         """Beyond MAX_DEBTS nothing is noted: that alert stays without a picture."""
-        if len(self) >= MAX_DEBTS:
+        was_full, self._full = self._full, len(self) >= MAX_DEBTS
+        if self._full:
+            if not was_full:
+                log.error(
+                    "evidence of %d alerts is owed: alerts from %s on stay without a picture until "
+                    "S3 takes what is written. See its log, its disk and the rights of its key",
+                    MAX_DEBTS, frame.frame_id,
+                )  # fmt: skip
+            with redis_errors(self._where):
+                self._redis.incr(self._lost_key)
             return
         small = np.ascontiguousarray(heat, dtype=np.float16)
         packed = {
@@ -233,9 +254,19 @@ class Debts:
             drawn = self._redis.hrandfield(self._key, count, withvalues=True)
         return [_unpacked(frame_id, note) for frame_id, note in _drawn(drawn)]
 
-    def settle(self, frame_id: str) -> None:
+    def settle(self, frame_id: str, *, paid: bool) -> None:
+        """paid: False for what Kafka no longer had, which counts as lost."""
         with redis_errors(self._where):
-            self._redis.hdel(self._key, frame_id)
+            pipeline = self._redis.pipeline(transaction=True)
+            pipeline.hdel(self._key, frame_id)
+            if not paid:
+                pipeline.incr(self._lost_key)
+            pipeline.execute()
+
+    def lost(self) -> int:
+        """Alerts that stay without a picture, ever."""
+        with redis_errors(self._where):
+            return int(cast("str | None", self._redis.get(self._lost_key)) or 0)
 
     def __len__(self) -> int:
         with redis_errors(self._where):

@@ -14,9 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from typing import NamedTuple
 
 from kafka import KafkaConsumer
 
+from infra import looks
 from infra.decisions import Decision, Recorded
 from infra.errors import DataError, DpdlError, NotFound, VersionBroken
 from infra.kafka_client import (
@@ -28,16 +30,30 @@ from infra.kafka_client import (
     partitions_of,
     topic_id,
 )
+from infra.looks import Look
 from infra.metrics import GAUGES_S, CameraFacts, ExpiryMetrics, ReplicaMetrics, WatchMetrics
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
 from infra.settings import Settings
+from serving.archive import Debts
 
 log = logging.getLogger("dpdl.watch")
 
 DECISIONS_S = 30.0
 """How often S3 is listed."""
 DECISIONS = ("promoted", "held")
+
+
+class _Listed(NamedTuple):
+    """What S3 said of a model."""
+
+    at_s: float
+    """When it did (time.monotonic())."""
+    decisions: list[Decision]
+    moved_s: float | None
+    """Watch._moved_s()."""
+    look: Look | None
+    """The last one of a loop of refreshes."""
 
 
 class Watch:
@@ -56,22 +72,22 @@ class Watch:
         self._kafka: KafkaConsumer | None = None
         self._store = ModelStore(settings)
         self._decisions: dict[str, Recorded] = {}
-        self._listed: dict[str, tuple[float, list[Decision], float | None]] = {}
-        """Model -> when its decisions were listed, what there was, and _moved_s()."""
+        self._listed: dict[str, _Listed] = {}
+        self._debts = Debts(settings)
         self._trouble: dict[str, DpdlError | None] = {}
         """Store -> why it cannot be looked at; None when all is well."""
         self.waiting: dict[int, int] = {}
         """Partition -> frames in Kafka whose result is not yet published, at the last look."""
         self._expired_s: dict[int, float] = {}
         """Partition -> when frames of it were last seen to have expired unscored (Unix seconds)."""
-        looks = {
+        stores = {
             "Kafka": self._look_at_lag,
             "Redis": self._look_at_cameras,
             "S3": self._look_at_decisions,
         }
         # A thread for each: one that waits for a store must not silence what is known of another.
         threads = [threading.Thread(target=self._show, name="watch", daemon=True)]
-        for store, look in looks.items():
+        for store, look in stores.items():
             threads.append(
                 threading.Thread(
                     target=self._follow, args=(store, look), name=f"watch {store}", daemon=True
@@ -142,6 +158,7 @@ class Watch:
         for each in seen:
             self._metrics.counts(each.camera, each.frames, each.anomalies, each.alerts)
         self._metrics.dead_letters(self._results.dead_letters())
+        self._metrics.evidence(len(self._debts), self._debts.lost())
         self._metrics.cameras(
             CameraFacts(each.camera, each.last_scored_at_ns / 1e9, each.threshold_used)
             for each in seen
@@ -151,14 +168,17 @@ class Watch:
     def _look_at_decisions(self) -> None:
         for model in sorted(self._models):
             known = self._decisions.setdefault(model, Recorded(self._settings, model))
-            listed_s, found, moved_s = self._listed.get(model, (float("-inf"), [], None))
-            if time.monotonic() - listed_s > DECISIONS_S:
-                found, moved_s = known.all(), self._moved_s(model)
-                self._listed[model] = (time.monotonic(), found, moved_s)
-            if moved_s is not None:
-                self._metrics.pointer(model, moved_s)
+            seen = self._listed.get(model)
+            if seen is None or time.monotonic() - seen.at_s > DECISIONS_S:
+                look = looks.last(self._settings, model)
+                seen = _Listed(time.monotonic(), known.all(), self._moved_s(model), look)
+                self._listed[model] = seen
+            if seen.moved_s is not None:
+                self._metrics.pointer(model, seen.moved_s)
+            if seen.look is not None:
+                self._metrics.look_due(model, seen.look.due_s)
             for decision in DECISIONS:
-                such = [each.at for each in found if each.decision == decision]
+                such = [each.at for each in seen.decisions if each.decision == decision]
                 last = max(such, default="")
                 self._metrics.refreshes(model, decision, len(such), _unix_s(last))
 

@@ -40,7 +40,8 @@ def test_every_rule_says_what_is_the_matter_and_what_to_do() -> None:
     assert found == {
         "CameraSilent", "LagGrowing", "FramesExpired", "FramesLost", "LatencyOverBudget",
         "AlarmRateJumped", "Drift", "DeadLetters", "VersionRefused", "ModelReplaced",
-        "RefreshHeld", "StoreAway", "ReplicaRestarting", "PartGone", "NothingScraped",
+        "RefreshHeld", "RefreshSilent", "EvidenceOwed", "EvidenceLost", "StoreAway",
+        "ReplicaRestarting", "PartGone", "NothingScraped",
     }  # fmt: skip
     for rule in rules():
         assert rule["labels"]["severity"] in ("warning", "critical")

@@ -46,6 +46,25 @@ def test_all_that_a_long_outage_left_is_paid(settings, monkeypatch):
     assert len(bucket) == 2 * owed
 
 
+def test_what_is_beyond_the_bound_or_gone_from_kafka_is_counted_and_said_once(
+    settings, monkeypatch, caplog
+):
+    monkeypatch.setattr("serving.archive.BREATHER_S", 3600.0)  # the test pays, no thread
+    monkeypatch.setattr("serving.archive.MAX_DEBTS", 3)
+    debts = Debts(settings)
+    for offset in range(5):
+        debts.note(frame(offset), HEAT)
+    assert (len(debts), debts.lost()) == (3, 2)
+    said = [each.message for each in caplog.records if each.levelname == "ERROR"]
+    assert ["t/0/3 on" in message for message in said] == [True]
+    archive = Archive(lambda *put: None, lambda *frame: None, debts)
+    try:
+        archive.pay()
+    finally:
+        archive.close()
+    assert (len(debts), debts.lost()) == (0, 5)
+
+
 def test_a_note_is_given_back_as_it_was(settings):
     debts = Debts(settings)
     assert debts.some(16) == []

@@ -19,6 +19,7 @@ from infra.errors import (
     ServiceUnavailable,
     SettingsError,
 )
+from infra.looks import last
 from infra.model_store import ModelStore
 from infra.s3_client import ensure_buckets, make_minio
 from infra.s3_events import listen
@@ -310,3 +311,33 @@ PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108020000009077"
     "53de0000000c4944415408d763f8ffff3f0005fe02fedccc59e70000000049454e44ae426082"
 )
+
+
+@pytest.mark.parametrize("run", [refresh_every, refresh_on_arrival])
+def test_a_loop_shows_that_it_lives_by_looks_that_work(settings, store, monkeypatch, run):
+    """One that fails for weeks must look like one that has ended."""
+    broken, began_s = threading.Event(), time.time()
+    broken.set()
+
+    def once():
+        if broken.is_set():
+            raise DataError("the data set was imported anew")
+
+    monkeypatch.setattr(refresh_loop, "LONGEST_PAUSE_S", 0.2)
+    every = {"interval_s": 0.2} if run is refresh_every else {"poll_s": 0.2}
+    loop = Loop(
+        monkeypatch,
+        lambda me: run(settings, OPTIONS, report=me.reports.append, stop=me.stop, **every),
+        once,
+    )
+    try:
+        assert loop.wait_for(3, 30) >= 3
+        assert last(settings, "plates") is None
+        broken.clear()
+        deadline = time.monotonic() + 30
+        while last(settings, "plates") is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        loop.end()
+    due_s = last(settings, "plates").due_s
+    assert began_s < due_s < time.time() + refresh_loop.SAFETY_POLL_S

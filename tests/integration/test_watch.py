@@ -6,18 +6,21 @@ from dataclasses import replace
 from datetime import datetime
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from kafka import TopicPartition
 from results import put, result
 
-from infra import decisions
+from infra import decisions, looks
 from infra.decisions import Decision
 from infra.errors import AuthFailed, DataError, NotFound, ServiceUnavailable, VersionBroken
 from infra.kafka_client import ensure_topics, make_admin, make_producer
+from infra.looks import Look
 from infra.metrics import ExpiryMetrics, WatchMetrics
 from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
 from infra.s3_client import ensure_buckets, make_minio
+from serving.archive import Debts
 from serving.watch import Watch
 
 pytestmark = pytest.mark.integration
@@ -31,7 +34,7 @@ def watch(settings):
     made._metrics, made._kafka, made.waiting = WatchMetrics(), None, {}
     made._expiry, made._expired_s = ExpiryMetrics(), {}
     made._models, made._store = {"default"}, ModelStore(settings)
-    made._decisions, made._listed = {}, {}
+    made._decisions, made._listed, made._debts = {}, {}, Debts(settings)
     yield made
     if made._kafka is not None:
         made._kafka.close()
@@ -174,3 +177,30 @@ def test_only_a_store_that_does_not_answer_is_down(watch, monkeypatch):
     with pytest.raises(Ended):
         watch._show()
     assert [name for name, up in shown.items() if up] == ["DataError", "VersionBroken"]
+
+
+def test_when_a_loop_of_refreshes_is_due_and_nothing_where_there_was_none(
+    settings, watch, monkeypatch
+):
+    ensure_buckets(settings)
+    shown = []
+    monkeypatch.setattr(watch._metrics, "look_due", lambda *found: shown.append(found))
+    monkeypatch.setattr("serving.watch.DECISIONS_S", 0.0)
+    watch._look_at_decisions()
+    looks.record(settings, "default", Look(1000.0))
+    watch._look_at_decisions()
+    looks.record(settings, "default", Look(2000.0))
+    watch._look_at_decisions()
+    assert shown == [("default", 1000.0), ("default", 2000.0)]
+
+
+def test_evidence_that_is_owed_and_lost_is_what_redis_holds(settings, watch, monkeypatch):
+    shown = []
+    monkeypatch.setattr(watch._metrics, "evidence", lambda *found: shown.append(found))
+    frame = SimpleNamespace(frame_id="t/0/1", evidence_key="key")
+    watch._look_at_cameras()
+    Debts(settings).note(frame, np.eye(4))
+    watch._look_at_cameras()
+    Debts(settings).settle("t/0/1", paid=False)
+    watch._look_at_cameras()
+    assert shown == [(0, 0), (1, 0), (0, 1)]

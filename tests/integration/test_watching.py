@@ -61,6 +61,7 @@ MAY_BE_ABSENT = {
     "ray_dpdl_frames_lost_timestamp_seconds",
     "ray_dpdl_frames_lost_total",
     "ray_dpdl_model_replaced",
+    "ray_dpdl_refresh_look_due_timestamp_seconds",
 }
 """Metrics of what does not happen here: frames lost to retention, a bound model out of use."""
 MAY_BE_NULL = {"Set by hand", "AUROC", "Threshold", "New normals", "From"}

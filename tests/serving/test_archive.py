@@ -26,7 +26,7 @@ class Notes(dict):
     def some(self, count):
         return [Owed(frame_id, *noted) for frame_id, noted in list(self.items())[:count]]
 
-    def settle(self, frame_id):
+    def settle(self, frame_id, *, paid):
         del self[frame_id]
 
 
@@ -113,6 +113,29 @@ def test_what_s3_does_not_take_is_owed_and_paid_from_kafka(make):
     assert kept.pay() == 2
     assert not debts
     assert bucket[f"{keys[0]}/frame"] == b"('t/0/1', 1001)"  # that one, not another of its id
+
+
+def test_every_outage_of_s3_is_told_with_its_end(make, caplog):
+    """Not only the first one in the life of a process."""
+    away, debts = [False], Notes()
+
+    def put(key, data, kind):
+        if away[0]:
+            raise ServiceUnavailable("S3 reads and does not write")
+
+    kept = make(put, reread=lambda *asked: b"x", debts=debts)
+    told = lambda: [each.message[:14] for each in caplog.records if each.levelname == "WARNING"]  # noqa: E731
+    for offset in (1, 3):
+        away[0] = True
+        kept.keep([frame(offset)], [HEAT])
+        away[0], kept._rest_until = False, kept._rest_until - archive.BREATHER_S
+        kept.keep([frame(offset + 1)], [HEAT])
+    assert told() == 2 * ["S3 does not ta", "S3 takes evide"]
+    away[0] = True
+    kept.keep([frame(5)], [HEAT])
+    away[0], kept._rest_until = False, kept._rest_until - archive.BREATHER_S
+    assert kept.pay() == 3
+    assert told()[4:] == ["S3 does not ta", "S3 takes evide"]
 
 
 def test_a_frame_that_kafka_no_longer_has_is_given_up(make):
