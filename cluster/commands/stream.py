@@ -29,7 +29,7 @@ LOOK_S = 15.0
 finds the cluster's metrics."""
 START_S, MACHINE_S = 180.0, 1800.0
 """Until all of it runs; the machine of a GPU that is waited for may have to be installed first."""
-STREAM_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
+STREAM_ID = re.compile(r"\d{1,19}(-\d{1,19})?")  # Redis takes 64 bits
 AWAY_S = 1.0
 """How often `dpdl alerts --follow` asks for a Redis that is away."""
 

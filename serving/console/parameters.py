@@ -8,7 +8,8 @@ from serving.console import schema
 
 MAX_PAGE = 500
 
-StreamId = Annotated[str, Query(pattern=r"^(\d{1,20}-\d{1,20})?$", description="A stream id.")]
+# Redis takes 64 bits for each part.
+StreamId = Annotated[str, Query(pattern=r"^(\d{1,19}-\d{1,19})?$", description="A stream id.")]
 EntryId = Annotated[str, Path(pattern=r"^\d{1,19}-\d{1,19}$", description="A stream id.")]
 Count = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 CameraFilter = Annotated[str, Query(max_length=128)]

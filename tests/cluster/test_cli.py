@@ -166,6 +166,12 @@ def test_every_command_in_the_readme_and_the_docs_exists():
         assert unknown(line) == wrong
 
 
+@pytest.mark.parametrize("wrong", ["yesterday", "9" * 20, f"1-{2**64}"])
+def test_an_id_that_no_alert_can_have_is_named(wrong):
+    done = CliRunner().invoke(cli.app, ["alerts", "--after", wrong])
+    assert f"--after {wrong}: wanted the id of an alert" in str(done.exception)
+
+
 def test_names_of_files_are_no_markup(monkeypatch, tmp_path):
     skipped = [{"source": "a[/b].png", "reason": "duplicate of [old] [/c].png"}]
     done = ImportReport("d", "", {}, skipped, objects=0, written=0, removed=0)
