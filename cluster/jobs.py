@@ -16,7 +16,7 @@ import shlex
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ of .gitignore: the last one that matches decides. infra/.env holds Compose's pas
 RECONNECT_S = 60.0
 """A cluster that cannot be reached for so long is reported; its job goes on."""
 POLL_S = 1.0
+SILENCE_S = 60.0
+"""After so long without a line the job is asked for: a head that lost its power closes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,25 +99,30 @@ class Jobs:
         reach for RECONNECT_S.
         """
         shown = 0
-        reached = time.monotonic()
+        lost_at: float | None = None
 
         async def tail() -> None:
-            nonlocal shown
+            nonlocal shown, lost_at
             seen = 0
-            async for chunk in self._client.tail_job_logs(job):  # always from the beginning
-                seen += len(chunk)
-                if seen > shown:
-                    write(chunk[len(chunk) - (seen - shown) :])
-                    shown = seen
+            chunks = self._client.tail_job_logs(job)  # always from the beginning
+            with suppress(TimeoutError, StopAsyncIteration):
+                while True:
+                    chunk = await asyncio.wait_for(anext(chunks), SILENCE_S)
+                    lost_at = None
+                    seen += len(chunk)
+                    if seen > shown:
+                        write(chunk[len(chunk) - (seen - shown) :])
+                        shown = seen
 
         while True:
             try:
                 asyncio.run(tail())
                 with self._in_one_line():
                     info = self._client.get_job_info(job)
-                reached = time.monotonic()
+                lost_at = None
             except (RuntimeError, OSError, aiohttp.ClientError, ServiceUnavailable) as error:
-                if time.monotonic() - reached > RECONNECT_S:
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at > RECONNECT_S:
                     raise ServiceUnavailable(
                         f"{self.address} cannot be reached for {RECONNECT_S:.0f} s ({error}): job "
                         f"{job} goes on; follow it with "

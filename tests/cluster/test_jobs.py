@@ -1,5 +1,6 @@
 """`dpdl job`: what is refused before anything is sent. No cluster, no network."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -7,7 +8,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from ray.job_submission import JobStatus
 
+from cluster import jobs
 from cluster.jobs import JobRequest, Jobs
 from infra.errors import ServiceUnavailable, SettingsError
 
@@ -102,3 +105,52 @@ def test_what_the_command_would_refuse_is_refused_before_it_is_sent():
         done = dpdl(*words, "--address", "http://127.0.0.1:9")
         assert done.returncode == 1
         assert says in done.stderr
+
+
+class Cluster:
+    """A job client: what each tail of the log does; the last is repeated."""
+
+    def __init__(self, *tails, reachable=True):
+        self.tails, self.reachable = list(tails), reachable
+
+    async def tail_job_logs(self, job):
+        self.ends = len(self.tails) == 1
+        tail = self.tails[0] if self.ends else self.tails.pop(0)
+        for step in tail:
+            if isinstance(step, float):
+                await asyncio.sleep(step)
+            elif isinstance(step, Exception):
+                raise step
+            else:
+                yield step
+
+    def get_job_info(self, job):
+        if not self.reachable:
+            raise ConnectionError("no route to host")
+        done = JobStatus.SUCCEEDED if self.ends else JobStatus.RUNNING
+        return type("Info", (), {"status": done, "message": ""})
+
+
+def followed(cluster, monkeypatch):
+    """What is shown of a job, with waits that a test has."""
+    for name, value in {"RECONNECT_S": 0.2, "POLL_S": 0.01, "SILENCE_S": 0.4}.items():
+        monkeypatch.setattr(jobs, name, value)
+    one, shown = Jobs.__new__(Jobs), []
+    one.address, one._client = "http://head:8265", cluster
+    one.follow("dpdl-train-1", shown.append)
+    return "".join(shown)
+
+
+def test_a_connection_that_breaks_after_long_is_made_anew(monkeypatch):
+    """Of a job that ran, or was silent, for longer than a cluster may be out of reach."""
+    breaks = ["one\n", 0.3, ConnectionError("reset by peer")]
+    assert followed(Cluster(breaks, breaks, ["one\n", "two\n"]), monkeypatch) == "one\ntwo\n"
+
+
+def test_a_silent_job_is_asked_for_and_followed_on(monkeypatch):
+    assert followed(Cluster(["one\n", 9.0], ["one\n", "two\n"]), monkeypatch) == "one\ntwo\n"
+
+
+def test_a_head_that_closes_nothing_and_answers_nothing_is_out_of_reach(monkeypatch):
+    with pytest.raises(ServiceUnavailable, match="dpdl-train-1 goes on"):
+        followed(Cluster(["one\n", 9.0], [9.0], reachable=False), monkeypatch)
