@@ -94,7 +94,11 @@ class WorkerKeeper:
         return shard.and_also(self._joined(known)) if known else shard
 
     def resume(self) -> TuneState | None:
-        return TuneState.from_files(self._files) if self.epochs else None
+        if not self.epochs:
+            return None
+        state = TuneState.from_files(self._files)
+        self.left_out = state.tensors["left_out"]  # no epoch may follow that would say it again
+        return state
 
     def keep(self, state: TuneState, figures: dict[str, Any]) -> None:
         """One checkpoint in S3; returns when it is whole."""
