@@ -159,17 +159,20 @@ def with_twins(
             if sample.label == label and (label == 1 or part != "test" or not fixed_test)
         ]
         parts = [part_of[sample.source] for sample in mine]
+        sizes = Counter(parts)
+        # No part is to be of one scene alone. Of defects a few are learnt, the others tested: what
+        # is too large a scene to learn from is tested as a whole.
+        at_most = (min(sizes.values()) if label == 0 else sizes["test"]) // 2
         groups = []
         # By class: in the hard setting a class of defects is on one side.
         for defect in sorted({sample.defect for sample in mine}):
             of_class = [at for at, sample in enumerate(mine) if sample.defect == defect]
-            found = twins(
-                [looks[mine[at].source].thumbnail for at in of_class],
-                common,
-                # No part is to be of one scene alone.
-                at_most=min(Counter(parts).values()) // 2,
-            )
-            groups += [[of_class[at] for at in group] for group in found]
+            shown = [looks[mine[at].source].thumbnail for at in of_class]
+            for group in twins(shown, common, at_most):
+                scene = [of_class[at] for at in group]
+                if label == 1 and len(scene) > sizes["train"] // 2:
+                    scene.sort(key=lambda at: parts[at] == "train")
+                groups.append(scene)
         for sample, part in zip(mine, deal_together(parts, groups), strict=True):
             part_of[sample.source] = part
     return {
