@@ -28,8 +28,8 @@ class GateLimits:
     max_recall_drop: float = 0.1
     """Share of the known defects that alarm, current minus candidate, each by its thresholds."""
     false_alarm_chance: float = 0.0013
-    """So many alarms of a group of n held-out normals are held against a candidate, as come by
-    chance with this probability or less, binomial, where it keeps the stated rate."""
+    """So many alarms of a group of held-out normals, of n moments, are held against a candidate, as
+    come by chance with this probability or less, binomial, where it keeps the stated rate."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,13 @@ def judge(
 
     Both are given with the thresholds they are, or would be, deployed with. The candidate's were
     set on these very normals, so its false alarms are counted by cross-fitting: thresholds from one
-    half, alarms on the other, both ways. Without set_on_new they were set on the old normals alone,
-    and the new ones are judged by them as they stand. False alarms hold a candidate only where it
-    is also worse than the current model: after a drift, better is what is asked, not perfect. Nor
-    does it count then that the current model's alarms at everything include the known defects.
-    moments: of the old normals, then the new, as calibrate() counts them.
+    half of the moments, alarms on the other, both ways. Without set_on_new they were set on the old
+    normals alone, and the new ones are judged by them as they stand. False alarms hold a candidate
+    only where it is also worse than the current model: after a drift, better is what is asked, not
+    perfect. Nor does it count then that the current model's alarms at everything include the known
+    defects.
+    moments: of the old normals, then the new, as calibrate() counts them; so does the bound on
+    false alarms, since what was seen within one alarms together.
     best_auroc: numbers["auroc_best"] of the current version's own verdict.
     """
     limits = limits or GateLimits()
@@ -120,7 +122,8 @@ def judge(
         rows = slice(start, start + count)
         start += count
         was, now = float(alarmed_before[rows].mean()), float(alarmed_after[rows].mean())
-        bound = float(binom.isf(limits.false_alarm_chance, count, rate)) / count
+        apart = len(set(moments[rows])) or count
+        bound = float(binom.isf(limits.false_alarm_chance, apart, rate)) / apart
         numbers |= {
             f"{group}_normals": count,
             f"false_alarms_{group}_current": was,
@@ -156,7 +159,10 @@ def _cross_fitted(
     """bool (N,) alarms by thresholds that did not see the score, and the rate they were set for."""
     alarmed = np.zeros(len(scores), bool)
     rates = []
-    fold = np.arange(len(scores)) % 2
+    numbers: dict[str | int, int] = {}
+    fold = np.array(
+        [numbers.setdefault(of, len(numbers)) % 2 for of in moments or range(len(scores))], int
+    )
     for side in (0, 1):
         fitted = np.flatnonzero(fold != side).tolist()
         judged = np.flatnonzero(fold == side).tolist()

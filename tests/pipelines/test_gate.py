@@ -104,6 +104,23 @@ def test_alarms_of_the_candidate_are_counted_on_normals_its_thresholds_have_not_
     assert got.numbers["false_alarms_old_candidate"] == pytest.approx(0.5, abs=0.05)
 
 
+def test_what_one_minute_shows_is_on_one_side_and_counts_once():
+    """Twenty minutes of ten frames, two of them far off: halves that share a minute would set the
+    thresholds on what they are then judged by."""
+    minutes = [f"{row // 10}" for row in range(200)]
+    old = np.where(np.isin(np.arange(200) // 10, [7, 9]), 9.0, 0.0) + normals(200) * 0.01
+    held = Held(np.empty(0), old, np.empty(0))
+    told = {"defect_cameras": [], "old_cameras": [""] * 200, "new_cameras": []}
+    told |= {"current_thresholds": by(2.0), "candidate_thresholds": by(2.0), "set_on_new": True}
+    got = judge(held, held, moments=minutes, **told).numbers
+    by_row = judge(held, held, **told).numbers
+    assert got["false_alarms_old_candidate"] >= 0.1
+    assert by_row["false_alarms_old_candidate"] < 0.08
+    # By the binomial's table more than 4 of 20 come by chance with .0026, more than 5 with .0003.
+    assert got["false_alarms_old_bound"] == 5 / 20
+    assert by_row["false_alarms_old_bound"] < 0.12
+
+
 def test_without_known_defects_the_gate_says_so(current):
     none = Held(np.empty(0), current.old_normals, current.new_normals)
     got = verdict(none, none)
