@@ -54,22 +54,31 @@ def options(
     traceback_wanted = debug
 
 
+interrupted = False
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     # SIGTERM takes the same way out as Ctrl-C, so that context managers end what they started.
+    global interrupted
+    interrupted = True
     raise KeyboardInterrupt
 
 
 def main() -> None:
     """Entry point: run a command, turn expected failures into one line and exit code 1."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's `&` ignores it
+        signal.signal(signal.SIGINT, _interrupt)
     from infra.errors import DpdlError
 
     try:
         app()
-    except (DpdlError, ValueError, OSError) as error:
-        if traceback_wanted:
+    except Exception as error:
+        expected = isinstance(error, DpdlError | ValueError | OSError)
+        # What a signal broke off, such as the import of a C extension, ends in errors of any kind.
+        if traceback_wanted or not (expected or interrupted):
             raise
-        line = " ".join(str(error).split()) or type(error).__name__
+        line = (" ".join(str(error).split()) or type(error).__name__) if expected else "interrupted"
         err.print(f"dpdl: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 

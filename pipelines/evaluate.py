@@ -2,9 +2,9 @@
 
 One run is one seed (and, in the hard setting, one seen class). Each run's scores are written
 beside the report as soon as they are there, under a hash of all that they depend on: the split,
-the pixels, the method's settings, its weights, the device, the seed and the source of dpdl_core.
-A second call with the same options goes on where the first was stopped, and a changed option
-starts anew.
+the pixels, the method's settings, its weights, the device, the seed, the source of dpdl_core and
+the versions of torch and timm. A second call with the same options goes on where the first was
+stopped, and a changed option starts anew.
 Letters: N images of the data set, S side in pixels.
 """
 
@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import tempfile
 import time
 from collections import Counter
@@ -34,7 +33,7 @@ from dpdl_core.metrics import auroc
 from dpdl_core.protocol import Dataset, DatasetError, Rejected, Sample, Setting, Split
 from pipelines.evaluate_methods import Method, make_method
 from pipelines.evaluate_report import RunPictures, draw_report
-from pipelines.evaluate_run import Run, code_sha256, keep, key, resume, write
+from pipelines.evaluate_run import Run, code_sha256, keep, key, machine_of, resume, write
 
 Progress = Callable[[str, float, dict[str, Any]], None]
 """progress(what is done now, share of the whole 0..1, figures)."""
@@ -224,7 +223,7 @@ def _run_all(
         stem = None if folder is None else folder / key(split, pixels, method.settings)
         found = None if stem is None else resume(stem)
         if found is None:
-            found = _run(split, images, rows, method, tell_run)
+            found = _run(split, images, rows, method, machine_of(options.device), tell_run)
             if stem is not None:
                 keep(stem, split, *found)
         done.append(found)
@@ -233,7 +232,12 @@ def _run_all(
 
 
 def _run(
-    split: Split, images: Pixels, rows: Mapping[str, int], method: Method, tell: Progress
+    split: Split,
+    images: Pixels,
+    rows: Mapping[str, int],
+    method: Method,
+    machine: dict[str, Any],
+    tell: Progress,
 ) -> tuple[Run, RunPictures]:
     def index(samples: Sequence[Sample]) -> list[int]:
         return [rows[sample.source] for sample in samples]
@@ -262,6 +266,7 @@ def _run(
         scores.tolist(),
         fitted.train_seconds,
         score_seconds,
+        machine,
     )
     heat_maps = np.concatenate(maps) if maps else None
     return run, RunPictures.choose(images, test, run.labels, scores, heat_maps)
@@ -274,12 +279,14 @@ def _summary(
     method: Method,
     runs: Sequence[Run],
 ) -> dict[str, Any]:
-    def by_seed(value: Callable[[Run], float | None]) -> list[float]:
-        """One figure per seed: in the hard setting the mean over the seen classes."""
+    def by_seed(value: Callable[[Run], float | None]) -> list[float | None]:
+        """One figure per seed, None where no run of it has one: in the hard setting the mean over
+        the seen classes."""
         found = [[value(run) for run in runs if run.seed == seed] for seed in options.seeds]
         known = [[v for v in values if v is not None] for values in found]
-        return [float(np.mean(values)) for values in known if values]
+        return [float(np.mean(values)) if values else None for values in known]
 
+    machine, date = machine_of(options.device), time.strftime("%Y-%m-%d")
     seen = sorted({run.seen_class for run in runs if run.seen_class})
     return {
         "data": dataset.name,
@@ -306,25 +313,24 @@ def _summary(
         "anomalies": len(dataset.anomalies),
         "rejected": [asdict(r) for r in rejected],
         "code_sha256": code_sha256(),
-        "machine": {
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "torch_threads": torch.get_num_threads(),
-            "device": options.device,
-        },
-        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine,
+        "date": date,
+        "resumed": [
+            {"seed": r.seed, "seen_class": r.seen_class, "machine": r.machine, "date": r.date}
+            for r in runs
+            if (r.machine, r.date) != (machine, date)
+        ],
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation (of single values, with N - 1; 0 for one) and the values."""
-    if not values:
-        return {"mean": None, "sd": None, "per_seed": []}
+def spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and standard deviation (of single values, with N - 1; 0 for one) of those that are
+    known, and all values."""
+    known = [v for v in values if v is not None]
     return {
-        "mean": float(np.mean(values)),
-        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
-        "per_seed": [float(v) for v in values],
+        "mean": float(np.mean(known)) if known else None,
+        "sd": (float(np.std(known, ddof=1)) if len(known) > 1 else 0.0) if known else None,
+        "per_seed": list(values),
     }
 
 

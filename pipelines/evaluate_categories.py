@@ -16,7 +16,9 @@ from pipelines.evaluate_run import write
 
 def evaluate_each(options: EvaluateOptions, progress: Progress | None = None) -> dict[str, Any]:
     """evaluate() for one data set. For a folder of categories the figures are means over them, with
-    each one's report under "categories", and beside options.report as NAME-<category>.json.
+    each one's report under "categories", and beside options.report as NAME-<category>.json. In the
+    hard setting those of a single class of defects, of which none would be unseen, are left out
+    and listed, as long as there are others.
 
     Raises as evaluate() does: for what a category's folder cannot give, before any is trained on.
     """
@@ -25,8 +27,14 @@ def evaluate_each(options: EvaluateOptions, progress: Progress | None = None) ->
     except Categories as several:
         names = several.names
     each = {name: _of_category(options, name) for name in names}
-    for one in each.values():
-        plan(load_dataset(one.data), one)
+    found = {name: load_dataset(one.data) for name, one in each.items()}
+    single = [name for name in names if len(found[name].defects) < 2]
+    if options.protocol != "hard" or len(single) == len(names):
+        single = []
+    for name in single:
+        del each[name]
+    for name, one in each.items():
+        plan(found[name], one)
     reports: dict[str, dict[str, Any]] = {}
     for place, (name, one) in enumerate(each.items()):
 
@@ -38,12 +46,13 @@ def evaluate_each(options: EvaluateOptions, progress: Progress | None = None) ->
 
         reports[name] = evaluate(one, tell)
     shared = ("protocol", "shots", "seeds", "method", "recipe", "settings", "date")
-    first = reports[names[0]]
+    first = next(iter(reports.values()))
     done = {
         "data": Path(options.data).resolve().name,
         **{key: first[key] for key in shared},
         **{key: _mean(reports, key) for key in ("auroc", "ap")},
         "categories": reports,
+        "categories_left_out": single,
     }
     if options.report is not None:
         write(options.report, json.dumps(done, indent=1) + "\n")

@@ -9,8 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import dpdl_core
 from dpdl_core.metrics import auroc, average_precision
@@ -31,6 +37,8 @@ class Run:
     scores: list[float]
     train_seconds: float
     score_seconds: float
+    machine: dict[str, Any]
+    date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
 
     @property
     def labels(self) -> list[int]:
@@ -47,8 +55,23 @@ class Run:
 
 def key(split: Split, pixels: str, settings: str) -> str:
     """Of everything a run's scores depend on."""
-    parts = [split.sha256, pixels, settings, code_sha256()]
+    parts = [split.sha256, pixels, settings, code_sha256(), *_versions().values()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "timm")}
+
+
+def machine_of(device: str) -> dict[str, Any]:
+    """What a run's seconds depend on."""
+    return {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        **_versions(),
+        "torch_threads": torch.get_num_threads(),
+        "device": device,
+    }
 
 
 def code_sha256() -> str:

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from cluster.commands.shared import (
+    Device,
     Report,
     Sets,
-    check_device,
+    device_here,
     err,
     key_values,
     out,
@@ -27,11 +28,11 @@ def bench_score(
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     repetitions: Annotated[int, typer.Option(min=1)] = 20,
     sets: Sets = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "",
     report: Report = None,
 ) -> None:
     """Scoring against the bare trunk, in turns, at the same batch size."""
-    check_device(device)
+    device = device_here(device)
     from pipelines.bench_score import BenchScoreOptions
     from pipelines.bench_score import bench_score as run
 

@@ -11,7 +11,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.commands.shared import Report, check_device, err, out, progress_line, write_report
+from cluster.commands.shared import (
+    Device,
+    Report,
+    device_here,
+    err,
+    out,
+    progress_line,
+    write_report,
+)
 
 app = typer.Typer()
 
@@ -32,11 +40,11 @@ def replay_command(
         typer.Option(help="Only this one; may be repeated. Default: the model's cameras."),
     ] = None,
     keep_days: Annotated[float, typer.Option(min=0.001, help="Results expire after this.")] = 7.0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "",
     report: Report = None,
 ) -> None:
     """Score the past in Kafka again with another version, beside the live stream; compare."""
-    check_device(device)
+    device = device_here(device)
     from infra.settings import load_settings
     from serving.replay import Place, ReplayOptions, replay
 

@@ -7,9 +7,10 @@ from typing import Annotated, Any, cast
 import typer
 
 from cluster.commands.shared import (
+    Device,
     Report,
     Sets,
-    check_device,
+    device_here,
     err,
     key_values,
     numbers,
@@ -43,11 +44,11 @@ def evaluate(
             "or single ones, comma-separated."
         ),
     ] = "",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "",
     report: Report = None,
 ) -> None:
     """Train and test by the paper's protocol, seed by seed; with --report it resumes."""
-    check_device(device)
+    device = device_here(device)
     from dpdl_core import config
     from dpdl_core.protocol import Rejected
     from pipelines.evaluate import EvaluateOptions, left_out
@@ -69,6 +70,8 @@ def evaluate(
         done = evaluate_each(chosen, progress)
     if shots == 0 and method == "dpdl" and config.recipe(recipe).tuned_stages:
         _warn(f"shots=0: without anomalies nothing is tuned, the trunk of {recipe} neither")
+    for category in done.get("categories_left_out", []):
+        _warn(f"{category}: one class of defects, none would be unseen; left out")
     for category, one in done.get("categories", {"": done}).items():
         where = f"{category}: " if category else ""
         if one["rejected"]:

@@ -17,6 +17,9 @@ out, err = Console(), Console(stderr=True)
 
 Report = Annotated[Path | None, typer.Option("--report", help="Write what happened as JSON here.")]
 Model = Annotated[str, typer.Option("--model", help="Name of the model.")]
+Device = Annotated[
+    str, typer.Option("--device", help="cpu or cuda; default: a GPU where there is one.")
+]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="key=value over the recipe; may be repeated.")
 ]
@@ -64,6 +67,19 @@ def check_device(text: str) -> None:
     count = torch.cuda.device_count()
     if int(found[1] or 0) >= count:
         raise ValueError(f"--device {text}: PyTorch finds {count} GPUs here, take --device cpu")
+
+
+def device_here(text: str) -> str:
+    """The device that is meant, "" for a GPU where there is one, and said if it was not named.
+    Raises as check_device()."""
+    check_device(text)
+    if text:
+        return text
+    import torch
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    err.print(f"device: {found}", style="dim")
+    return found
 
 
 def numbers(text: str) -> list[int]:

@@ -10,11 +10,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from cluster import cli, demo
-from cluster.commands.shared import check_device, duration, key_values, write_report
+from cluster.commands.shared import (
+    check_device,
+    device_here,
+    duration,
+    key_values,
+    write_report,
+)
 from infra.errors import DpdlError
 from pipelines import datasets, refresh
 from pipelines.datasets import ImportReport
@@ -67,6 +74,40 @@ def test_a_device_that_is_not_there_is_told_before_any_work(tmp_path):
         done = dpdl(*command, "--device", "foo", cwd=tmp_path)
         assert (done.returncode, len(done.stderr.strip().splitlines())) == (1, 1)
         assert "wanted cpu, cuda" in done.stderr
+
+
+def test_without_a_name_a_gpu_is_taken_where_there_is_one_and_said(monkeypatch, capsys):
+    for there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert device_here("") == device
+        assert f"device: {device}" in capsys.readouterr().err
+    assert device_here("cpu") == "cpu"
+    with pytest.raises(ValueError, match="--device foo"):
+        device_here("foo")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_amid_an_import_is_no_traceback(monkeypatch, capsys, number):
+    """NumPy's C code answers the interrupt with an ImportError."""
+
+    def importing():
+        try:
+            os.kill(os.getpid(), number)
+            signal.pause()
+        except KeyboardInterrupt:
+            raise ImportError("numpy._core.multiarray failed to import") from None
+
+    monkeypatch.setattr(cli, "app", importing)
+    monkeypatch.setattr(cli, "interrupted", False)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "dpdl: interrupted\n"
 
 
 def test_a_report_is_whole_or_not_there(tmp_path):

@@ -20,7 +20,7 @@ from dpdl_core.metrics import auroc, average_precision
 from dpdl_core.model import part_groups
 from dpdl_core.parts import evidence
 from dpdl_core.protocol import DatasetError, Split, decode_samples, load_dataset
-from pipelines import evaluate_methods
+from pipelines import evaluate_methods, evaluate_run
 from pipelines.evaluate import EvaluateOptions, evaluate
 from pipelines.evaluate_categories import evaluate_each
 from pipelines.evaluate_report import GROUPS, PER_GROUP, RunPictures, overlay
@@ -122,6 +122,47 @@ def test_in_the_hard_setting_a_classs_figure_is_its_seeds_mean(data, tmp_path):
     assert report["by_defect"]["dot"]["sd"] == 0
 
 
+def test_a_class_that_a_seed_does_not_test_has_no_figure_there(data, tmp_path):
+    """Its place is kept: figures of one seed stand at one place in all lists."""
+    copy = tmp_path / "tiles"
+    shutil.copytree(data, copy)
+    for i in range(1, 6):
+        (copy / "anomaly" / "dot" / f"{i}.png").unlink()
+    seeds = (0, 1, 2, 3)
+    report = evaluate(options(copy, shots=4, seeds=seeds))
+    found = load_dataset(copy)
+    tested = [
+        any(
+            s.defect == "dot"
+            for s in protocol.split(found, setting="general", shots=4, seed=n).test
+        )
+        for n in seeds
+    ]
+    assert set(tested) == {True, False}
+    figures = report["by_defect"]["dot"]
+    assert [each is not None for each in figures["per_seed"]] == tested
+    assert figures["mean"] == pytest.approx(np.mean([v for v in figures["per_seed"] if v]))
+
+
+def test_what_another_torch_found_is_not_gone_on_from(data, tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    evaluate(options(data, report=path, seeds=(0,)))
+    monkeypatch.setattr(evaluate_run, "version", lambda name: "99")
+    evaluate(options(data, report=path, seeds=(0,)))
+    assert len(list(path.with_suffix(".runs").glob("*.npz"))) == 2
+
+
+def test_runs_of_another_day_keep_their_date_and_machine(data, tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    assert evaluate(options(data, report=path, seeds=(0,)))["resumed"] == []
+    monkeypatch.setattr(os, "cpu_count", lambda: 99)
+    report = evaluate(options(data, report=path, seeds=(0, 1)))
+    assert report["machine"]["cores"] == 99
+    (earlier,) = report["resumed"]
+    assert (earlier["seed"], earlier["date"]) == (0, report["date"])
+    assert earlier["machine"]["cores"] != 99
+
+
 def test_a_stopped_evaluation_goes_on(data, tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     fits = []
@@ -198,8 +239,25 @@ def test_categories_are_evaluated_each_and_in_the_mean(data, tmp_path, capsys):
     assert "grid: 1 images left out" in said.err
     first = [line.split()[0] for line in said.out.splitlines()]
     assert first == ["carpet:", "grid:", "auroc", "ap"]
-    shutil.rmtree(root / "grid" / "test" / "dot")
-    with pytest.raises(DatasetError, match="grid has 1 class"):  # and carpet is not trained on
+
+
+def test_categories_of_one_class_are_left_out_of_the_hard_setting(data, tmp_path, capsys):
+    """As MVTec AD's toothbrush is; only where nothing is left is that refused."""
+    root, path = tmp_path / "mvtec", tmp_path / "report.json"
+    for name in ("brush", "carpet"):
+        shutil.copytree(data / "normal", root / name / "train" / "good")
+        shutil.copytree(data / "normal", root / name / "test" / "good")
+        shutil.copytree(data / "anomaly", root / name / "test", dirs_exist_ok=True)
+    shutil.rmtree(root / "brush" / "test" / "dot")
+    sets = [f"{key}={value}" for key, value in SMALL.items()]
+    asked = {"shots": 2, "seeds": "0", "method": "mahalanobis", "sets": sets, "report": path}
+    research.evaluate(str(root), protocol="hard", **asked)
+    report = json.loads(path.read_text())
+    assert (list(report["categories"]), report["categories_left_out"]) == (["carpet"], ["brush"])
+    assert "brush: one class of defects" in capsys.readouterr().err
+    assert evaluate_each(options(root, seeds=(0,)))["categories_left_out"] == []
+    shutil.rmtree(root / "carpet" / "test" / "dot")
+    with pytest.raises(DatasetError, match="brush has 1 class"):  # before anything is trained on
         evaluate_each(options(root, protocol="hard"), lambda *said: pytest.fail(str(said)))
 
 
