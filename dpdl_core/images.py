@@ -22,6 +22,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -53,6 +54,11 @@ Pixels = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the encoded image
 
 _STRIP_ROWS = 256
+_NEARLY_BLACK = (
+    "an image of 16 bits has no value of 4096 or more, of 65535 that are white, and is read as "
+    "nearly black: if a camera stores 10 or 12 bits so, scale its values up by 64 or 16"
+)
+"""A warning, of which Python shows one to a process; a picture that is as dark may be right."""
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 """One that begins a segment, or the end: neither stuffing, fill bytes, restarts nor the start."""
@@ -307,6 +313,8 @@ def _to_rgb8(pixels: npt.NDArray[np.generic]) -> Pixels:
     """
     if pixels.dtype == np.uint16:
         deep, pixels = pixels, np.empty(pixels.shape, np.uint8)
+        if 0 < deep.max() < 4096:
+            warnings.warn(_NEARLY_BLACK, stacklevel=2)
         # By strips: as a whole, 64 million pixels would take 2 GB on the way.
         for top in range(0, len(deep), _STRIP_ROWS):
             rows = slice(top, top + _STRIP_ROWS)

@@ -72,6 +72,8 @@ def _npy_to_png(path: Path) -> bytes:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise OSError(f"{path.name}: not a plain array: {error}") from None
+    if not isinstance(array, np.ndarray):  # an archive of several arrays, whatever its name
+        raise OSError(f"{path.name}: {type(array).__name__}, wanted one array")
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.ndim != 3 or array.shape[2] < 3 or not array.size or array.dtype.kind not in "uif":
         raise OSError(

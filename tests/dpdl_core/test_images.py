@@ -5,6 +5,7 @@ import pickle
 import struct
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -79,6 +80,16 @@ def test_cmyk_white_is_white_as_adobe_writes_it():
     # Adobe stores inverted ink; taken literally, white would come out black.
     data = encode(Image.new("CMYK", (40, 40), (0, 0, 0, 0)), "JPEG")
     assert decode_image(data, 8).min() > 250
+
+
+def test_bits_that_are_stored_at_the_wrong_end_are_warned_of():
+    """12 bits in 16 become nearly black: a model of them would see nothing, and nobody know why."""
+    for values, warned in ((4095, True), (4096, False), (0, False)):
+        data = encode(Image.fromarray(np.full((8, 8), values, np.uint16)), "PNG")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            decode_image(data, 8)
+        assert [("scale its values" in str(one.message)) for one in told] == [True] * warned
 
 
 def test_16_bit_is_scaled_and_not_cut_off():

@@ -266,8 +266,10 @@ def test_mastcam_arrays_that_are_none_are_listed(tmp_path):
     (tmp_path / "train_typical" / "a.npy").write_bytes(b"\x93NUMPY broken")
     np.save(tmp_path / "train_typical" / "b.npy", np.zeros((4, 4)))
     np.save(tmp_path / "train_typical" / "c.npy", np.array([{}], dtype=object))
+    np.savez(tmp_path / "d.npz", a=np.zeros((4, 4, 3)))
+    (tmp_path / "d.npz").rename(tmp_path / "train_typical" / "d.npy")
     rejected = decode_samples(load_dataset(tmp_path).normals, 8)[2]
-    assert [r.source for r in rejected] == [f"train_typical/{n}.npy" for n in "abc"]
+    assert [r.source for r in rejected] == [f"train_typical/{n}.npy" for n in "abcd"]
 
 
 @pytest.mark.parametrize(
