@@ -9,7 +9,7 @@ import torch
 from scipy.spatial.distance import cdist, mahalanobis
 from sklearn.covariance import LedoitWolf
 
-from dpdl_core.baselines import BASELINES, SETTINGS, BaselineConfig, FrozenTrunk, frozen, make
+from dpdl_core.baselines import BASELINES, SETTINGS, BaselineConfig, FrozenTrunk, dra, frozen, make
 from dpdl_core.baselines.base import sample_images
 from dpdl_core.baselines.distances import (
     PatchDraw,
@@ -18,7 +18,7 @@ from dpdl_core.baselines.distances import (
     cross_fitted,
     mean_on_finest,
 )
-from dpdl_core.baselines.dra import pseudo_anomalies
+from dpdl_core.baselines.dra import Dra, pseudo_anomalies
 from dpdl_core.baselines.frozen import middle_stage
 from dpdl_core.baselines.supervised import deviation_loss, half_size
 from dpdl_core.images import ArraySource
@@ -261,6 +261,39 @@ def test_deviation_loss_by_hand():
     # z equals the score up to the draws' mean and spread: 1 for the normal, 5 - 2, and 0 beyond 5
     got = deviation_loss(torch.tensor([1.0, 2.0, 9.0]), label)
     assert got.item() == pytest.approx((1 + 3 + 0) / 3, abs=0.1)
+
+
+def test_dras_score_by_hand(monkeypatch):
+    """MATH.md 5: the holistic head is trained to be high for normals, so it counts against."""
+    method = object.__new__(Dra)
+    by_scale = [(1.0, 2.0, 4.0, 16.0), (3.0, 4.0, 6.0, 18.0)]
+    heads = ("seen", "pseudo", "residual", "holistic")
+    found = iter(
+        ({head: torch.full((2,), v) for head, v in zip(heads, values, strict=True)}, None)
+        for values in by_scale
+    )
+    method._trunk, method._references = None, [None, None]
+    method._heads = lambda maps, references: next(found)
+    monkeypatch.setattr(dra, "two_scales", lambda trunk, images: [None, None])
+    monkeypatch.setattr(dra, "mean_on_finest", lambda places: None)
+    assert method.score(torch.zeros(2)).score.tolist() == [2 + 3 + 5 - 17] * 2
+
+
+def test_each_head_of_dra_learns_from_the_images_it_is_for(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        dra, "deviation_loss", lambda score, label: told.append((score, label)) or score.sum()
+    )
+    kind = torch.tensor([0, 1, 2])
+    number = torch.tensor([10.0, 11.0, 12.0])
+    scores = {head: number for head in ("seen", "pseudo", "residual", "holistic")}
+    assert float(Dra._loss(scores, kind)) == 22 + 21 + 33 + 33
+    assert [(score.tolist(), label.tolist()) for score, label in told] == [
+        ([10, 12], [0, 1]),
+        ([10, 11], [0, 1]),
+        ([10, 11, 12], [0, 1, 1]),
+        ([10, 11, 12], [1, 0, 0]),
+    ]
 
 
 def test_pseudo_anomalies_change_one_rectangle():

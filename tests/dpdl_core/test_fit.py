@@ -17,6 +17,7 @@ from small import SIZE, anomalies, normals, tiny_config
 
 import dpdl_core.fit as fit_module
 from dpdl_core import artifact
+from dpdl_core.estimate import map_stages
 from dpdl_core.fit import fit, renew
 from dpdl_core.images import ArraySource
 from dpdl_core.metrics import auroc
@@ -61,6 +62,33 @@ def test_heat_map_is_hot_where_the_defect_is(model):
     spoiled[0, 32:, 32:] = 255
     heat = model.score(spoiled).maps[0] - model.score(clean).maps[0]
     assert heat[2:, 2:].mean() > heat[:2, :2].mean()
+
+
+def test_a_heat_map_is_0_at_the_median_patch_and_1_at_the_99th_percentile(model):
+    seen = look_at_all(model.trunk, NORMALS, map_stages(model.config), 32)
+    grids = model.parts(seen.pooled, seen.maps)[1]  # (B, spaces, side, side)
+    for space, values in enumerate(grids.transpose(0, 1).flatten(1)):
+        heat = (values - model.map_median[space]) / model.map_scale[space]
+        assert float((heat < 0).float().mean()) == pytest.approx(0.5, abs=0.005)
+        assert float((heat > 1).float().mean()) == pytest.approx(0.01, abs=0.002)
+    want = ((grids - model.map_median.view(-1, 1, 1)) / model.map_scale.view(-1, 1, 1)).mean(1)
+    torch.testing.assert_close(model.score(NORMALS).maps, want.clamp_min(0), atol=1e-3, rtol=1e-3)
+
+
+def test_one_unseen_normal_in_two_hundred_exceeds_the_energy_limit(monkeypatch):
+    """Of 60 that is a place between the two highest, .705 of the way by linear interpolation."""
+    crossed = []
+    real = fit_module.calibrate.cross_fit
+    monkeypatch.setattr(
+        fit_module.calibrate,
+        "cross_fit",
+        lambda *a, **k: crossed.append(real(*a, **k)) or crossed[0],
+    )
+    model = fit(tiny_config(), ArraySource(NORMALS), SEEN, seed=0)
+    shares = model.weigh(model.tails(crossed[0].normals))
+    energies = [i for i, name in enumerate(model.part_names) if name.startswith(("poo", "pat"))]
+    *_, second, first = shares[:, energies].sum(1).sort().values.tolist()
+    assert float(model.energy_limit) == pytest.approx(second + 0.705 * (first - second), rel=1e-4)
 
 
 def test_same_seed_same_model(model):
@@ -174,9 +202,7 @@ def test_without_anomalies_nothing_is_tuned_and_the_config_says_so():
 
 
 def test_no_more_stages_are_tuned_than_there_are():
-    with pytest.raises(
-        ValueError, match="tuned_stages=99: test_efficientnet has 5 that can be .* set 5 at"
-    ):
+    with pytest.raises(ValueError, match=r"tuned_stages=99: test_efficientnet has 5 .* set 5 at"):
         fit(tiny_config(tuned_stages="99"), ArraySource(NORMALS), SEEN, seed=0)
 
 
