@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.stack import show_services
-from infra.errors import AuthFailed, DpdlError
+from infra.errors import AuthFailed, DpdlError, ServiceUnavailable
 from infra.kafka_client import (
     behind,
     bounds_of,
@@ -33,7 +33,8 @@ from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
 from infra.settings import Settings
 
-ASK_S = 3.0
+ASK_S = 8.0
+"""The console waits 5 s for a replica that hangs (serving/console/api.py), then says so."""
 SHOWN_CAMERAS = 50
 
 
@@ -68,7 +69,10 @@ def _part(
 
 
 def _stream(settings: Settings) -> dict[str, Any]:
-    """What the running application says of itself; {} where none answers. AuthFailed."""
+    """What the running application says of itself; {} where none runs.
+
+    Errors: AuthFailed; ServiceUnavailable where something is there and gives no answer.
+    """
     request = urllib.request.Request(f"{settings.serve.url}api/v1/status")
     if settings.serve.token is not None:
         request.add_header("Authorization", f"Bearer {settings.serve.token.get_secret_value()}")
@@ -78,20 +82,29 @@ def _stream(settings: Settings) -> dict[str, Any]:
         with opener.open(request, timeout=ASK_S) as answer:
             found = json.loads(answer.read(2**20))
     except urllib.error.HTTPError as error:
-        if error.code not in (401, 403):
-            return {}
-        raise AuthFailed(
-            f"running at {settings.serve.url}, and refuses our serve.token ({error.code}): set "
-            "DPDL_SERVE_TOKEN_FILE to what the stream was started with"
+        if error.code in (401, 403):
+            raise AuthFailed(
+                f"running at {settings.serve.url}, and refuses our serve.token ({error.code}): set "
+                "DPDL_SERVE_TOKEN_FILE to what the stream was started with"
+            ) from None
+        said = " ".join(error.read(200).decode("utf-8", "replace").split())
+        raise ServiceUnavailable(
+            f"running at {settings.serve.url}, answers {error.code}: {said or error.reason}"
         ) from None
-    except (urllib.error.URLError, OSError, ValueError):
-        return {}
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ConnectionRefusedError):
+            return {}
+        raise ServiceUnavailable(
+            f"no answer from {settings.serve.url} in {ASK_S:.0f} s ({reason}): see the log of "
+            "`dpdl serve`, and serve.http_host and http_port"
+        ) from None
     return found if isinstance(found, dict) else {}
 
 
 def _show_stream(found: dict[str, Any], console: Console) -> None:
     if not found:
-        console.print("stream: no answer; `dpdl serve` starts it", style="yellow")
+        console.print("stream: not running; `dpdl serve` starts it", style="yellow")
         return
     console.print("stream: running")
     for part, said in sorted(found.items()):

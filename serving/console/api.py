@@ -20,7 +20,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from infra.cameras import CameraState
-from infra.errors import DataError, DpdlError, NotFound, PointerConflict
+from infra.errors import DataError, DpdlError, NotFound, PointerConflict, ServiceUnavailable
 from infra.messages import frame_id
 from infra.metrics import ReplicaMetrics
 from infra.redis_client import ResultStore, StoredResult
@@ -56,6 +56,10 @@ log = logging.getLogger("dpdl.console")
 MAX_CAMERAS = 2_000
 MAX_BODY_BYTES = 4_096
 STATUS_S = 5.0
+LOGINS = 8
+"""At once; more are refused. A wrong one takes its second, and holds none of the slots meanwhile
+that those who are let in need (serving/app.py)."""
+LOGIN_BODY_S = 5.0
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -137,6 +141,19 @@ async def _asked(handle: DeploymentHandle[Any], method: str) -> dict[str, Any]:
     return views.replicas(said)
 
 
+async def _login_body(request: Request) -> str:
+    body = b""
+    try:
+        async with asyncio.timeout(LOGIN_BODY_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise HTTPException(413)
+    except TimeoutError:
+        raise HTTPException(408) from None
+    return body.decode("utf-8", "replace")
+
+
 def _found(stored: StoredResult | None, id: str) -> StoredResult:
     if stored is None:
         raise HTTPException(404, f"no such frame: {id}")
@@ -167,6 +184,7 @@ class Console:
         self._consumer, self._scorer = consumer, scorer
         replica = ReplicaMetrics("console", serve.get_replica_context().rank.rank)
         self._watch = Watch(settings, self._results, model_name, replica)
+        self._logins = asyncio.Semaphore(LOGINS)
 
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
     def page(self) -> HTMLResponse:
@@ -181,17 +199,15 @@ class Console:
 
     @api.post("/login", include_in_schema=False)
     async def login(self, request: Request) -> Response:
-        access: Access = api.state.access
-        body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise HTTPException(413)
-        given = parse_qs(body.decode("utf-8", "replace")).get("token", [""])[0]
-        session = access.session()
-        if session is None or not access.is_token(given):
-            await asyncio.sleep(1)  # guessing costs time
-            return HTMLResponse(pages.file("login.html"), status_code=401)
+        if self._logins.locked():
+            raise HTTPException(429, "too many logins at once: try again in a few seconds")
+        async with self._logins:
+            access: Access = api.state.access
+            given = parse_qs(await _login_body(request)).get("token", [""])[0]
+            session = access.session()
+            if session is None or not access.is_token(given):
+                await asyncio.sleep(1)  # guessing costs time
+                return HTMLResponse(pages.file("login.html"), status_code=401)
         answer = RedirectResponse(request.scope.get("root_path", "") + "/", status_code=303)
         answer.set_cookie(
             COOKIE, session, httponly=True, samesite="strict", secure=request.url.scheme == "https"
@@ -373,12 +389,12 @@ class Console:
     @api.get("/api/v1/status", responses=PROBLEMS)
     async def status(self) -> dict[str, Any]:
         """The version in use, refused versions, one consumer's totals, the trouble of all
-        replicas, dead letters; waiting: by partition, frames in Kafka whose result is not yet
-        published."""
+        replicas, dead letters (null while Redis is away); waiting: by partition, frames in Kafka
+        whose result is not yet published."""
         scorer, consumer, dead = await asyncio.gather(
             _asked(self._scorer, "info"),
             _asked(self._consumer, "stats"),
-            asyncio.to_thread(self._results.dead_letters),
+            self._dead_letters(),
         )
         waiting = self._watch.waiting
         return {"scorer": scorer, "consumer": consumer, "waiting": waiting, "dead_letters": dead}
@@ -387,6 +403,13 @@ class Console:
         """Healthy while it can be asked: Redis or S3 being away is no fault of this replica."""
 
     # -------------------------------------------------------------------------------------
+
+    async def _dead_letters(self) -> dict[str, int] | None:
+        """None while Redis is away: it is then that the others' trouble is asked for."""
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(self._results.dead_letters), STATUS_S)
+        except (ServiceUnavailable, TimeoutError):
+            return None
 
     def _known(self, camera: str) -> CameraState:
         state = self._results.camera(camera)

@@ -59,7 +59,7 @@ async function facts() {
   const refused = Object.keys(scorer.refused ?? {});
   // The scorer's is by model, or one text while it restarts.
   const models = typeof scorer.trouble === "string" ? scorer.trouble
-    : Object.entries(scorer.trouble ?? {}).map(([model, why]) => `model ${model}: ${why}`).join("; ");
+    : Object.entries(scorer.trouble ?? {}).map(([model, why]) => model === "replicas" ? why : `model ${model}: ${why}`).join("; ");
   return consumer.trouble || models || (refused.length ? `version ${refused.at(-1)} was refused` : "");
 }
 

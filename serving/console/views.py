@@ -141,7 +141,12 @@ def replicas(said: Sequence[dict[str, Any] | BaseException]) -> dict[str, Any]:
         else:
             found[name] = "; ".join(filter(None, dict.fromkeys(each)))
     if lost := [type(each).__name__ for each in said if isinstance(each, BaseException)]:
-        found["trouble"] = f"{len(lost)} of {len(said)} replicas: no answer ({lost[0]})"
+        silent = f"{len(lost)} of {len(said)} replicas: no answer ({lost[0]})"
+        trouble = found.get("trouble", "")
+        if isinstance(trouble, dict):  # a scorer's, by model
+            found["trouble"] = trouble | {"replicas": silent}
+        else:
+            found["trouble"] = "; ".join(filter(None, (trouble, silent)))
     return found
 
 

@@ -1,14 +1,17 @@
 """What `dpdl status` asks of the console: where it asks, and what a refusal is."""
 
 import http.server
+import socket
 import threading
 
 import pytest
 from pydantic import SecretStr
 
+from cluster import status
 from cluster.status import _stream
-from infra.errors import AuthFailed
+from infra.errors import AuthFailed, ServiceUnavailable
 from infra.settings import ServeSettings, Settings
+from serving.console.api import STATUS_S
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
@@ -53,9 +56,25 @@ def test_a_stream_that_refuses_the_token_is_not_said_to_be_down(server, code):
         _stream(settings_of(server))
 
 
-def test_a_stream_that_does_not_answer_is_nothing(server):
+def test_a_stream_in_trouble_is_not_said_to_be_down(server):
     server.code = 503
-    assert _stream(settings_of(server)) == {}
+    with pytest.raises(ServiceUnavailable, match=r"running at .*, answers 503: .*scorer"):
+        _stream(settings_of(server))
+
+
+def test_a_stream_that_hangs_is_not_said_to_be_down(monkeypatch):
+    assert status.ASK_S > STATUS_S  # else it would not hear of a replica that hangs
+    monkeypatch.setattr(status, "ASK_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        serve = ServeSettings(http_port=silent.getsockname()[1])
+        with pytest.raises(ServiceUnavailable, match="no answer from"):
+            _stream(Settings(serve=serve))
+
+
+def test_where_nobody_listens_no_stream_runs():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        serve = ServeSettings(http_port=taken.getsockname()[1])
+    assert _stream(Settings(serve=serve)) == {}
 
 
 def test_an_address_of_ipv6_is_in_brackets():

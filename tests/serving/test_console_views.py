@@ -129,6 +129,10 @@ def test_the_trouble_of_each_replica_is_told():
 
     lost = views.replicas([consumer(""), TimeoutError()])
     assert lost == consumer("1 of 2 replicas: no answer (TimeoutError)")
+    lost = views.replicas([consumer("Kafka is away"), TimeoutError()])
+    assert lost["trouble"] == "Kafka is away; 1 of 2 replicas: no answer (TimeoutError)"
+    lost = views.replicas([scorers[0], TimeoutError()])["trouble"]
+    assert lost == {"welds": "no version", "replicas": "1 of 2 replicas: no answer (TimeoutError)"}
     assert views.replicas([OSError()]) == {"trouble": "1 of 1 replicas: no answer (OSError)"}
 
 
