@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from dpdl_core.artifact import ArtifactError, unpack
@@ -21,6 +22,11 @@ from serving.console import schema, views
 
 log = logging.getLogger("dpdl.console")
 
+MANIFESTS_KEPT = 1_000
+"""A version never changes, so its manifest is read once while it is among the last used."""
+_USED = (
+    "kind", "created_at", "stored_at", "parent", "auroc", "false_alarm_rate", "new_normals",
+)  # fmt: skip
 KAFKA_TURN_S = 20.0
 """Longest wait for the one Kafka reader; each frame takes it at most serving.archive.REREAD_MS."""
 
@@ -38,7 +44,7 @@ class Desk:
         self._kafka_turn = threading.Lock()
         self._answer_turn = threading.Lock()
         self._decisions_turn = threading.Lock()
-        self._manifests: dict[tuple[str, str], dict[str, Any]] = {}
+        self._manifest = lru_cache(MANIFESTS_KEPT)(self._read_manifest)
         self.answers_of = self._answers.of
         self.classes = self._answers.classes
 
@@ -132,16 +138,18 @@ class Desk:
         model = model or self._model
         pointer = self._store.current(model)
         with self._decisions_turn:
-            recorded = self._decisions.setdefault(model, Recorded(self._settings, model))
-            decided = {each.candidate: each for each in recorded.all()}
-        known = {n: self._shown(model, n) for n in self._store.list_versions(model)}
-        newest = sorted(known, key=lambda name: str(known[name]["stored_at"]), reverse=True)
+            if model not in self._decisions:
+                self._decisions[model] = Recorded(self._settings, model)
+            decided = {each.candidate: each for each in self._decisions[model].all()}
+        known = self._store.written(model)
+        # S3's clock says seconds; ids sort by milliseconds.
+        newest = sorted(known, key=lambda name: (known[name], name), reverse=True)
         return schema.VersionPage(
             model=model,
             current=pointer.version if pointer else None,
             rollback_to=_back(pointer),
             versions=[
-                views.version(name, known[name], pointer, decided.get(name))
+                views.version(name, self._shown(model, name), pointer, decided.get(name))
                 for name in newest[skip : skip + count]
             ],
             known=len(known),
@@ -192,18 +200,20 @@ class Desk:
             return None
 
     def _shown(self, model: str, version: str) -> dict[str, Any]:
-        """One manifest that is altered or too new does not hide the other versions."""
+        """One manifest that is altered, too new or just removed does not hide the others."""
         try:
             return self._manifest(model, version)
-        except VersionBroken:
+        except (VersionBroken, NotFound):
             return {"kind": "broken", "stored_at": ""}
 
-    def _manifest(self, model: str, version: str) -> dict[str, Any]:
-        """Read once: a version never changes."""
-        known = self._manifests.get((model, version))
-        if known is None:
-            known = self._manifests[model, version] = self._store.manifest(model, version)
-        return known
+    def _read_manifest(self, model: str, version: str) -> dict[str, Any]:
+        """What the console uses of it: a manifest also lists every object that it learned from."""
+        manifest = self._store.manifest(model, version)
+        thresholds = manifest.get("thresholds") or {}
+        return {name: manifest[name] for name in _USED if name in manifest} | {
+            "data": {"dataset": manifest.get("data", {}).get("dataset", "")},
+            "thresholds": {"default": thresholds.get("default")},
+        }
 
 
 def _back(pointer: Pointer | None) -> str | None:
