@@ -138,6 +138,14 @@ def test_every_outage_of_s3_is_told_with_its_end(make, caplog):
     assert told()[4:] == ["S3 does not ta", "S3 takes evide"]
 
 
+def test_a_slow_s3_that_takes_what_is_owed_is_left_alone_all_the_same(make):
+    """Else each batch would wait for it again."""
+    debts = Notes({"t/0/1": ("t/00000/1", HEAT)})
+    kept = make(lambda *put: kept._rest(), reread=lambda *asked: b"x", debts=debts)
+    kept.pay()
+    assert kept._rest_until > time.monotonic()
+
+
 def test_a_frame_that_kafka_no_longer_has_is_given_up(make):
     debts = Notes({"t/0/1": ("t/00000/1", HEAT)})
     kept = make(lambda *args: None, reread=lambda frame_id, captured_at_ns: None, debts=debts)
