@@ -16,10 +16,13 @@ import ctypes
 import json
 import os
 import select
+import shutil
 import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+LOG_BYTES = 64 * 2**20
+LOOK_S = 60.0
 
 
 def start_ticks(pid: int) -> int:
@@ -62,6 +65,14 @@ def write_record(path: str, service: int, owner: int) -> None:
     os.replace(part, path)
 
 
+def keep_small(path: str, log: int) -> None:
+    """Begin the log anew at LOG_BYTES; the former one is PATH.1. Lines of that moment are lost."""
+    if os.fstat(log).st_size > LOG_BYTES:
+        with contextlib.suppress(OSError):  # a full disk: all the more reason to go on
+            shutil.copy(path, f"{path}.1")
+        os.ftruncate(log, 0)  # whoever writes appends
+
+
 def wake_on_signals() -> int:
     """A file descriptor that becomes readable when this process is told to end."""
     read, write = os.pipe()
@@ -99,7 +110,9 @@ def main(record: str, log_path: str, owner_text: str, grace_s: str, *command: st
         write_record(record, pid, owner)
         os.write(release_write, b"!")
     os.close(release_write)
-    if child not in select.select([*watched, child], [], [])[0]:
+    while not (ready := select.select([*watched, child], [], [], LOOK_S)[0]):
+        keep_small(log_path, log)
+    if child not in ready:
         end(pid, child, float(grace_s))
     # Not yet reaped, so its number still names its own group: whatever it forked goes with it.
     with contextlib.suppress(ProcessLookupError):

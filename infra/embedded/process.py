@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,9 +104,13 @@ def spawn(
     owned: bool,
     grace_s: float,
 ) -> subprocess.Popen[bytes]:
-    """Start a command under a guard, which is returned. owned: it ends with this process."""
+    """Start a command under a guard, which is returned. owned: it ends with this process.
+
+    The log of before, which may say why it must be started again, is LOG.1 then.
+    """
     record.unlink(missing_ok=True)
-    log.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        log.replace(f"{log}.1")
     guard = Path(__file__).with_name("guard.py")
     owner = os.getpid() if owned else 0
     return subprocess.Popen(

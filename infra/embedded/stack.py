@@ -4,7 +4,7 @@ State folder (mode 0700):
   embedded.json   ports and generated secrets, chosen once (0600)
   services.yaml   how clients reach what runs now; infra.settings reads it (0600)
   run/NAME.json   which processes run (guard.py writes it)
-  logs/NAME.log   what each service says
+  logs/NAME.log   what each service says; NAME.log.1: before its last start, or before 64 MB
   kafka/ s3/ redis/   data and configuration
 
 Guarantee: no service outlives its owner, however that ends, unless it was started detached;

@@ -36,7 +36,7 @@ COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
 KNOWN = {
     "image", "entrypoint", "command", "configs", "secrets", "environment", "ports", "volumes",
-    "healthcheck", "restart", "network_mode", "depends_on",
+    "healthcheck", "restart", "logging", "network_mode", "depends_on",
 }  # fmt: skip
 
 
@@ -63,13 +63,15 @@ def env() -> dict[str, str]:
 
 def test_it_is_the_plant_of_the_issue() -> None:
     assert set(SERVICES) == {"kafka", "s3", "redis", "prometheus", "grafana"}
-    assert set(COMPOSE) == {"name", "services", "configs", "secrets", "volumes", "x-required"}
+    top = {"name", "services", "configs", "secrets", "volumes", "x-required", "x-logs"}
+    assert set(COMPOSE) == top
     for name, service in SERVICES.items():
         assert set(service) <= KNOWN, name
         image, _, tag = service["image"].rpartition(":")
         assert image
         assert re.match(r"v?\d+\.\d+", tag), f"{name}: a tag that moves"
         assert service["restart"] == "unless-stopped"
+        assert {"max-size", "max-file"} <= set(service["logging"]["options"])
         check = service["healthcheck"]
         assert check["test"][0] in ("CMD", "CMD-SHELL")
         assert {"interval", "timeout", "retries", "start_period"} <= set(check)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.embedded.guard import keep_small
 from infra.embedded.process import Process, Record, spawn
 
 STUBBORN = "trap '' TERM; while :; do sleep 0.1; done"
@@ -192,3 +193,23 @@ def test_a_command_that_does_not_exist_is_told_in_the_log(tmp_path):
     )
     assert guard.wait(10) == 127
     assert "/no/such/program: " in (tmp_path / "log").read_text()
+
+
+def test_the_log_of_the_run_before_is_kept(start, tmp_path):
+    for word in ("first", "second"):
+        started, _ = start(f"echo {word}", owned=False)
+        started.wait(10)
+    assert (tmp_path / "log").read_text() == "second\n"
+    assert (tmp_path / "log.1").read_text() == "first\n"
+
+
+def test_a_log_begins_anew_before_it_fills_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("infra.embedded.guard.LOG_BYTES", 10)
+    path = tmp_path / "log"
+    log = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+    for line in (b"0123456789\n", b"short\n"):
+        os.write(log, line)
+        keep_small(str(path), log)
+    os.close(log)
+    assert path.read_bytes() == b"short\n"
+    assert (tmp_path / "log.1").read_bytes() == b"0123456789\n"
