@@ -28,6 +28,7 @@ from cluster.sources import (
     Address,
     CameraLost,
     Source,
+    holds_password,
     live_pictures,
     parse_source,
     video_pictures,
@@ -35,7 +36,7 @@ from cluster.sources import (
 )
 from infra.errors import AuthFailed, DataError, DpdlError, ServiceUnavailable
 from infra.messages import check_camera
-from infra.settings import Settings
+from infra.settings import Settings, require_private
 
 BUFFER_FRAMES = 256
 BUFFER_BYTES = 64 * 2**20
@@ -376,7 +377,11 @@ class _Cameras(BaseModel):
 
 
 def load_cameras(path: Path) -> list[CameraSpec]:
-    """Cameras of a YAML file (docs/cameras.md). DataError, in one line, for what is wrong in it."""
+    """Cameras of a YAML file (docs/cameras.md).
+
+    Errors, in one line: DataError for what is wrong in it; SettingsError where an address in it
+    holds a password and others may read it.
+    """
     try:
         entries = _Cameras.model_validate(yaml.safe_load(path.read_text())).cameras
     except OSError as error:
@@ -387,6 +392,8 @@ def load_cameras(path: Path) -> list[CameraSpec]:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataError(f"{path}: {where}: {first['msg']}") from None
+    if any(holds_password(entry.source) for entry in entries):
+        require_private(path)
     specs = []
     for entry in entries:
         try:

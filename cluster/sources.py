@@ -80,7 +80,7 @@ def parse_source(text: str, *, on_command_line: bool = False) -> Source:
             raise DataError(f"{text} holds no camera's address: wanted {'://, '.join(SCHEMES)}://")
         return Address(address)
     if urlsplit(text).scheme in SCHEMES:
-        if on_command_line and _holds_password(text):
+        if on_command_line and holds_password(text):
             raise DataError(
                 f"{Address(text).shown}: its password would stand in the list of processes; put "
                 "the address into a file and give file:PATH, or into a variable and give env:NAME"
@@ -92,7 +92,7 @@ def parse_source(text: str, *, on_command_line: bool = False) -> Source:
     return path
 
 
-def _holds_password(url: str) -> bool:
+def holds_password(url: str) -> bool:
     parts = urlsplit(url)
     behind_the_host = unquote(parts._replace(scheme="", netloc="").geturl())
     return parts.password is not None or _PASSWORD.search(behind_the_host) is not None

@@ -363,8 +363,7 @@ def _from_environment(environ: Mapping[str, str]) -> _Layer:
 
 def _secret_from(path: Path, name: str) -> str:
     try:
-        # Group may read: Kubernetes mounts secrets for a group (defaultMode: 0440).
-        _require_private(path, forbidden=0o027, wanted="0640 or stricter")
+        require_private(path)
         secret = path.read_text(encoding="utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{name}={path}: cannot read it ({error})") from None
@@ -385,7 +384,7 @@ def _from_yaml(path: Path) -> _Layer:
         if value is None:
             continue
         if _is(key, SecretStr):
-            _require_private(path, forbidden=0o077, wanted="0600")
+            require_private(path, forbidden=0o077, wanted="0600")
             if not isinstance(value, str):  # to YAML 0123 is 83, and yes is true
                 raise SettingsError(f"{key} in {path} is no text to YAML: put it in quotes")
         if _is(key, Path):
@@ -414,7 +413,13 @@ def _embedded_only(layer: _Layer, origins: Mapping[str, str]) -> _Layer:
     return {key: value for key, value in layer.items() if key.split(".")[0] not in elsewhere}
 
 
-def _require_private(path: Path, *, forbidden: int, wanted: str) -> None:
+def require_private(
+    path: Path, *, forbidden: int = 0o027, wanted: str = "0640 or stricter"
+) -> None:
+    """SettingsError where others may read a file with a secret; OSError where it is not there.
+
+    Group may read: Kubernetes mounts secrets for a group (defaultMode: 0440).
+    """
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & forbidden:
         raise SettingsError(
@@ -467,12 +472,16 @@ _KEYS: list[str] = [key for key, _ in _leaves(Settings())]
 
 
 def referred_secret(reference: str) -> str:
-    """What `env:NAME` or `file:PATH` refers to, stripped. SettingsError when there is none."""
+    """What `env:NAME` or `file:PATH` refers to, stripped.
+
+    SettingsError when there is none, or when others may read the file.
+    """
     kind, _, name = reference.partition(":")
     if kind == "env":
         found = os.environ.get(name, "")
     else:
         try:
+            require_private(Path(name))
             found = Path(name).read_text()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not text"

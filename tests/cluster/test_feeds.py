@@ -159,6 +159,9 @@ def test_a_password_is_neither_shown_nor_taken_from_the_command_line(tmp_path, m
         parse_source(SECRET, on_command_line=True)
     assert "sesame" not in str(refused.value)
     (tmp_path / "address").write_text(SECRET + "\n")
+    with pytest.raises(SettingsError, match=r"address holds a secret and has mode 0644.*chmod"):
+        parse_source(f"file:{tmp_path / 'address'}")
+    (tmp_path / "address").chmod(0o440)  # as Kubernetes mounts it for a group
     monkeypatch.setenv("LINE_1", SECRET)
     for reference in (f"file:{tmp_path / 'address'}", "env:LINE_1"):
         assert parse_source(reference, on_command_line=True) == source
@@ -170,6 +173,7 @@ def test_what_is_no_source_is_told(tmp_path):
     with pytest.raises(SettingsError, match="env:NOT_SET_ANYWHERE: empty or not set"):
         parse_source("env:NOT_SET_ANYWHERE")
     (tmp_path / "words").write_text("open sesame")
+    (tmp_path / "words").chmod(0o600)
     with pytest.raises(DataError, match="holds no camera's address") as refused:
         parse_source(f"file:{tmp_path / 'words'}")
     assert "open sesame" not in str(refused.value)
@@ -180,6 +184,9 @@ def test_many_cameras_from_one_file(tmp_path):
     path.write_text(
         f"cameras:\n- {{id: line-1, source: '{SECRET}', fps: 5}}\n- {{id: line-2, source: .}}\n"
     )
+    with pytest.raises(SettingsError, match=r"cameras\.yaml holds a secret and has mode 0644"):
+        load_cameras(path)
+    path.chmod(0o600)
     first, second = load_cameras(path)
     assert (first.camera, first.source, first.fps) == ("line-1", Address(SECRET), 5.0)
     assert (second.camera, second.fps) == ("line-2", None)
