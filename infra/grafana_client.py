@@ -7,7 +7,7 @@ sources need it) for push, Editor is enough for annotations.
 
 from __future__ import annotations
 
-import hashlib
+import hmac
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -67,6 +67,7 @@ class Grafana:
         prefix = parts.path.strip("/")
         self._where = f"Grafana at {parts.scheme}://{parts.netloc}"
         base = f"{parts.scheme}://{parts.netloc}/" + (f"{prefix}/" if prefix else "")
+        self._key = token.encode()
         self._api = GrafanaApi.from_url(base, credential=token, timeout=TIMEOUT_S)
 
     def push(
@@ -110,8 +111,10 @@ class Grafana:
     def _push_source(self, source: Json, pushed: Pushed) -> None:
         name, uid = f"data source {source['name']}", source["uid"]
         if secret := source.get("secureJsonData"):
-            # Grafana never gives a secret back: by this a changed one is noticed.
-            digest = hashlib.sha256("".join(secret.values()).encode()).hexdigest()[:12]
+            # Grafana never gives a secret back: by this a changed one is noticed. Whoever may look
+            # at data sources can read it, so it is keyed by what only an administrator has.
+            told = "".join(secret.values()).encode()
+            digest = hmac.digest(self._key, told, "sha256").hex()[:12]
             source = source | {"jsonData": source["jsonData"] | {"secretDigest": digest}}
         there = _or_none(lambda: self._api.datasource.get_datasource_by_uid(uid))
         if there is None:

@@ -7,6 +7,7 @@ DPDL_GRAFANA_TOKEN set, the push runs on that Grafana too.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -249,6 +250,8 @@ def test_a_push_creates_everything_and_a_second_one_changes_nothing(server) -> N
     infinity = server.sources["dpdl-alert-api"]
     assert infinity["secureJsonFields"] == {"bearerToken": True}
     assert SOURCES["alert_api_token"] not in json.dumps(infinity)
+    plain = hashlib.sha256(SOURCES["alert_api_token"].encode()).hexdigest()[:8]
+    assert plain not in json.dumps(infinity)  # viewers could try words against it
 
     server.writes.clear()
     second = grafana.push(**SOURCES)
