@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import redis
 from redis import exceptions as rex
@@ -51,6 +51,20 @@ def make_redis(settings: Settings, *, retries: int = 1) -> redis.Redis:
     with redis_errors(where):
         client.ping()
     return client
+
+
+def eviction_policy(settings: Settings) -> str:
+    """By which policy Redis drops keys when it is full; "" where it drops none, or may not say.
+
+    Errors: as make_redis.
+    """
+    with make_redis(settings) as client, redis_errors(settings.redis):
+        try:
+            found = cast("dict[str, Any]", client.info("memory"))
+        except rex.NoPermissionError:  # our own ACL (redis_client.py) has no INFO
+            return ""
+    policy = str(found.get("maxmemory_policy", ""))
+    return policy if found.get("maxmemory") and policy != "noeviction" else ""
 
 
 def _tls(where: RedisSettings) -> dict[str, Any]:

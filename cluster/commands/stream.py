@@ -50,10 +50,17 @@ def serve(
     from ray.exceptions import RayError
 
     from infra import ray_runtime
+    from infra.redis_connection import eviction_policy
     from infra.settings import load_settings
     from serving import app as stream_app
 
     settings = load_settings()
+    if policy := eviction_policy(settings):
+        err.print(
+            f"Redis drops keys when it is full (maxmemory-policy {policy}): progress, alerts and "
+            "answers can go. Set it to noeviction: then it refuses, and the stream waits",
+            markup=False,
+        )
     targets = ray_runtime.scrape_targets_file(settings.state_dir)
     try:
         deployed = stream_app.deploy(

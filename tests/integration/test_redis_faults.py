@@ -20,7 +20,7 @@ from infra import redis_client
 from infra.embedded import Stack
 from infra.errors import AuthFailed, DataError, Fenced, ServiceUnavailable, StoreFull
 from infra.redis_client import ResultStore
-from infra.redis_connection import REPLY_TIMEOUT_S, make_redis
+from infra.redis_connection import REPLY_TIMEOUT_S, eviction_policy, make_redis
 from infra.settings import Settings, services_file
 
 pytestmark = pytest.mark.integration
@@ -86,6 +86,14 @@ def test_a_full_redis_says_so_and_writes_nothing(settings: Settings, store: Resu
     assert raised.value.retryable
     assert snapshot(store, ["cam-1"]) == before
     put(store, 1, [result(1, anomaly=True)])
+
+
+def test_a_redis_that_drops_keys_is_told_of(settings: Settings) -> None:
+    assert eviction_policy(settings) == ""
+    with configured(settings, maxmemory_policy="allkeys-lru"):
+        assert eviction_policy(settings) == ""  # without a limit it drops nothing
+        with configured(settings, maxmemory="1gb"):
+            assert eviction_policy(settings) == "allkeys-lru"
 
 
 def test_a_replica_is_not_written_to(settings: Settings, store: ResultStore) -> None:
@@ -188,6 +196,7 @@ def test_an_acl_user_needs_only_its_prefix(settings: Settings) -> None:
             put(other, 0, [result(0)])
         with pytest.raises(AuthFailed):
             other.alerts()
+        assert eviction_policy(changed(settings, "redis", **user)) == ""
     finally:
         admin.execute_command("ACL", "DELUSER", prefix)
 
