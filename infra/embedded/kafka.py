@@ -200,6 +200,10 @@ share.coordinator.state.topic.replication.factor={copies}
 share.coordinator.state.topic.min.isr={in_sync}
 share.coordinator.state.topic.num.partitions=4
 group.initial.rebalance.delay.ms=0
+# on disk within a second, as Valkey's file; by itself Kafka leaves that to the kernel, and after
+# a power cut would lack frames that are already scored. The second line alone does nothing.
+log.flush.scheduler.interval.ms=500
+log.flush.interval.ms=500
 # after kill -9 it waits for its own dead session: back in 3.5 s, with the defaults in 11 s
 broker.session.timeout.ms=2000
 broker.heartbeat.interval.ms=500

@@ -202,6 +202,14 @@ def test_its_valkey_refuses_when_it_is_full_and_has_a_bound(tmp_path) -> None:
         server.wait(10)
 
 
+def test_every_kafka_of_ours_writes_to_the_disk_within_a_second() -> None:
+    for file in ("compose/kafka.sh", "embedded/kafka.py"):
+        lines = (INFRA / file).read_text().splitlines()
+        for every in ("log.flush.scheduler.interval.ms", "log.flush.interval.ms"):
+            (line,) = (line for line in lines if line.startswith(every))
+            assert int(line.partition("=")[2]) <= 500, file
+
+
 @pytest.fixture
 def s3(tmp_path) -> Iterator[Minio]:
     """s3.sh as the container runs it, on paths and ports of this test."""
