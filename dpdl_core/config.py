@@ -65,12 +65,12 @@ class DpdlConfig:
     """Leading axes of each that are whitened one by one, the others by their mean variance."""
 
     # prototypes in the space of unit-norm patches
-    patch_spaces: tuple[str, ...] = ("3-7", "3+5+7s")
+    patch_spaces: tuple[str, ...] = ("3-7", "3+5+7h")
     """One energy per entry; stages are L2-normalised each, joined and projected. With an `s`
-    after a 3x3 mean."""
+    after a 3x3 mean; with an `h` so too, but scored at every second row and column only."""
     patch_prototypes: int = 2048
     """C, capped at a third of the patches. The paper's 32 are far too few for patches."""
-    patch_dims: int = 128
+    patch_dims: int = 96
     """Leading principal directions kept of a patch."""
     patch_side: int = 14
     """Patches per side of an image; maps of other sizes are resampled to it."""
@@ -137,7 +137,7 @@ class DpdlConfig:
         for space in self.pooled_spaces:
             stage_numbers(space.removesuffix("q"))
         for space in self.patch_spaces:
-            stage_numbers(space.removesuffix("s"))
+            stage_numbers(patch_stages(space))
 
 
 _TUNING = (
@@ -202,7 +202,7 @@ def recipe(name: str) -> DpdlConfig:
             weights="hub",
             image_size=448,
             pooled_spaces=("4q", "1-4"),
-            patch_spaces=("2-4", "3+4s"),
+            patch_spaces=("2-4", "3+4h"),
             head_stages="3-4",
             tuned_stages=4,
             rotate=True,
@@ -261,6 +261,16 @@ def from_json(text: str) -> DpdlConfig:
         return DpdlConfig(**lists)
     except (TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"not a config: {error}") from error
+
+
+def patch_stages(space: str) -> str:
+    """An entry of patch_spaces without what follows its stages: `3+5+7h` -> `3+5+7`."""
+    return space[:-1] if space.endswith(("s", "h")) else space
+
+
+def patch_step(space: str) -> int:
+    """Of how many rows and columns of the grid an entry of patch_spaces looks at one."""
+    return 2 if space.endswith("h") else 1
 
 
 def stage_numbers(space: str) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from dpdl_core import distributed
 from dpdl_core.bridge import Bridge
 from dpdl_core.codebook import Codebook, assign, kmeans, refresh
-from dpdl_core.config import DpdlConfig, stage_numbers
+from dpdl_core.config import DpdlConfig, patch_stages, patch_step, stage_numbers
 from dpdl_core.observe import Features
 from dpdl_core.parts import FIRST, Energies, PatchEnergy, PatchSpace, PooledEnergy, whitening
 from dpdl_core.seeding import count_distinct
@@ -162,15 +162,15 @@ def fit_axes(space: PatchSpace, features: Features) -> PatchSpace:
 def sample_patches(space: PatchSpace, features: Features, generator: torch.Generator) -> Tensor:
     """This rank's share of at most PATCH_SAMPLE patches, evenly from its images, (n, D)."""
     counts = distributed.row_counts(features.pooled)
-    per_image = min(space.side**2, max(1, PATCH_SAMPLE // max(1, sum(counts))))
+    per_image = min(space.grid**2, max(1, PATCH_SAMPLE // max(1, sum(counts))))
     # One draw of places per image, over all ranks, so that shards do not change the sample.
-    noise = torch.rand(sum(counts), space.side**2, generator=generator)
+    noise = torch.rand(sum(counts), space.grid**2, generator=generator)
     places = distributed.broadcast(noise.argsort(1)[:, :per_image].contiguous())
     start = sum(counts[: distributed.rank()])
     places = places[start : start + len(features)]
     parts = [torch.empty(0, space.axes.shape[1])]
     for i, (_, maps) in enumerate(features.batches(_SLICE)):
-        rows = space(maps)
+        rows = space.everywhere(maps)
         chosen = places[i * _SLICE : i * _SLICE + len(rows)]
         parts.append(rows.gather(1, chosen[..., None].expand(-1, -1, rows.shape[2])).flatten(0, 1))
     return torch.cat(parts)
@@ -294,20 +294,21 @@ def pooled_columns(channels: list[int], space: str) -> list[int]:
 
 def patch_space(config: DpdlConfig, channels: list[int], space: str) -> PatchSpace:
     """An empty patch space of the right shapes."""
-    stages = _stages(channels, space.removesuffix("s"))
+    stages = _stages(channels, patch_stages(space))
     in_dims = sum(channels[s] for s in stages)
     return PatchSpace(
         stages,
         in_dims,
         min(config.patch_dims, in_dims),
-        side=config.patch_side,
-        smooth=space.endswith("s"),
+        grid=config.patch_side,
+        smooth=space.endswith(("s", "h")),
+        step=patch_step(space),
     )
 
 
 def map_stages(config: DpdlConfig) -> list[int]:
     """All stages whose maps a patch space or a head looks at, from 0."""
-    spaces = [space.removesuffix("s") for space in config.patch_spaces]
+    spaces = [patch_stages(space) for space in config.patch_spaces]
     return sorted({s for space in [*spaces, config.head_stages] for s in stage_numbers(space)})
 
 
@@ -316,7 +317,7 @@ def check_spaces(config: DpdlConfig, channels: list[int]) -> None:
     for space in config.pooled_spaces:
         pooled_columns(channels, space)
     for space in config.patch_spaces:
-        _stages(channels, space.removesuffix("s"))
+        _stages(channels, patch_stages(space))
 
 
 def _stages(channels: list[int], space: str) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpdl_core.config import DpdlConfig, stage_numbers
+from dpdl_core.config import DpdlConfig, patch_stages, stage_numbers
 from dpdl_core.heads import AnomalyHead, NormalHead, ResidualHead, top_count, top_mean
 from dpdl_core.losses import anomaly_head_loss, normal_head_loss, residual_head_loss
 from dpdl_core.observe import Features
@@ -266,7 +266,7 @@ def blank_heads(config: DpdlConfig, channels: list[int]) -> Heads:
         raise ValueError(
             f"head_stages={config.head_stages}: this trunk has stages 1-{len(channels)}"
         )
-    first = stage_numbers(config.patch_spaces[0].removesuffix("s"))
+    first = stage_numbers(patch_stages(config.patch_spaces[0]))
     patch_dims = min(config.patch_dims, sum(channels[s] for s in first))
     head_channels = sum(channels[s] for s in stages)
     return _silenced(Heads(stages, head_channels, patch_dims, config.head_networks))
@@ -293,7 +293,7 @@ class Parts(nn.Module):
 
     def forward(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(B, P) and the maps -> raw values (B, V), patch energies (B, patch spaces, h, w), and
-        the nearest prototypes (B, h * w) of the first patch space."""
+        the nearest prototypes (B, L) of the first patch space's L places."""
         values, grids, patches, winners = self.energies(pooled, maps)
         logits = self.heads(maps, self.energies.first, patches, winners)
         return torch.cat([values, pooled @ self.seen.T, logits], 1), grids, winners

@@ -32,7 +32,7 @@ class Scores:
     parts: dict[str, Tensor]
     """(B,) -log tail probability of every part, before weights."""
     winners: Tensor
-    """(B, h * w) nearest prototype of each patch in the first patch space; for drift.py."""
+    """(B, L) nearest prototype of each patch in the first patch space; for drift.py."""
 
 
 def part_groups(config: DpdlConfig) -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ Letters: B batch, P pooled features (pool), D features of a space, V parts, K kn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -95,59 +96,85 @@ class PooledEnergy(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Energy (B,) per dimension of pooled features (B, P)."""
-        return self.bridge.energy(self.whiten(pooled)) / len(self.mean)
+        if self.bridge.num_prototypes > 1:
+            energy = self.bridge.energy(self.whiten(pooled))
+        else:
+            # The lone prototype is the mean, and orthonormal axes keep the lengths on them apart:
+            # no whitened features are needed, which would be half of the time.
+            centred = pooled.index_select(1, self.columns) - self.mean
+            along = (centred @ self.axes).square()
+            gain = (self.rest + self.gain).square() - self.rest.square()
+            square = self.rest.square() * centred.square().sum(1) + along @ gain
+            energy = _stiffness(self.bridge, pooled) * square / 2
+        return energy / len(self.mean)
 
 
 class PatchSpace(nn.Module):
-    """Unit-norm patches of one or several stages, joined and projected, on a common grid."""
+    """Unit-norm patches of one or several stages, joined and projected, on a common grid.
+
+    With `smooth` after a 3 x 3 mean. With `step` 2 every second row and column is looked at; what
+    is learnt is learnt from all.
+    """
 
     center: Tensor
     axes: Tensor
 
     def __init__(
-        self, stages: list[int], in_dims: int, dims: int, *, side: int, smooth: bool
+        self, stages: list[int], in_dims: int, dims: int, *, grid: int, smooth: bool, step: int = 1
     ) -> None:
         super().__init__()
-        self.stages, self.side, self.smooth = stages, side, smooth
+        self.stages, self.grid, self.smooth, self.step = stages, grid, smooth, step
+        self.side = len(range(0, grid, step))
         self.register_buffer("center", torch.zeros(in_dims))
         self.register_buffer("axes", torch.zeros(in_dims, dims))
 
     def join(self, maps: list[Tensor]) -> Tensor:
-        """Maps of all stages -> unit-norm patches, joined, (B, side * side, in_dims)."""
-        parts = [self._on_grid(self._coarse(maps[s])) for s in self.stages]
+        """Maps of all stages -> unit-norm patches, joined, (B, grid * grid, in_dims)."""
+        parts = [self._spread(self._coarse(maps[s], 1), maps[s], 1) for s in self.stages]
         return torch.cat([F.normalize(m.flatten(2).transpose(1, 2), dim=-1) for m in parts], -1)
 
-    def _coarse(self, m: Tensor) -> Tensor:
-        """A stage's map, no finer than the grid."""
+    def _coarse(self, m: Tensor, step: int) -> Tensor:
+        """A stage's map at every `step`-th place of the grid; of a deep stage, whose map is coarser
+        than the grid, its own places. A mean that is not looked at is not taken."""
         m = m.float()
-        if m.shape[-1] > self.side:
-            m = F.adaptive_avg_pool2d(m, self.side)
+        if m.shape[-1] > self.grid:
+            m = F.adaptive_avg_pool2d(m, self.grid)
+        step = step if m.shape[-1] == self.grid else 1
         if self.smooth:
-            m = F.avg_pool2d(m, 3, stride=1, padding=1, count_include_pad=False)
-        return m
+            return F.avg_pool2d(m, 3, stride=step, padding=1, count_include_pad=False)
+        return m[..., ::step, ::step]
 
-    def _on_grid(self, m: Tensor) -> Tensor:
-        if m.shape[-1] < self.side:
-            size = (self.side, self.side)
-            m = F.interpolate(m, size=size, mode="bilinear", align_corners=False)
-        return m
+    def _spread(self, coarse: Tensor, m: Tensor, step: int) -> Tensor:
+        """What is coarse like a stage's map m, at every `step`-th place of the grid."""
+        if m.shape[-1] >= self.grid:
+            return coarse
+        size = (self.grid, self.grid)
+        on_grid = F.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
+        return on_grid[..., ::step, ::step]
+
+    def everywhere(self, maps: list[Tensor]) -> Tensor:
+        """Maps of all stages -> (B, grid * grid, dims), (join() - center) @ axes."""
+        return self._project(maps, 1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Maps of all stages -> (B, side * side, dims).
+        """Maps of all stages -> (B, side * side, dims), everywhere() at the places looked at."""
+        return self._project(maps, self.step)
 
-        (join() - center) @ axes, but deep stages are projected before they are spread on the
-        grid: both are linear, and a map of 7 x 7 has a quarter of the places.
-        """
-        batch, dims = len(maps[0]), self.axes.shape[1]
+    def _project(self, maps: list[Tensor], step: int) -> Tensor:
+        """Deep stages are projected before they are spread on the grid: both are linear, and a map
+        of 7 x 7 has a quarter of the places."""
+        side = len(range(0, self.grid, step))
         offset = -(self.center @ self.axes)
-        total = offset.expand(batch, self.side, self.side, dims).clone()
+        total = offset.expand(len(maps[0]), side, side, len(offset)).clone()
         start = 0
         for stage in self.stages:
-            m = self._coarse(maps[stage])
+            m = self._coarse(maps[stage], step)
             axes = self.axes[start : start + m.shape[1]]
             start += m.shape[1]
-            norm = torch.linalg.vector_norm(self._on_grid(m), dim=1).clamp_min(1e-12)
-            projected = self._on_grid((m.permute(0, 2, 3, 1) @ axes).permute(0, 3, 1, 2))
+            spread = self._spread(m, maps[stage], step)
+            norm = torch.linalg.vector_norm(spread, dim=1).clamp_min(1e-12)
+            projected = (m.permute(0, 2, 3, 1) @ axes).permute(0, 3, 1, 2)
+            projected = self._spread(projected, maps[stage], step)
             total.addcdiv_(projected.permute(0, 2, 3, 1), norm[..., None])
         return total.flatten(1, 2)
 
@@ -167,19 +194,21 @@ class PatchEnergy(nn.Module):
         )
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Energy (B,) and its map (B, side, side)."""
+        """Energy (B,) and its map (B, grid, grid)."""
         patches = self.space(maps)
-        few = self._few
-        energies = hard_energy(self.bridge, patches.flatten(0, 1), few).view(patches.shape[:2])
-        if few is not None:
+        first, others = self._lots
+        energies = hard_energy(self.bridge, patches.flatten(0, 1), first).view(patches.shape[:2])
+        if others is not None:
             worst, rows = self._worst(energies, patches)
-            energies = _with_fine(energies, worst, hard_energy(self.bridge, rows))
+            energies = _with_fine(energies, worst, hard_energy(self.bridge, rows, others))
         return self.image_energy(energies), self.on_grid(energies)
 
     @property
-    def _few(self) -> int | None:
-        """How many prototypes every patch is held against, where that is not all."""
-        return FIRST if self.bridge.num_prototypes > 2 * FIRST else None
+    def _lots(self) -> tuple[slice, slice | None]:
+        """Prototypes that every patch is held against, and those that its image's worst see too."""
+        if self.bridge.num_prototypes > 2 * FIRST:
+            return slice(FIRST), slice(FIRST, None)
+        return slice(None), None
 
     def residuals(self, patches: Tensor, winners: Tensor) -> Tensor:
         """Eq. 22 for patches (B, L, D) and their prototypes (B, L): (B, D, side, side)."""
@@ -199,8 +228,12 @@ class PatchEnergy(nn.Module):
         return patches @ weight - (self.bridge.means.to(weight) @ weight)[winners]
 
     def on_grid(self, values: Tensor) -> Tensor:
-        """(B, L) -> (B, side, side)."""
-        return values.view(-1, self.space.side, self.space.side)
+        """(B, L) -> (B, grid, grid): a place that was not looked at has its neighbour's value."""
+        side, grid, step = self.space.side, self.space.grid, self.space.step
+        looked_at = values.view(-1, side, side)
+        if step == 1:
+            return looked_at
+        return looked_at.repeat_interleave(step, 1).repeat_interleave(step, 2)[:, :grid, :grid]
 
     def nearest(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Energies and nearest prototypes of (B, L, D) patches, (B, L) each.
@@ -209,14 +242,17 @@ class PatchEnergy(nn.Module):
         eighth of an image's patches that come out worst, against all of them. Patches that lie
         near a prototype of the first lot are normal enough as they stand.
         """
-        found = hard_nearest(self.bridge, patches.flatten(0, 1), self._few)
+        first, others = self._lots
+        found = hard_nearest(self.bridge, patches.flatten(0, 1), first)
         energies, winner = (values.view(patches.shape[:2]) for values in found)
-        if self._few is None:
+        if others is None:
             return energies, winner
         worst, rows = self._worst(energies, patches)
-        fine, nearest = hard_nearest(self.bridge, rows)
-        winner = winner.scatter(1, worst, nearest.view(worst.shape))
-        return _with_fine(energies, worst, fine), winner
+        found = hard_nearest(self.bridge, rows, others)
+        fine, nearest = (values.view(worst.shape) for values in found)
+        nearer = fine < energies.gather(1, worst)
+        nearest = torch.where(nearer, FIRST + nearest, winner.gather(1, worst))
+        return _with_fine(energies, worst, fine), winner.scatter(1, worst, nearest)
 
     def _worst(self, energies: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Of energies (B, L) and patches (B, L, D) each image's worst eighth, and no less than
@@ -228,7 +264,9 @@ class PatchEnergy(nn.Module):
         return worst, rows.flatten(0, 1)
 
     def _count(self, places: int) -> int:
-        return max(1, round(self.worst * places))
+        # Rounded up: of few places the worst one alone, a maximum, would be all. A float just above
+        # an integer, as 0.07 * 100, still means that integer.
+        return max(1, math.ceil(self.worst * places - 1e-9))
 
     def image_energy(self, energies: Tensor) -> Tensor:
         """(B, patches) -> (B,)."""
@@ -236,11 +274,12 @@ class PatchEnergy(nn.Module):
 
 
 def _with_fine(energies: Tensor, worst: Tensor, fine: Tensor) -> Tensor:
-    """(B, L) with the worst places' energies as they are against all prototypes.
+    """(B, L) with the worst places' energies as they are against all prototypes, `fine` being
+    those against the others than the first.
 
-    The others' are bounds only: none may pass for worse than those looked at.
+    Elsewhere they are bounds only: none may pass for worse than those looked at.
     """
-    fine = fine.view(worst.shape)
+    fine = torch.minimum(energies.gather(1, worst), fine.view(worst.shape))
     return torch.minimum(energies, fine.amin(1, keepdim=True)).scatter(1, worst, fine)
 
 
@@ -271,7 +310,7 @@ class Energies(nn.Module):
 
     def forward(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, P) and the maps -> energies (B, E), patch energies (B, patch spaces, h, w), and of
-        the first patch space the patches (B, h * w, D) and nearest prototypes (B, h * w)."""
+        the first patch space the patches (B, L, D) and nearest prototypes (B, L)."""
         values = [part(pooled) for part in self.pooled.values()]
         grids: list[Tensor] = []
         first = self.first
@@ -286,37 +325,39 @@ class Energies(nn.Module):
         return torch.stack(values, 1), torch.stack(grids, 1), patches, winners
 
 
-def hard_nearest(bridge: Bridge, x: Tensor, first: int | None = None) -> tuple[Tensor, Tensor]:
+_ALL = slice(None)
+
+
+def hard_nearest(bridge: Bridge, x: Tensor, among: slice = _ALL) -> tuple[Tensor, Tensor]:
     """Bridge.energy's soft-min as a minimum, (N,), and the nearest prototype, (N,), for (N, D).
 
     For uniform weights and one variance, S is the same everywhere and the energy is the minimum
     over c of (1-S) |x - p_c|^2 / 2, up to what the other prototypes add: between 0 and eps log C.
-    A ninth of the soft-min's time, which would cost half as much as the trunk. `first` looks at
-    so many of the prototypes only.
+    A ninth of the soft-min's time, which would cost half as much as the trunk. `among` looks at
+    some of the prototypes only, which are numbered from its start.
     """
     energies, winners = [], []
-    for norms, costs in _costs(bridge, x, first):
+    for norms, costs in _costs(bridge, x, among):
         least = costs.min(1)
         energies.append(norms + least.values)
         winners.append(least.indices)
     return _stiffness(bridge, x) * torch.cat(energies).clamp_min(0), torch.cat(winners)
 
 
-def hard_energy(bridge: Bridge, x: Tensor, first: int | None = None) -> Tensor:
+def hard_energy(bridge: Bridge, x: Tensor, among: slice = _ALL) -> Tensor:
     """hard_nearest()'s energies without its prototypes, which cost half as much again."""
-    energies = [norms + costs.amin(1) for norms, costs in _costs(bridge, x, first)]
+    energies = [norms + costs.amin(1) for norms, costs in _costs(bridge, x, among)]
     return _stiffness(bridge, x) * torch.cat(energies).clamp_min(0)
 
 
-def _costs(bridge: Bridge, x: Tensor, first: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """|x|^2 / 2 of some rows, |p|^2 / 2 - x'p of them and prototypes, about the latters' mean."""
-    means = bridge.means[:first].to(x.dtype)
-    center = means.mean(0)
-    means = center - means
+def _costs(bridge: Bridge, x: Tensor, among: slice) -> Iterator[tuple[Tensor, Tensor]]:
+    """|x|^2 / 2 of some rows, |p|^2 / 2 - x'p of them and prototypes. Spaces are centred, so these
+    are no larger than what they differ by."""
+    means = bridge.means[among].to(x.dtype)
     offset = means.square().sum(1) / 2
-    for rows in torch.split(x - center, _CHUNK_ROWS.get(x.device.type, 512)):
+    for rows in torch.split(x, _CHUNK_ROWS.get(x.device.type, 512)):
         norms = torch.linalg.vector_norm(rows, dim=1).square() / 2
-        yield norms, F.linear(rows, means, offset)
+        yield norms, torch.addmm(offset, rows, means.T, alpha=-1)
 
 
 def _stiffness(bridge: Bridge, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def test_a_folds_prototypes_are_those_of_one_step_on_the_other_folds():
     generator = torch.Generator().manual_seed(0)
     maps = torch.rand(IMAGES, CHANNELS, SIDE, SIDE, generator=generator).half()
     features = Features(torch.zeros(IMAGES, 0), [maps])
-    space = PatchSpace([0], CHANNELS, DIMS, side=SIDE, smooth=False)
+    space = PatchSpace([0], CHANNELS, DIMS, grid=SIDE, smooth=False)
     space.axes.copy_(torch.rand(CHANNELS, DIMS, generator=generator))
     rows = space([maps])
     part = PatchEnergy(space, CODES, 0.01, 0.1)
@@ -43,7 +43,7 @@ def test_what_only_one_fold_shows_is_no_prototype_without_it():
     maps = torch.zeros(4, 2, 2, 2)
     maps[:, 0] = 1
     maps[0, 0], maps[0, 1] = 0, 1  # one image unlike the others, alone in its fold
-    space = PatchSpace([0], 2, 2, side=2, smooth=False)
+    space = PatchSpace([0], 2, 2, grid=2, smooth=False)
     space.axes.copy_(torch.eye(2))
     part = PatchEnergy(space, 2, 0.01, 0.5)
     part.bridge = Bridge(torch.eye(2), torch.full((1, 2), 0.02), torch.zeros(2), 0.01)

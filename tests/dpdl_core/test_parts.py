@@ -45,6 +45,16 @@ def test_whitening_is_ledoit_wolf_on_its_leading_axes(rows, dims, axes, monkeypa
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+def test_a_lone_prototypes_energy_is_the_bridges_of_whitened_features():
+    generator = torch.Generator().manual_seed(0)
+    pooled = torch.randn(50, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    part = PooledEnergy([1, 3, 4, 6, 7, 9, 10], 3, 1)
+    for name, value in whitening(pooled[:, part.columns], 3)._asdict().items():
+        getattr(part, name).copy_(value)
+    want = part.bridge.energy(part.whiten(pooled)) / 7
+    torch.testing.assert_close(part(pooled), want, rtol=1e-4, atol=0)
+
+
 def test_hard_energy_is_within_its_bound_of_the_bridges():
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(64, 8, generator=generator)
@@ -140,7 +150,7 @@ def test_folded_heads_give_what_the_plain_ones_do():
         torch.nn.init.normal_(parameter)
     norm.running_var.uniform_(0.5, 2)
     maps = [torch.randn(3, 3, 8, 8), torch.randn(3, 4, 4, 4)]
-    energy = PatchEnergy(PatchSpace([0], 3, 5, side=6, smooth=False), 7, 0.1, 0.1)
+    energy = PatchEnergy(PatchSpace([0], 3, 5, grid=6, smooth=False), 7, 0.1, 0.1)
     energy.bridge = Bridge(torch.randn(7, 5), 0.1 + torch.rand(1, 5), torch.zeros(7), 0.1)
     patches, winners = torch.randn(3, 36, 5), torch.randint(7, (3, 36))
     plain = heads.logits(heads.whiten(heads.join(maps)), energy.residuals(patches, winners))
@@ -153,11 +163,42 @@ def test_projecting_before_spreading_changes_nothing(smooth):
     """Oracle: the patches themselves, joined on the grid and projected there."""
     generator = torch.Generator().manual_seed(0)
     maps = [torch.rand(3, c, s, s, generator=generator) for c, s in ((4, 16), (6, 8), (10, 4))]
-    space = PatchSpace([0, 1, 2], 20, 5, side=8, smooth=smooth)
+    space = PatchSpace([0, 1, 2], 20, 5, grid=8, smooth=smooth)
     space.center.copy_(torch.rand(20, generator=generator))
     space.axes.copy_(torch.rand(20, 5, generator=generator))
     want = (space.join(maps) - space.center) @ space.axes
     torch.testing.assert_close(space(maps), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("grid", "step"), [(8, 2), (7, 2), (8, 3)])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_some_places_are_those_of_the_whole_grid(grid, step, smooth):
+    """A deep map that has as many places as are looked at is spread on the grid all the same."""
+    generator = torch.Generator().manual_seed(0)
+    sides = (2 * grid, grid, len(range(0, grid, step)))
+    maps = [torch.rand(3, 4, side, side, generator=generator) for side in sides]
+    space = PatchSpace([0, 1, 2], 12, 5, grid=grid, smooth=smooth, step=step)
+    space.axes.copy_(torch.rand(12, 5, generator=generator))
+    want = space.everywhere(maps).view(3, grid, grid, 5)[:, ::step, ::step]
+    assert space.side == want.shape[1]
+    torch.testing.assert_close(space(maps), want.flatten(1, 2), rtol=1e-5, atol=1e-6)
+
+
+def test_a_smooth_patch_is_the_mean_of_its_neighbours_and_itself():
+    """Oracle: means of those there are, place by place."""
+    m = torch.rand(1, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    patches = PatchSpace([0], 4, 4, grid=5, smooth=True).join([m])[0].numpy()
+    for place, patch in enumerate(patches):
+        y, x = divmod(place, 5)
+        mean = m[0, :, max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].numpy().mean(axis=(1, 2))
+        np.testing.assert_allclose(patch, mean / np.linalg.norm(mean), rtol=1e-5)
+
+
+def test_a_heat_map_of_every_other_place_covers_the_grid():
+    part = PatchEnergy(PatchSpace([0], 3, 3, grid=5, smooth=True, step=2), 4, 0.1, 0.1)
+    grid = part.on_grid(torch.arange(9.0)[None])
+    want = [[0, 0, 1, 1, 2], [0, 0, 1, 1, 2], [3, 3, 4, 4, 5], [3, 3, 4, 4, 5], [6, 6, 7, 7, 8]]
+    assert grid[0].tolist() == want
 
 
 @pytest.mark.parametrize("num_prototypes", [40, 600])
@@ -165,7 +206,7 @@ def test_an_images_energy_is_of_its_worst_patches_against_all_prototypes(num_pro
     """Oracle: SciPy's distances. Few prototypes and many take different ways; the worst patches
     stand out, so that the many's first look finds them."""
     generator = torch.Generator().manual_seed(0)
-    space = PatchSpace([0], 5, 5, side=8, smooth=False)
+    space = PatchSpace([0], 5, 5, grid=8, smooth=False)
     space.axes.copy_(torch.eye(5))
     energy = PatchEnergy(space, num_prototypes, 0.1, 1 / 16)
     means = torch.nn.functional.normalize(
@@ -193,7 +234,7 @@ def test_an_images_energy_is_of_its_worst_patches_against_all_prototypes(num_pro
 def test_all_of_an_images_worst_patches_are_held_against_all_prototypes(worst):
     """Oracle: every patch against every prototype; the few of most images' worst may be missed."""
     generator = torch.Generator().manual_seed(0)
-    space = PatchSpace([0], 8, 8, side=14, smooth=False)
+    space = PatchSpace([0], 8, 8, grid=14, smooth=False)
     part = PatchEnergy(space, 600, 0.001, worst)
     part.bridge.means.data.copy_(torch.randn(600, 8, generator=generator))
     patches = torch.randn(20, 196, 8, generator=generator)
