@@ -38,7 +38,7 @@ LOOK_S = 1.0
 """How often the pointer and the threshold overrides are looked at."""
 MAX_CPU_THREADS = 8
 CPU_FRAMES = 32
-"""For each thread of a CPU at a time: more of them gain nothing and take memory (docs/serving.md)."""
+"""For each thread of a CPU at a time: more gain nothing and take memory (docs/serving.md)."""
 COALESCED_BATCHES = 4
 """Full batches of several consumers that one call of a GPU takes. A CPU gains
 nothing from more than CPU_FRAMES, so there calls stay apart, and alerts are out earlier."""
