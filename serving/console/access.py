@@ -28,6 +28,13 @@ class Access:
     def __init__(self, token: str | None) -> None:
         self._token = token
 
+    @property
+    def wanted(self) -> str:
+        """What who may not look is told."""
+        if self._token is None:
+            return "only this machine is answered, and not through a proxy: set serve.token"
+        return "a token is needed: Authorization: Bearer"
+
     def allows(
         self, client: str | None, headers: Mapping[str, str], cookies: Mapping[str, str]
     ) -> bool:

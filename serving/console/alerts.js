@@ -1,7 +1,7 @@
 // The live list of alerts, and the one that is selected. The list draws only what can be seen, so that
 // a hundred thousand are as quick as ten; they are fetched page by page as one scrolls.
 
-import { figure, get, h, moment, picture, tell, trying } from "./dom.js";
+import { behind, figure, get, h, moment, picture, tell, trying } from "./dom.js";
 import { answerText, makeViewer } from "./viewer.js";
 
 const ROW = 96; // pixels, as in console.css
@@ -13,6 +13,7 @@ const KEPT = 20000; // in memory; older ones are fetched again by time
 export function openAlerts(root, camera) {
   const viewer = makeViewer({
     path: (alert) => `api/v1/alerts/${alert.id}/answer`,
+    again: async (id) => (await get("api/v1/alerts", { before: behind(id), count: 1 })).alerts.find((each) => each.id === id),
     mayanswer,
     onanswer: () => draw(true),
     empty: "No alert yet. The first one will show here.",

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 from fastapi import FastAPI, HTTPException, Path, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
@@ -39,6 +39,7 @@ from serving.console.parameters import (
     CameraId,
     Count,
     EntryId,
+    Expected,
     FromMs,
     Kept,
     ModelFilter,
@@ -87,14 +88,11 @@ api = FastAPI(
 @api.middleware("http")
 async def _guard(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
     access: Access = request.app.state.access
-    open_to_all = request.url.path in ("/login", "/console.css")
+    open_to_all = request.url.path in ("/login", "/login.js", "/console.css")
     client = request.client.host if request.client else None
     response: Response
     if not open_to_all and not access.allows(client, request.headers, request.cookies):
-        if request.url.path == "/":
-            response = HTMLResponse(pages.file("login.html"), status_code=401)
-        else:
-            response = _problem(401, "a token is needed: Authorization: Bearer")
+        response = _turned_away(request, access)
     elif not open_to_all and (refused := _refused(request)):
         response = refused
     else:
@@ -102,6 +100,20 @@ async def _guard(request: Request, go_on: Callable[[Request], Awaitable[Response
     response.headers.update(HEADERS)
     response.headers.setdefault("Cache-Control", "no-store")
     return response
+
+
+def _turned_away(request: Request, access: Access) -> Response:
+    """Who may not look: a person gets a page, a program a line."""
+    url = request.url
+    person = request.method == "GET" and "text/html" in request.headers.get("accept", "")
+    if url.path != "/" and not person:
+        return _problem(401, access.wanted)
+    if access.session() is None:
+        return HTMLResponse(pages.file("local.html"), status_code=401)
+    if url.path == "/":
+        return HTMLResponse(pages.login(), status_code=401)
+    to = quote(url.path.lstrip("/") + (f"?{url.query}" if url.query else ""))
+    return RedirectResponse(f"{request.scope.get('root_path', '')}/login?to={to}", status_code=303)
 
 
 def _refused(request: Request) -> Response | None:
@@ -197,6 +209,11 @@ class Console:
             raise HTTPException(404)
         return Response(pages.file(asked), media_type=pages.STATIC[asked])
 
+    @api.get("/login", include_in_schema=False)
+    def login_page(self) -> HTMLResponse:
+        access: Access = api.state.access
+        return HTMLResponse(pages.login() if access.session() else pages.file("local.html"))
+
     @api.post("/login", include_in_schema=False)
     async def login(self, request: Request) -> Response:
         if self._logins.locked():
@@ -205,12 +222,18 @@ class Console:
             access: Access = api.state.access
             given = parse_qs(await _login_body(request)).get("token", [""])[0]
             session = access.session()
-            if session is None or not access.is_token(given):
+            if session is None:
+                return HTMLResponse(pages.file("local.html"), status_code=401)
+            if not access.is_token(given):
                 await asyncio.sleep(1)  # guessing costs time
-                return HTMLResponse(pages.file("login.html"), status_code=401)
-        answer = RedirectResponse(request.scope.get("root_path", "") + "/", status_code=303)
+                return HTMLResponse(pages.login("That is not the token."), status_code=401)
+        to = request.query_params.get("to", "")
+        to = to if to.startswith("api/v1/") else ""  # what one came for, and nothing elsewhere
+        answer = RedirectResponse(f"{request.scope.get('root_path', '')}/{to}", status_code=303)
+        # Lax: a link from Grafana brings the cookie with it. What changes something is no link, and
+        # wants a header that no page from elsewhere can send.
         answer.set_cookie(
-            COOKIE, session, httponly=True, samesite="strict", secure=request.url.scheme == "https"
+            COOKIE, session, httponly=True, samesite="lax", secure=request.url.scheme == "https"
         )
         return answer
 
@@ -251,13 +274,15 @@ class Console:
 
     @api.put("/api/v1/alerts/{id}/answer", responses=CHANGES)
     def answer_alert(self, id: EntryId, order: schema.AnswerOrder) -> schema.Answered:
-        """Say what an alert was. The same again changes nothing; another one takes its place."""
+        """Say what an alert was. The same again changes nothing; another one takes its place, with
+        `expected` only of the one that you saw: 409 where somebody else's stands by now."""
         return self._answer(_found(self._results.alert(id), id), order)
 
     @api.delete("/api/v1/alerts/{id}/answer", responses=CHANGES)
-    def undo_alert(self, id: EntryId) -> schema.Answered:
+    def undo_alert(self, id: EntryId, expected: Expected = None) -> schema.Answered:
         """Take the answer back, with all that it did; returns the answer that was."""
-        return views.answered(self._desk.undo(_found(self._results.alert(id), id).result))
+        result = _found(self._results.alert(id), id).result
+        return views.answered(self._desk.undo(result, expected))
 
     @api.get("/api/v1/cameras", responses=PROBLEMS)
     def cameras(self) -> schema.CameraPage:
@@ -298,9 +323,12 @@ class Console:
         return self._answer(_found(self._results.score(camera, id), id), order)
 
     @api.delete("/api/v1/cameras/{camera:path}/scores/{id}/answer", responses=CHANGES)
-    def undo_frame(self, camera: CameraId, id: EntryId) -> schema.Answered:
+    def undo_frame(
+        self, camera: CameraId, id: EntryId, expected: Expected = None
+    ) -> schema.Answered:
         """Take the answer back, with all that it did; returns the answer that was."""
-        return views.answered(self._desk.undo(_found(self._results.score(camera, id), id).result))
+        result = _found(self._results.score(camera, id), id).result
+        return views.answered(self._desk.undo(result, expected))
 
     @api.put("/api/v1/cameras/{camera:path}/threshold", responses=CHANGES)
     def set_threshold(self, camera: CameraId, order: schema.ThresholdOrder) -> schema.Camera:
@@ -430,6 +458,7 @@ class Console:
             order.kind,
             defect=order.defect or "",
             by=order.by,
+            expected=order.expected,
             bound=state.binding.model if state and state.binding else None,
         )
         return views.answered(given)

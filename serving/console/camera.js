@@ -1,7 +1,7 @@
 // One camera: its scores against the threshold, what another threshold would have raised, any frame.
 
 import { makeChart } from "./chart.js";
-import { clock, figure, get, h, moment, pairs, percent, question, send, tell, trying, who } from "./dom.js";
+import { behind, clock, figure, get, h, moment, pairs, percent, question, send, tell, trying, who } from "./dom.js";
 import { makeViewer } from "./viewer.js";
 
 const HOURS = 24;
@@ -32,6 +32,7 @@ function whose(state) {
 
 export function openCamera(root, camera) {
   const at = `api/v1/cameras/${encodeURIComponent(camera)}`;
+  const again = async (id) => (await get(`${at}/scores`, { before: behind(id), count: 1 })).scores.find((each) => each.id === id);
   const facts = h("dl", { class: "facts" });
   const canvas = h("canvas", { class: "chart", role: "img", "aria-label": "Scores against the threshold" });
   const chart = makeChart(canvas, (i) => pick(i));
@@ -45,6 +46,7 @@ export function openCamera(root, camera) {
     h("span", { class: "soft" }, "or click into the timeline; ", h("kbd", {}, "J"), " ", h("kbd", {}, "K"), " step"));
   const viewer = makeViewer({
     path: (frame) => `${at}/scores/${frame.id}/answer`,
+    again,
     empty: "Choose a frame in the timeline or by its time, also one that raised no alert.",
   });
   root.append(
@@ -135,9 +137,8 @@ export function openCamera(root, camera) {
     if (!line?.id[i]) return;
     chosen = i;
     chart.choose(i);
-    const [ms, count] = line.id[i].split("-");
-    const page = await get(`${at}/scores`, { before: `${ms}-${+count + 1}`, count: 1 });
-    if (page.scores[0]?.id === line.id[i]) viewer.show(page.scores[0]);
+    const found = await again(line.id[i]);
+    if (found) viewer.show(found);
     else tell("This frame is no longer kept.", true);
   });
 

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Mapping
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -72,12 +73,21 @@ class Desk:
         return image
 
     def answer(
-        self, result: FrameResult, kind: Kind, *, defect: str, by: str, bound: str | None
+        self,
+        result: FrameResult,
+        kind: Kind,
+        *,
+        defect: str,
+        by: str,
+        bound: str | None,
+        expected: float | None = None,
     ) -> Answer:
-        """bound: the model that a person bound the camera to, None for the default one.
+        """bound: the model that a person bound the camera to, None for the default one; expected:
+        when the answer that was seen was given, in unix ms, 0 for none; None where any will do.
 
         DataError where the version that scored the frame names no data set to put it in, or is of
-        another model than is to score the camera: it would learn normals of a view not its own.
+        another model than is to score the camera: it would learn normals of a view not its own; and
+        where another answer stands than `expected`, unless it says the same.
         """
         dataset, image = "", b""
         if kind != "unsure":
@@ -88,9 +98,7 @@ class Desk:
                     f"this frame, and would learn from the answer: answer frames that {wanted} "
                     f"has scored, or bind the camera to {result.model}"
                 )
-            dataset = (
-                self._manifest(result.model, result.version).get("data", {}).get("dataset", "")
-            )
+            dataset = self._dataset(result.model, result.version)
             if not dataset:
                 raise DataError(
                     f"{result.model} {result.version} names no data set in its manifest: this "
@@ -98,14 +106,20 @@ class Desk:
                 )
             image = self.image(result.frame_id, result.captured_at_ns, result.evidence_key)
         with self._answer_turn:
+            there = self._answers.of([result]).get(result.frame_id)
+            if there is None or (there.kind, there.defect) != (kind, defect):
+                _check_expected(there, expected)
             given = self._answers.give(
                 result, kind, defect=defect, by=by, dataset=dataset, image=image
             )
         log.info("%s: %s %s by %a", result.frame_id, kind, defect, by)
         return given
 
-    def undo(self, result: FrameResult) -> Answer:
+    def undo(self, result: FrameResult, expected: float | None = None) -> Answer:
+        """expected: as for answer()."""
         with self._answer_turn:
+            if there := self._answers.of([result]).get(result.frame_id):
+                _check_expected(there, expected)
             taken_back = self._answers.undo(result)
         if taken_back is None:
             raise NotFound(f"{result.frame_id} has no answer to take back")
@@ -149,7 +163,9 @@ class Desk:
             current=pointer.version if pointer else None,
             rollback_to=_back(pointer),
             versions=[
-                views.version(name, self._shown(model, name), pointer, decided.get(name))
+                views.version(
+                    name, self._shown(model, name, known[name]), pointer, decided.get(name)
+                )
                 for name in newest[skip : skip + count]
             ],
             known=len(known),
@@ -199,12 +215,24 @@ class Desk:
         except VersionBroken:
             return None
 
-    def _shown(self, model: str, version: str) -> dict[str, Any]:
+    def _shown(self, model: str, version: str, written: datetime) -> dict[str, Any]:
         """One manifest that is altered, too new or just removed does not hide the others."""
         try:
             return self._manifest(model, version)
-        except (VersionBroken, NotFound):
-            return {"kind": "broken", "stored_at": ""}
+        except (VersionBroken, NotFound) as error:
+            at = written.isoformat(timespec="milliseconds")  # by the clock of S3
+            return {"kind": "broken", "stored_at": at, "broken": str(error)}
+
+    def _dataset(self, model: str, version: str) -> str:
+        """What a version learnt from; of one that was pruned meanwhile, the current one."""
+        try:
+            manifest = self._manifest(model, version)
+        except NotFound:
+            pointer = self._store.current(model)
+            if pointer is None:
+                raise
+            manifest = self._manifest(model, pointer.version)
+        return str(manifest["data"]["dataset"])
 
     def _read_manifest(self, model: str, version: str) -> dict[str, Any]:
         """What the console uses of it: a manifest also lists every object that it learned from."""
@@ -214,6 +242,14 @@ class Desk:
             "data": {"dataset": manifest.get("data", {}).get("dataset", "")},
             "thresholds": {"default": thresholds.get("default")},
         }
+
+
+def _check_expected(there: Answer | None, expected: float | None) -> None:
+    """DataError where another answer stands than the one that was seen."""
+    if expected is None or expected == (there.at_ns / 1e6 if there else 0):
+        return
+    now = f"{there.by} says {there.kind} {there.defect}".strip() if there else "there is none"
+    raise DataError(f"the answer has changed since you looked, {now}: look again")
 
 
 def _back(pointer: Pointer | None) -> str | None:

@@ -52,6 +52,12 @@ export const send = (method, path, body) => ask(path, {
   body: body ? JSON.stringify(body) : undefined,
 });
 
+// Pages end before an id: with this one as the end the entry comes first.
+export function behind(id) {
+  const [ms, count] = id.split("-");
+  return `${ms}-${+count + 1}`;
+}
+
 export function say(trouble) {
   $("state").textContent = trouble || `live, ${clock(Date.now())}`;
   $("state").classList.toggle("bad", Boolean(trouble));

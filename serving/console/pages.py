@@ -6,7 +6,7 @@ from fastapi import Response
 
 from serving.archive import image_type
 
-SCRIPTS = ("alerts", "app", "camera", "chart", "dom", "versions", "viewer", "wall")
+SCRIPTS = ("alerts", "app", "camera", "chart", "dom", "login", "versions", "viewer", "wall")
 STATIC = {"console.css": "text/css; charset=utf-8"} | {
     f"{name}.js": "text/javascript; charset=utf-8" for name in SCRIPTS
 }
@@ -14,6 +14,11 @@ STATIC = {"console.css": "text/css; charset=utf-8"} | {
 
 def file(name: str) -> bytes:
     return (files("serving.console") / name).read_bytes()
+
+
+def login(said: str = "") -> bytes:
+    """The form for the token; said: what was wrong with the last one."""
+    return file("login.html").replace(b'<p role="alert">', f'<p role="alert">{said}'.encode())
 
 
 def picture(data: bytes) -> Response:

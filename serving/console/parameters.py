@@ -28,6 +28,10 @@ FromMs = Annotated[
     int | None,
     Query(alias="from", ge=0, lt=2**53, description="Scored at this time or later, unix ms."),
 ]
+Expected = Annotated[
+    float | None,
+    Query(ge=0, description="`at_ms` of the answer that you saw, else any is meant."),
+]
 ToMs = Annotated[int | None, Query(alias="to", ge=0, lt=2**53, description="Not later than this.")]
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {

@@ -186,6 +186,8 @@ class AnswerOrder(_Order):
     kind: Kind
     defect: Name | None = None
     """Class of the defect: wanted with defect, forbidden otherwise."""
+    expected: Annotated[float, Field(ge=0)] | None = None
+    """`at_ms` of the answer that you saw, 0 where you saw none; without it any is replaced."""
 
 
 class ThresholdOrder(_Order):

@@ -39,7 +39,7 @@ export function openVersions(root, model) {
     const promote = h("button", { type: "button", onclick: () => ask(version.version, { why: "promoted in the console", verb: "Promote" }) }, "Promote\u2026");
     promote.disabled = version.current;
     const gate = version.decision || version.why ? h("details", {},
-      h("summary", {}, h("span", { class: `gate ${version.decision}` }, version.decision || "no gate"), ` ${version.why}`),
+      h("summary", {}, h("span", { class: `gate ${version.decision}` }, version.decision || (version.kind === "broken" ? "broken" : "no gate")), ` ${version.why}`),
       h("dl", { class: "numbers" }, ...Object.entries(version.numbers).map(([name, value]) => h("div", {},
         h("dt", {}, name.replaceAll("_", " ")), h("dd", {}, typeof value === "number" && !Number.isInteger(value) ? value.toPrecision(3) : String(value)))))) : "\u2013";
     return h("tr", { "aria-current": version.current },

@@ -13,9 +13,9 @@ const OPACITY = "dpdl opacity";
 export const answerText = (answer) => (answer
   ? `${WORDS[answer.kind]}${answer.defect ? `: ${answer.defect}` : ""}, ${answer.by}` : "");
 
-// path(frame): where its answer lies; mayanswer(): false while the frame is not yet what one looked at;
+// path(frame): where its answer lies; again(id): the frame as it is now; mayanswer(): false while the frame is not yet what one looked at;
 // onanswer(frame): its answer has changed.
-export function makeViewer({ path, mayanswer = () => true, onanswer = () => {}, empty }) {
+export function makeViewer({ path, again, mayanswer = () => true, onanswer = () => {}, empty }) {
   const image = h("img", { alt: "", hidden: true });
   const heat = h("img", { alt: "", class: "heat", hidden: true });
   const nothing = h("p", { class: "soft" }, empty);
@@ -104,23 +104,36 @@ export function makeViewer({ path, mayanswer = () => true, onanswer = () => {}, 
     heat.style.top = `${image.offsetTop + (image.clientHeight - height) / 2}px`;
   }
 
+  function settle(mine, given) {
+    mine.answer = given;
+    if (mine === frame) answer(given);
+    onanswer(mine);
+  }
+
+  // Only what one has seen is replaced; what somebody else has said meanwhile is shown.
+  async function change(mine, sent) {
+    try {
+      return await sent(mine.answer?.at_ms ?? 0);
+    } catch (error) {
+      const now = error.status === 409 && await again(mine.id);
+      if (now) settle(mine, now.answer);
+      throw error;
+    }
+  }
+
   const give = trying(async (kind, defect) => {
     const mine = frame;
     const by = mine && await who();
     if (!by) return;
-    mine.answer = await send("PUT", path(mine), { kind, by, ...(defect ? { defect } : {}) });
-    if (mine === frame) answer(mine.answer);
-    onanswer(mine);
+    settle(mine, await change(mine, (expected) => send("PUT", path(mine), { kind, by, expected, ...(defect ? { defect } : {}) })));
     tell(`${answerText(mine.answer)}: ${EFFECT[kind]}. Z takes it back.`);
   });
 
   const undo = trying(async () => {
     const mine = frame;
     if (!mine?.answer) return;
-    const was = await send("DELETE", path(mine));
-    mine.answer = null;
-    if (mine === frame) answer(null);
-    onanswer(mine);
+    const was = await change(mine, (expected) => send("DELETE", `${path(mine)}?expected=${expected}`));
+    settle(mine, null);
     tell(`Taken back: ${answerText(was)}.`);
   });
 

@@ -110,6 +110,7 @@ def version(
 ) -> schema.Version:
     thresholds = manifest.get("thresholds") or {}
     moves = [m for m in pointer.moves if m.version == name] if pointer else []
+    said = next((each.why for each in (decision, *moves) if each), "")
     return schema.Version(
         version=name,
         kind=manifest.get("kind", ""),
@@ -122,7 +123,7 @@ def version(
         false_alarm_rate=manifest.get("false_alarm_rate"),
         new_normals=manifest.get("new_normals"),
         decision=decision.decision if decision else "",
-        why=decision.why if decision else (moves[0].why if moves else ""),
+        why=manifest.get("broken", said),
         numbers=decision.numbers if decision else {},
     )
 

@@ -397,6 +397,26 @@ def test_an_answer_is_one_key_and_undo_takes_it_all_back(plant, page):
     assert data_objects(plant) == []
 
 
+def test_what_somebody_else_has_answered_meanwhile_is_shown_and_not_replaced(plant, page):
+    browser = page("#/alerts")
+    frame_id, _ = alert(plant, "press-1")
+    text(browser, ".viewer dl", frame_id)
+    press(browser, "l")
+    at = f"{plant.url}api/v1/alerts/{plant.results.latest_alerts(1)[0].id}/answer"
+    ours = {"x-dpdl": "1", "content-type": "application/json"}
+    said = urllib.request.Request(at, b'{"kind": "unsure", "by": "Ben"}', ours, method="PUT")
+    urllib.request.urlopen(said, timeout=10).close()
+    press(browser, "f")
+    text(browser, "#told", "Ben says unsure: look again")
+    text(browser, ".answered", "unsure \u2013 said Ben")
+    assert data_objects(plant) == []
+    assert all("409" in entry["message"] for entry in browser.get_log("browser"))
+    press(browser, "f")
+    text(browser, ".answered", "false alarm \u2013 said Ann")
+    press(browser, "z")
+    text(browser, ".answered", "Was it right?")
+
+
 def test_a_threshold_is_tried_on_the_last_day_and_applied(plant, page):
     sent = [send(plant, "line/2") for _ in range(8)]
     for frame_id, _ in sent:

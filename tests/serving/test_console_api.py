@@ -28,7 +28,7 @@ def login_of(*parts: bytes, ends: bool = True) -> Request:
         return await asyncio.Event().wait()
 
     scope = {"type": "http", "method": "POST", "path": "/login", "headers": [], "scheme": "http"}
-    return Request(scope, receive)
+    return Request(scope | {"query_string": b""}, receive)
 
 
 @pytest.fixture

@@ -163,3 +163,9 @@ def test_a_version_without_a_decision_says_why_it_was_first_promoted():
     )
     shown = views.version("v1", {"stored_at": "2026-01-01"}, pointer, None)
     assert (shown.current, shown.why, shown.decision) == (True, "the first version", "")
+
+
+def test_a_broken_version_has_the_date_of_s3_and_says_what_is_wrong():
+    manifest = {"kind": "broken", "stored_at": "2026-01-01T00:00:00+00:00", "broken": "no JSON"}
+    shown = views.version("v1", manifest, None, None)
+    assert (shown.kind, shown.created_at, shown.why) == ("broken", manifest["stored_at"], "no JSON")
