@@ -19,7 +19,7 @@ from dpdl_core.bridge import Bridge
 FIRST = 256
 """Prototypes that every patch is held against; the others see an image's worst patches only. They
 are chosen to stand for all (estimate.covering)."""
-_CHUNK_ROWS = {"cpu": 512, "cuda": 1 << 15}
+_CHUNK_ROWS = {"cpu": 1024, "cuda": 1 << 15}
 """Patches held against prototypes at a time: their costs stay in a CPU's cache between the product
 and the minimum; an accelerator wants few launches."""
 _CHUNK_MAPS = {"cpu": 1 << 19, "cuda": 1 << 31}
@@ -336,28 +336,29 @@ def hard_nearest(bridge: Bridge, x: Tensor, among: slice = _ALL) -> tuple[Tensor
     A ninth of the soft-min's time, which would cost half as much as the trunk. `among` looks at
     some of the prototypes only, which are numbered from its start.
     """
-    energies, winners = [], []
-    for norms, costs in _costs(bridge, x, among):
-        least = costs.min(1)
-        energies.append(norms + least.values)
-        winners.append(least.indices)
-    return _stiffness(bridge, x) * torch.cat(energies).clamp_min(0), torch.cat(winners)
+    found = [costs.min(1) for costs in _costs(bridge, x, among)]
+    least, winners = (torch.cat(each) for each in zip(*found, strict=True))
+    return _energy(bridge, x, least), winners
 
 
 def hard_energy(bridge: Bridge, x: Tensor, among: slice = _ALL) -> Tensor:
     """hard_nearest()'s energies without its prototypes, which cost half as much again."""
-    energies = [norms + costs.amin(1) for norms, costs in _costs(bridge, x, among)]
-    return _stiffness(bridge, x) * torch.cat(energies).clamp_min(0)
+    return _energy(bridge, x, torch.cat([costs.amin(1) for costs in _costs(bridge, x, among)]))
 
 
-def _costs(bridge: Bridge, x: Tensor, among: slice) -> Iterator[tuple[Tensor, Tensor]]:
-    """|x|^2 / 2 of some rows, |p|^2 / 2 - x'p of them and prototypes. Spaces are centred, so these
-    are no larger than what they differ by."""
+def _costs(bridge: Bridge, x: Tensor, among: slice) -> Iterator[Tensor]:
+    """|p|^2 / 2 - x'p of some rows and the prototypes. Spaces are centred, so these are no larger
+    than what they differ by."""
     means = bridge.means[among].to(x.dtype)
     offset = means.square().sum(1) / 2
-    for rows in torch.split(x, _CHUNK_ROWS.get(x.device.type, 512)):
-        norms = torch.linalg.vector_norm(rows, dim=1).square() / 2
-        yield norms, torch.addmm(offset, rows, means.T, alpha=-1)
+    for rows in torch.split(x, _CHUNK_ROWS.get(x.device.type, 1024)):
+        yield torch.addmm(offset, rows, means.T, alpha=-1)
+
+
+def _energy(bridge: Bridge, x: Tensor, least: Tensor) -> Tensor:
+    """(1-S) (|x|^2 / 2 + least), (N,)."""
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1).square() / 2
+    return _stiffness(bridge, x) * (norms + least).clamp_min(0)
 
 
 def _stiffness(bridge: Bridge, x: Tensor) -> Tensor:
