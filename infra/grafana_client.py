@@ -167,9 +167,8 @@ class Grafana:
 
 def announce_move(settings: Settings, model: str, pointer: Pointer) -> None:
     """Annotate a promotion or rollback in Grafana, where one is configured. Never raises."""
-    before = [move.version for move in pointer.moves[:-1]]
-    kind = "rollback" if pointer.version in before else "promotion"
-    text = f"{kind} of {model}: {before[-1] if before else 'none'} -> {pointer.version}"
+    kind = "rollback" if pointer.moves[-1].back else "promotion"
+    text = f"{kind} of {model}: {pointer.previous or 'none'} -> {pointer.version}"
     text += f"\n{pointer.why} ({pointer.by})"
     _announce(settings, text, pointer.promoted_at, kind, model)
 

@@ -330,9 +330,11 @@ def test_the_command_pushes_by_settings_and_by_flags(server, monkeypatch, tmp_pa
     assert server.complaints == []
 
 
-def pointer(*versions: str) -> Pointer:
+def pointer(*versions: str, back: bool = False) -> Pointer:
     at = datetime.now(UTC).isoformat(timespec="milliseconds")
-    moves = tuple(Move(version=v, at=at, by="me@here", why="AUROC up", nonce="n") for v in versions)
+    moves = tuple(
+        Move(version=v, at=at, by="me@here", why="AUROC up", nonce="n", back=back) for v in versions
+    )
     previous = versions[-2] if len(versions) > 1 else None
     return Pointer(
         version=versions[-1], previous=previous, promoted_at=at, by="me@here", why="AUROC up",
@@ -342,12 +344,15 @@ def pointer(*versions: str) -> Pointer:
 
 def test_promotions_and_rollbacks_are_annotated(server, monkeypatch, tmp_path) -> None:
     with configured(monkeypatch, tmp_path, server.url) as settings:
-        for moves in (["v1"], ["v1", "v2"], ["v1", "v2", "v1"]):
+        for moves in (["v1"], ["v1", "v2"]):
             announce_move(settings, "lines", pointer(*moves))
-    first, second, third = server.annotations
+        announce_move(settings, "lines", pointer("v1", "v2", "v1", back=True))
+        announce_move(settings, "lines", pointer("v1", "v2", "v1"))  # by a person's wish
+    first, second, third, fourth = server.annotations
     assert first["text"].startswith("promotion of lines: none -> v1")
     assert second["tags"] == ["dpdl", "version", "promotion", "lines"]
     assert third["text"] == "rollback of lines: v2 -> v1\nAUROC up (me@here)"
+    assert fourth["text"].startswith("promotion of lines: v2 -> v1")
     assert abs(third["time"] / 1000 - time.time()) < 10
     # What the dashboards look for.
     (shown,) = [a for a in dashboards()["model"]["annotations"]["list"] if a["name"] == "Versions"]
