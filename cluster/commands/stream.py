@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cluster.commands.shared import Model, Report, err, out, write_report
-from infra.errors import ServiceUnavailable
+from infra.errors import DpdlError, ServiceUnavailable
 
 if TYPE_CHECKING:
     from cluster.feeds import CameraCount
@@ -55,12 +55,6 @@ def serve(
     from serving import app as stream_app
 
     settings = load_settings()
-    if policy := eviction_policy(settings):
-        err.print(
-            f"Redis drops keys when it is full (maxmemory-policy {policy}): progress, alerts and "
-            "answers can go. Set it to noeviction: then it refuses, and the stream waits",
-            markup=False,
-        )
     targets = ray_runtime.scrape_targets_file(settings.state_dir)
     try:
         deployed = stream_app.deploy(
@@ -74,6 +68,14 @@ def serve(
             f"{deployed.version} scores on {deployed.device}; alerts at {deployed.url}   "
             "(Ctrl-C ends)"
         )
+        with suppress(DpdlError):  # the stream waits for a Redis that is away, and says so
+            if policy := eviction_policy(settings):
+                err.print(
+                    f"Redis drops keys when it is full (maxmemory-policy {policy}): progress, "
+                    "alerts and answers can go. Set it to noeviction: then it refuses, and the "
+                    "stream waits",
+                    markup=False,
+                )
         with suppress(KeyboardInterrupt):  # SIGTERM too: cluster/cli.py
             while True:  # nodes come and go
                 try:
