@@ -55,7 +55,7 @@ DRIFTING = "belt 7"
 FOLDER = Path(app.__file__).parents[1] / "infra" / "prometheus"
 MAY_BE_EMPTY = {"GPU"}
 """Panels of what this machine need not have."""
-NUM_RULES = 14
+NUM_RULES = 18
 MAY_BE_ABSENT = {
     "ray_dpdl_frames_expired_timestamp_seconds",
     "ray_dpdl_frames_lost_timestamp_seconds",
