@@ -105,7 +105,8 @@ class PooledEnergy(nn.Module):
             along = (centred @ self.axes).square()
             gain = (self.rest + self.gain).square() - self.rest.square()
             square = self.rest.square() * centred.square().sum(1) + along @ gain
-            energy = _stiffness(self.bridge, pooled) * square / 2
+            # A difference where axes vary more than the rest: shrinkage() bounds what it loses.
+            energy = _stiffness(self.bridge, pooled) * square.clamp_min(0) / 2
         return energy / len(self.mean)
 
 

@@ -55,6 +55,21 @@ def test_a_lone_prototypes_energy_is_the_bridges_of_whitened_features():
     torch.testing.assert_close(part(pooled), want, rtol=1e-4, atol=0)
 
 
+def test_a_lone_prototypes_energy_keeps_its_digits_beside_an_axis_that_varies_most():
+    """Light that flickers, ten thousand times as strong as all else. Oracle: float64."""
+    generator = torch.Generator().manual_seed(0)
+    pooled = torch.randn(400, 60, generator=generator)
+    pooled[:, 0] *= 100
+    part = PooledEnergy(list(range(60)), 8, 1)
+    found = whitening(pooled, 8)
+    for name, value in found._asdict().items():
+        getattr(part, name).copy_(value)
+    centred = pooled.double() - found.mean
+    white = found.rest * centred + (centred @ found.axes * found.gain) @ found.axes.T
+    want = part.bridge.energy(white.float()) / 60
+    torch.testing.assert_close(part(pooled), want, rtol=1e-3, atol=0)
+
+
 def test_hard_energy_is_within_its_bound_of_the_bridges():
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(64, 8, generator=generator)
