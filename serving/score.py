@@ -45,6 +45,8 @@ nothing from more than CPU_FRAMES, so there calls stay apart, and alerts are out
 MAX_CAMERAS = 20_000
 MAX_FAILURES, FAILING_S = 5, 30.0
 """A scorer whose device failed so often in a row, and for so long, is replaced."""
+STUCK_S = 300.0
+"""And one that is at a single batch for so long: a card that has hung, say, never answers."""
 
 
 def cpu_threads() -> int:
@@ -135,9 +137,11 @@ class DeviceHealth:
 
     def __init__(self) -> None:
         self._failures, self._since_s, self._why = 0, 0.0, ""
+        self._began_s: float | None = None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
+        self._began_s = time.monotonic()
         try:
             yield
         except RuntimeError as error:
@@ -145,10 +149,16 @@ class DeviceHealth:
             self._failures += 1
             self._why = " ".join(str(error).split())[:300]
             raise
+        finally:
+            self._began_s = None
         self._failures = 0
 
     def check(self) -> None:
-        """RuntimeError when all calls have failed for a while."""
+        """RuntimeError when all calls have failed for a while, or one has no end."""
+        began_s = self._began_s  # the calls are another thread's
+        busy_s = time.monotonic() - began_s if began_s is not None else 0.0
+        if busy_s > STUCK_S:
+            raise RuntimeError(f"the device has been at one batch for {busy_s:.0f} s")
         failing_s = time.monotonic() - self._since_s
         if self._failures >= MAX_FAILURES and failing_s > FAILING_S:
             raise RuntimeError(

@@ -191,3 +191,24 @@ def test_thresholds_are_followed_while_the_store_of_models_hangs(scorer, monkeyp
     assert all(each.is_alive() for each in threads)
     scorer._closing.set()
     go_on.set()
+
+
+def test_a_scorer_that_never_comes_back_from_its_device_is_replaced(scorer, held, monkeypatch):
+    now_s, checked = [time.monotonic()], []
+    monkeypatch.setattr(subject.time, "monotonic", lambda: now_s[0])
+    real = held.loaded.model.score
+
+    def slow(images):
+        now_s[0] += subject.STUCK_S
+        scorer.check_health()  # it may be slow
+        now_s[0] += 1
+        with pytest.raises(RuntimeError, match="at one batch for 301 s"):
+            scorer.check_health()
+        checked.append(len(images))
+        return real(images)
+
+    held.loaded.model.score = slow
+    assert call(scorer) is None
+    assert checked == [1]
+    now_s[0] += 3600
+    scorer.check_health()  # idle is not stuck
