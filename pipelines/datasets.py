@@ -138,6 +138,8 @@ def import_dataset(
         )
     except protocol.DatasetError as error:
         raise DataError(str(error)) from None
+    if progress is not None:
+        progress("near-duplicates", 0.5, {})
     dealt = with_twins(
         deal(split, calibration_share, leave_out),
         looks,
