@@ -55,8 +55,8 @@ class DpdlConfig:
     """Eqs. 16-17 with only their formulas mended (losses.py), for the ablation; they diverge."""
 
     # prototypes in the whitened space of pooled features (mean and deviation per channel)
-    pooled_spaces: tuple[str, ...] = ("7q", "1-7")
-    """One energy per entry; an entry lists stages: `7`, `5+7`, `1-7`. A `q` after the last stage
+    pooled_spaces: tuple[str, ...] = ("7q", "3-7")
+    """One energy per entry; an entry lists stages: `7`, `5+7`, `3-7`. A `q` after the last stage
     of the trunk takes the means over the image and its quadrants in place of deviations."""
     pooled_prototypes: int = 1
     """Prototypes of each; dimension decides there, not their number (docs/accuracy.md)."""
@@ -201,7 +201,7 @@ def recipe(name: str) -> DpdlConfig:
             trunk="resnet18.tv_in1k",  # torchvision's weights: without a tag timm takes its own
             weights="hub",
             image_size=448,
-            pooled_spaces=("4q", "1-4"),
+            pooled_spaces=("4q", "2-4"),
             patch_spaces=("2-4", "3+4h"),
             head_stages="3-4",
             tuned_stages=4,
@@ -284,3 +284,15 @@ def stage_numbers(space: str) -> list[int]:
     if not stages or min(stages) < 0 or stages != sorted(set(stages)):
         raise ValueError(f"space {space!r}: stages start at 1 and go up")
     return stages
+
+
+def pooled_stages(config: DpdlConfig) -> list[int]:
+    """All stages whose moments a pooled space looks at, from 0."""
+    spaces = [space.removesuffix("q") for space in config.pooled_spaces]
+    return sorted({s for space in spaces for s in stage_numbers(space)})
+
+
+def map_stages(config: DpdlConfig) -> list[int]:
+    """All stages whose maps a patch space or a head looks at, from 0."""
+    spaces = [patch_stages(space) for space in config.patch_spaces]
+    return sorted({s for space in [*spaces, config.head_stages] for s in stage_numbers(space)})

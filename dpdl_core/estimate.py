@@ -306,12 +306,6 @@ def patch_space(config: DpdlConfig, channels: list[int], space: str) -> PatchSpa
     )
 
 
-def map_stages(config: DpdlConfig) -> list[int]:
-    """All stages whose maps a patch space or a head looks at, from 0."""
-    spaces = [patch_stages(space) for space in config.patch_spaces]
-    return sorted({s for space in [*spaces, config.head_stages] for s in stage_numbers(space)})
-
-
 def check_spaces(config: DpdlConfig, channels: list[int]) -> None:
     """Raises ValueError where a space asks for a stage that a trunk with these channels has not."""
     for space in config.pooled_spaces:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dpdl_core import calibrate, distributed
 from dpdl_core.config import DpdlConfig, untuned
-from dpdl_core.estimate import check_spaces, fit_energies, map_stages, renew_energies
+from dpdl_core.estimate import check_spaces, fit_energies, renew_energies
 from dpdl_core.features import Trunk
 from dpdl_core.images import ImageSource
 from dpdl_core.learn import blank_heads
@@ -120,7 +120,7 @@ def fit(
         )
     trunk.fuse()
     found = _observe(config, trunk, normals, seed, generator, tell)
-    seen = look_at_all(trunk, known, map_stages(config), config.batch_size)
+    seen = look_at_all(trunk, known, config)
     tell("prototypes", 0.0, {})
     energies = fit_energies(
         config, trunk.channels, found.pooled, found.features, generator=generator
@@ -193,7 +193,7 @@ def renew(
     old = _observe(config, trunk, old_normals, seed, generator, tell, spoil=False)
     found = with_new(old, seen_new, ~aside)
     _check_enough(len(found.pooled))
-    seen = look_at_all(trunk, known, map_stages(config), config.batch_size)
+    seen = look_at_all(trunk, known, config)
     tell("prototypes", 0.0, {})
     energies, changed = renew_energies(
         config,
@@ -257,12 +257,8 @@ def _observe(
     return observe(
         trunk,
         source,
-        size=config.image_size,
-        stages=map_stages(config),
-        max_kept=config.max_maps,
-        max_spoiled=config.pseudo_normals,
+        config,
         spoilers=calibrate.make_spoilers(seed) if spoil else [],
-        batch_size=config.batch_size,
         generator=generator,
         tell=report,
     )

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpdl_core.config import DpdlConfig
+from dpdl_core.config import DpdlConfig, pooled_stages
 from dpdl_core.features import Trunk
 from dpdl_core.learn import Parts
 from dpdl_core.parts import Tails, evidence, pool
@@ -58,6 +58,7 @@ class Dpdl(nn.Module):
         self.config = config
         self.trunk = trunk
         self.parts = parts
+        self._pooled_stages = pooled_stages(config)
         self.tails = Tails(len(self.part_names))
         self.register_buffer("weights", torch.ones(len(self.part_names)))
         spaces = len(config.patch_spaces)
@@ -87,7 +88,11 @@ class Dpdl(nn.Module):
         if images.shape[1:3] != (size, size):
             images = resize(images, size)
         maps = self.trunk(images)
-        return self.judge(pool(maps), maps)
+        return self.judge(self.pool(maps), maps)
+
+    def pool(self, maps: list[Tensor]) -> Tensor:
+        """The trunk's maps -> (B, P), parts.pool() of the stages that this model looks at."""
+        return pool(maps, self._pooled_stages)
 
     def judge(self, pooled: Tensor, maps: list[Tensor]) -> Scores:
         """Scores of images whose features are at hand: pool()'s (B, P) and the trunk's maps."""

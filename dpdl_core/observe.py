@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpdl_core import distributed
+from dpdl_core.config import DpdlConfig, map_stages, pooled_stages
 from dpdl_core.features import Trunk
 from dpdl_core.images import ImageSource
 from dpdl_core.parts import pool
@@ -79,21 +80,18 @@ def check_images(images: Tensor, size: int, what: str) -> None:
 def observe(
     trunk: Trunk,
     source: ImageSource,
+    config: DpdlConfig,
     *,
-    size: int,
-    stages: list[int],
-    max_kept: int,
-    max_spoiled: int,
     spoilers: list[Spoil],
-    batch_size: int,
     generator: torch.Generator,
     tell: Callable[[float], None],
 ) -> Normals:
-    """Read this rank's shard once, of images of side `size`. Maps of stages outside `stages` are
-    dropped at once. Raises ValueError for images of another size or type.
+    """Read this rank's shard once, of images of side S. Maps that no patch space or head looks at
+    are dropped at once. Raises ValueError for images of another size or type.
 
     Which normals are kept and spoiled depends on N and the generator only, not on the shards.
     """
+    size, max_kept = config.image_size, config.max_maps
     counts = distributed.row_counts(torch.empty(source.num_images, 0))
     total, start = sum(counts), sum(counts[: distributed.rank()])
     order = distributed.broadcast(torch.randperm(total, generator=generator))
@@ -102,19 +100,19 @@ def observe(
     to_pool = torch.zeros(total, dtype=torch.bool)
     to_pool[order[: max(MAX_POOLED, max_kept)]] = True
     to_spoil = torch.zeros(total, dtype=torch.bool)
-    to_spoil[order[: min(max_kept, max_spoiled)]] = True
+    to_spoil[order[: min(max_kept, config.pseudo_normals)]] = True
 
     # Of the right shapes also on a rank that has no image.
-    one = look(trunk, torch.zeros(1, size, size, 3, dtype=torch.uint8), stages)
+    one = look(trunk, torch.zeros(1, size, size, 3, dtype=torch.uint8), config)
     nothing = one.take(torch.zeros(0, dtype=torch.long))
     pooled, kept, small = [nothing.pooled], [nothing], [thumbnails(())]
     spoiled = [[nothing] for _ in spoilers] if bool(to_spoil.any()) else []
     at = start
-    for images in source.batches(batch_size):
+    for images in source.batches(config.batch_size):
         check_images(images, size, "normals")
         numbers = torch.arange(at, at + len(images))
         at += len(images)
-        found = look(trunk, images, stages)
+        found = look(trunk, images, config)
         pooled.append(found.pooled[to_pool[numbers]])
         rows = chosen[numbers].nonzero().squeeze(1)
         kept.append(found.take(rows))
@@ -122,7 +120,7 @@ def observe(
         rows = to_spoil[numbers].nonzero().squeeze(1)
         if len(rows):
             for level, spoil in zip(spoiled, spoilers, strict=True):
-                level.append(look(trunk, spoil(images[rows], numbers[rows]), stages))
+                level.append(look(trunk, spoil(images[rows], numbers[rows]), config))
         tell((at - start) / max(1, source.num_images))
     everywhere = chosen.nonzero().squeeze(1)
     mine = ((everywhere >= start) & (everywhere < at)).nonzero().squeeze(1)
@@ -144,21 +142,23 @@ def thumbnails(images: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def look(trunk: Trunk, images: Tensor, stages: list[int]) -> Features:
+def look(trunk: Trunk, images: Tensor, config: DpdlConfig) -> Features:
     """Features of one batch of uint8 images (B, S, S, 3), on the CPU."""
-    return keep(trunk(images.to(trunk.mean_255.device)), stages)
+    return keep(trunk(images.to(trunk.mean_255.device)), config)
 
 
-def keep(maps: list[Tensor], stages: list[int]) -> Features:
-    """Of one batch's maps what a fit needs: pooled features, and these stages' maps by halves."""
+def keep(maps: list[Tensor], config: DpdlConfig) -> Features:
+    """Of one batch's maps what a fit needs: pooled features, and the maps that patch spaces and
+    heads look at, by halves."""
+    stages = map_stages(config)
     empty = maps[0].new_empty((len(maps[0]), 0), dtype=torch.float16).cpu()
     kept = [m.half().cpu() if i in stages else empty for i, m in enumerate(maps)]
-    return Features(pool(maps).cpu(), kept)
+    return Features(pool(maps, pooled_stages(config)).cpu(), kept)
 
 
-def look_at_all(trunk: Trunk, images: Tensor, stages: list[int], batch_size: int) -> Features:
+def look_at_all(trunk: Trunk, images: Tensor, config: DpdlConfig) -> Features:
     """Features of images in memory, uint8 (M, S, S, 3)."""
-    return join([look(trunk, batch, stages) for batch in torch.split(images, batch_size)])
+    return join([look(trunk, batch, config) for batch in torch.split(images, config.batch_size)])
 
 
 def join(parts: list[Features]) -> Features:

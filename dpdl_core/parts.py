@@ -7,7 +7,7 @@ Letters: B batch, P pooled features (pool), D features of a space, V parts, K kn
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,15 +29,20 @@ TAIL_SHARE = 0.2
 """The upper share of normal values that the exponential beyond them is fitted to."""
 
 
-def pool(maps: list[Tensor]) -> Tensor:
+def pool(maps: list[Tensor], stages: Container[int]) -> Tensor:
     """Mean and standard deviation over places of every channel of every stage, (B, P).
 
     Order: stage by stage, its means, then its deviations; then the means over the four quadrants
     of the last stage, upper left, upper right, lower left, lower right, which overlap by a row
-    and a column where its side is odd.
+    and a column where its side is odd. Only `stages`, from 0, are looked at: those of others are
+    zero. Shallow maps are large, and moments of all seven of Lite0's cost three times the last
+    five's.
     """
     parts: list[Tensor] = []
-    for m in maps:
+    for stage, m in enumerate(maps):
+        if stage not in stages:
+            parts.append(m.new_zeros((len(m), 2 * m.shape[1]), dtype=torch.float32))
+            continue
         values = _CHUNK_MAPS.get(m.device.type, 1 << 19)
         chunks = torch.split(m.float(), max(1, values // m.shape[1:].numel()))
         moments = [(some.mean((2, 3)), some.square().mean((2, 3))) for some in chunks]
@@ -131,7 +136,8 @@ class PatchSpace(nn.Module):
 
     def join(self, maps: list[Tensor]) -> Tensor:
         """Maps of all stages -> unit-norm patches, joined, (B, grid * grid, in_dims)."""
-        parts = [self._spread(self._coarse(maps[s], 1), maps[s], 1) for s in self.stages]
+        parts = [self._coarse(maps[s], 1) for s in self.stages]
+        parts = [self._spread(m, 1) if m.shape[-1] < self.grid else m for m in parts]
         return torch.cat([F.normalize(m.flatten(2).transpose(1, 2), dim=-1) for m in parts], -1)
 
     def _coarse(self, m: Tensor, step: int) -> Tensor:
@@ -145,10 +151,8 @@ class PatchSpace(nn.Module):
             return F.avg_pool2d(m, 3, stride=step, padding=1, count_include_pad=False)
         return m[..., ::step, ::step]
 
-    def _spread(self, coarse: Tensor, m: Tensor, step: int) -> Tensor:
-        """What is coarse like a stage's map m, at every `step`-th place of the grid."""
-        if m.shape[-1] >= self.grid:
-            return coarse
+    def _spread(self, coarse: Tensor, step: int) -> Tensor:
+        """Every `step`-th place of the grid from a deep stage's map."""
         size = (self.grid, self.grid)
         on_grid = F.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
         return on_grid[..., ::step, ::step]
@@ -164,19 +168,22 @@ class PatchSpace(nn.Module):
     def _project(self, maps: list[Tensor], step: int) -> Tensor:
         """Deep stages are projected before they are spread on the grid: both are linear, and a map
         of 7 x 7 has a quarter of the places."""
-        side = len(range(0, self.grid, step))
+        side, dims = len(range(0, self.grid, step)), self.axes.shape[1]
         offset = -(self.center @ self.axes)
-        total = offset.expand(len(maps[0]), side, side, len(offset)).clone()
+        total = offset.expand(len(maps[0]), side, side, dims).contiguous()
         start = 0
         for stage in self.stages:
             m = self._coarse(maps[stage], step)
             axes = self.axes[start : start + m.shape[1]]
             start += m.shape[1]
-            spread = self._spread(m, maps[stage], step)
-            norm = torch.linalg.vector_norm(spread, dim=1).clamp_min(1e-12)
-            projected = (m.permute(0, 2, 3, 1) @ axes).permute(0, 3, 1, 2)
-            projected = self._spread(projected, maps[stage], step)
-            total.addcdiv_(projected.permute(0, 2, 3, 1), norm[..., None])
+            if maps[stage].shape[-1] < self.grid:
+                norm = torch.linalg.vector_norm(self._spread(m, step), dim=1).clamp_min(1e-12)
+                projected = (m.permute(0, 2, 3, 1) @ axes).permute(0, 3, 1, 2)
+                projected = self._spread(projected, step).permute(0, 2, 3, 1)
+                total.addcdiv_(projected, norm[..., None])
+            else:
+                units = F.normalize(m, dim=1).permute(0, 2, 3, 1)
+                total.view(-1, dims).addmm_(units.flatten(0, 2), axes)
         return total.flatten(1, 2)
 
 
@@ -222,10 +229,7 @@ class PatchEnergy(nn.Module):
         With one variance for all prototypes a residual is a scaled difference: the prototypes'
         share of the product is a table of C numbers.
         """
-        zero, one = torch.zeros_like(weight)[None], torch.ones_like(weight)[None]
-        first = winners.new_zeros(1)
-        scale = self.bridge.residual(one, first) - self.bridge.residual(zero, first)
-        weight = weight * scale[0]
+        weight = weight * self.bridge.residual_scale[0].to(weight)
         return patches @ weight - (self.bridge.means.to(weight) @ weight)[winners]
 
     def on_grid(self, values: Tensor) -> Tensor:
@@ -337,9 +341,25 @@ def hard_nearest(bridge: Bridge, x: Tensor, among: slice = _ALL) -> tuple[Tensor
     A ninth of the soft-min's time, which would cost half as much as the trunk. `among` looks at
     some of the prototypes only, which are numbered from its start.
     """
-    found = [costs.min(1) for costs in _costs(bridge, x, among)]
+    found = [_minimum(costs) for costs in _costs(bridge, x, among)]
     least, winners = (torch.cat(each) for each in zip(*found, strict=True))
     return _energy(bridge, x, least), winners
+
+
+_PIECE, _MANY = 64, 512
+
+
+def _minimum(costs: Tensor) -> tuple[Tensor, Tensor]:
+    """costs.min(1). A CPU finds a row's least value by vectors but its place one by one, so of
+    many columns the place is sought in the best piece only, in a third of the time."""
+    rows, columns = costs.shape
+    if costs.is_cuda or columns <= _MANY or columns % _PIECE:
+        least, winners = costs.min(1)
+        return least, winners
+    pieces = costs.view(rows, -1, _PIECE)
+    least, piece = pieces.amin(2).min(1)
+    best = pieces[torch.arange(rows), piece]
+    return least, piece * _PIECE + best.argmin(1)
 
 
 def hard_energy(bridge: Bridge, x: Tensor, among: slice = _ALL) -> Tensor:

@@ -18,12 +18,10 @@ from torch import Tensor
 
 from dpdl_core import distributed
 from dpdl_core.config import DpdlConfig
-from dpdl_core.estimate import map_stages
 from dpdl_core.features import Trunk
 from dpdl_core.images import ImageSource
 from dpdl_core.model import Dpdl
 from dpdl_core.observe import Features, Normals, check_images, join, keep, thumbnails
-from dpdl_core.parts import pool
 
 LIMIT_QUANTILE = 0.995
 """What model.energy_limit is of the energies of normals that it has not seen (fit.py)."""
@@ -118,7 +116,7 @@ def look_over(
     found = [torch.zeros(0, 2)]
 
     def judge(maps: list[Tensor]) -> None:
-        scores = model.judge(pool(maps), maps)
+        scores = model.judge(model.pool(maps), maps)
         tail = torch.stack([scores.parts[name] for name in names]).mean(0)
         found.append(torch.stack([scores.energy, tail], 1).cpu())
 
@@ -161,7 +159,7 @@ def see(
     meanwhile: Callable[[list[Tensor]], None] = lambda maps: None,
 ) -> Seen:
     """Features of this rank's images, read once; `meanwhile` is given every batch's maps."""
-    stages, step = map_stages(config), max(1, -(-images.num_images // max(1, max_maps)))
+    step = max(1, -(-images.num_images // max(1, max_maps)))
     pooled: list[Tensor] = []
     mapped: list[int] = []
     kept: list[Features] = []
@@ -171,7 +169,7 @@ def see(
         check_images(batch, config.image_size, "new normals")
         maps = trunk(batch.to(trunk.mean_255.device))
         meanwhile(maps)
-        found = keep(maps, stages)
+        found = keep(maps, config)
         every = (at + torch.arange(len(batch))) % step == 0
         rows = every.nonzero().squeeze(1)[: max_maps - len(mapped)]
         pooled.append(found.pooled)

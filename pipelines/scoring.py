@@ -21,7 +21,6 @@ import torch
 from dpdl_core import drift
 from dpdl_core.metrics import conformal_threshold
 from dpdl_core.model import Dpdl
-from dpdl_core.parts import pool
 from pipelines.sources import RowRef
 
 SCORE_BATCH = 32
@@ -74,7 +73,7 @@ def observe_each(models: Sequence[Dpdl], source: ImagesWithRows) -> list[Observe
     for images in source.batches(SCORE_BATCH):
         maps = {i: models[i].trunk(images.to(models[i].weights.device)) for i in set(first)}
         for model, i, seen in zip(models, first, rows, strict=True):
-            found = model.judge(pool(maps[i]), maps[i])
+            found = model.judge(model.pool(maps[i]), maps[i])
             seen.append((found.score.double(), found.energy.double(), found.winners.int()))
     return [
         Observed(*(torch.cat(column).cpu().numpy() for column in zip(*seen, strict=True)))

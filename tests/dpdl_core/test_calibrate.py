@@ -41,7 +41,7 @@ def features(count, seed):
         torch.rand(count, c, s, s, generator=generator)
         for c, s in zip(CHANNELS, (8, 4), strict=True)
     ]
-    return Features(pool(maps), [m.half() for m in maps])
+    return Features(pool(maps, range(2)), [m.half() for m in maps])
 
 
 def without(found, row):

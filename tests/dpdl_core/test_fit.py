@@ -17,7 +17,6 @@ from small import SIZE, anomalies, normals, tiny_config
 
 import dpdl_core.fit as fit_module
 from dpdl_core import artifact
-from dpdl_core.estimate import map_stages
 from dpdl_core.fit import fit, renew
 from dpdl_core.images import ArraySource
 from dpdl_core.metrics import auroc
@@ -65,7 +64,7 @@ def test_heat_map_is_hot_where_the_defect_is(model):
 
 
 def test_a_heat_map_is_0_at_the_median_patch_and_1_at_the_99th_percentile(model):
-    seen = look_at_all(model.trunk, NORMALS, map_stages(model.config), 32)
+    seen = look_at_all(model.trunk, NORMALS, model.config)
     grids = model.parts(seen.pooled, seen.maps)[1]  # (B, spaces, side, side)
     for space, values in enumerate(grids.transpose(0, 1).flatten(1)):
         heat = (values - model.map_median[space]) / model.map_scale[space]
@@ -177,16 +176,12 @@ def test_of_very_many_normals_a_sample_is_kept(model, monkeypatch):
     found = observe(
         model.trunk,
         ArraySource(NORMALS),
-        size=SIZE,
-        stages=[2, 3, 4],
-        max_kept=20,
-        max_spoiled=0,
+        tiny_config(max_maps="20", batch_size="16"),
         spoilers=[],
-        batch_size=16,
         generator=torch.Generator().manual_seed(0),
         tell=lambda share: None,
     )
-    every = look_at_all(model.trunk, NORMALS, [2, 3, 4], 16).pooled
+    every = look_at_all(model.trunk, NORMALS, model.config).pooled
     rows = torch.cdist(found.pooled, every).argmin(1)
     assert len(rows) == 30
     assert (rows.diff() > 0).all()

@@ -98,7 +98,7 @@ def test_energies_keep_their_size_however_small_eps_is():
 @pytest.mark.parametrize("side", [1, 2, 6, 7])
 def test_pool_by_numpy(side):
     maps = [torch.rand(2, 3, 6, 6), torch.rand(2, 4, side, side)]
-    got = pool(maps).numpy()
+    got = pool(maps, (0, 1)).numpy()
     last, half = maps[1].numpy(), (side + 1) // 2
     want = [m.numpy().mean((2, 3)) for m in maps], [m.numpy().std((2, 3)) for m in maps]
     quadrants = [
@@ -107,6 +107,9 @@ def test_pool_by_numpy(side):
         for c in (np.s_[:half], np.s_[side - half :])
     ]
     columns = [want[0][0], want[1][0], want[0][1], want[1][1], *quadrants]
+    np.testing.assert_allclose(got, np.concatenate(columns, 1), rtol=1e-4, atol=1e-5)
+    columns[0] = columns[1] = 0 * columns[0]
+    got = pool(maps, (1,)).numpy()
     np.testing.assert_allclose(got, np.concatenate(columns, 1), rtol=1e-4, atol=1e-5)
 
 
