@@ -36,7 +36,7 @@ from cluster.sources import (
 )
 from infra.errors import AuthFailed, DataError, DpdlError, ServiceUnavailable
 from infra.messages import check_camera
-from infra.settings import Settings, require_private
+from infra.settings import Settings, no_yaml, require_private
 
 BUFFER_FRAMES = 256
 BUFFER_BYTES = 64 * 2**20
@@ -386,8 +386,10 @@ def load_cameras(path: Path) -> list[CameraSpec]:
         entries = _Cameras.model_validate(yaml.safe_load(path.read_text())).cameras
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: {no_yaml(error)}") from None
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"

@@ -30,7 +30,6 @@ Works on Redis 6.2 or newer and Valkey; one primary, no cluster mode. A user of 
 from __future__ import annotations
 
 import itertools
-import math
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,6 +50,8 @@ from infra.messages import FrameResult, check_camera
 from infra.redis_connection import make_redis, redis_errors
 from infra.settings import Settings
 
+MAX_THRESHOLD = 3e38
+"""Scores are compared in single precision, where 1e39 is infinite: nothing would ever alert."""
 MAX_BLOCK_S = 3.0
 """Longest wait inside Redis; the connection's REPLY_TIMEOUT_S would break a longer one."""
 MAX_RESULTS = 2048
@@ -469,8 +470,11 @@ class ResultStore:
 
 def check_threshold(threshold: float | None) -> None:
     """ValueError for what set_threshold() does not take."""
-    if threshold is not None and not math.isfinite(threshold):
-        raise ValueError(f"threshold {threshold}: wanted a finite number")
+    if threshold is not None and not abs(threshold) <= MAX_THRESHOLD:
+        raise ValueError(
+            f"threshold {threshold}: wanted a number between {-MAX_THRESHOLD:g} and "
+            f"{MAX_THRESHOLD:g}"
+        )
 
 
 def _stored(entries: Iterable[tuple[str, dict[str, str]]]) -> list[StoredResult]:

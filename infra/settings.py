@@ -375,8 +375,10 @@ def _secret_from(path: Path, name: str) -> str:
 def _from_yaml(path: Path) -> _Layer:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path}: cannot read it ({' '.join(str(error).split())})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot read it ({error})") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: {no_yaml(error)}") from None
     layer: _Layer = {}
     for key, value in _flat(content, path):
         if key not in _KEYS:
@@ -391,6 +393,13 @@ def _from_yaml(path: Path) -> _Layer:
             value = path.parent / Path(str(value)).expanduser()
         layer[key] = (value, str(path))
     return layer
+
+
+def no_yaml(error: yaml.YAMLError) -> str:
+    """Where a text is no YAML, without a word of it: PyYAML quotes the line, passwords and all."""
+    mark = getattr(error, "problem_mark", None)
+    where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    return f"no YAML{where}: put text with other characters than letters and digits in quotes"
 
 
 def _flat(content: object, path: Path) -> Iterator[tuple[str, Any]]:

@@ -17,21 +17,23 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 
 class MeetOnRaysNetwork(WorkerGroupCallback):  # type: ignore[misc]
-    """Lets workers on several machines meet: gloo is to listen where Ray does.
+    """Lets workers on several machines meet: gloo and NCCL are to listen where Ray does.
 
-    By itself it takes the address that the host's name stands for, on Debian 127.0.1.1: the others
-    cannot reach it. This hook is called before Ray Train joins the workers.
+    By itself gloo takes the address that the host's name stands for, on Debian 127.0.1.1, and NCCL
+    any interface that is up: the others cannot reach it. This hook is called before Ray Train
+    joins the workers.
     """
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
-        ray.get([worker.execute_async(_gloo_on_rays_network) for worker in workers])
+        ray.get([worker.execute_async(_meet_on_rays_network) for worker in workers])
         return {}
 
 
-def _gloo_on_rays_network() -> None:
+def _meet_on_rays_network() -> None:
     name = interface_of(node_address())
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without "=" a prefix
 
 
 def node_address() -> str:

@@ -214,6 +214,8 @@ class Loop:
             asked = pending or self._score.submit(batch)
             pending = None  # a failed answer is not asked for again, its question is
             while wait([asked], timeout=WAIT_S).not_done:
+                if time.monotonic() > self._stop_by:
+                    raise Stopping("scoring: no answer")
                 self._show_life()
             return asked.result()
 

@@ -115,6 +115,7 @@ class Watch:
                 self._trouble[store] = error
             except Exception:  # whatever a store holds, the next look may find something else
                 log.exception("looking at %s", store)
+                self._trouble[store] = None  # it answered
             time.sleep(GAUGES_S)
 
     def _look_at_lag(self) -> None:
@@ -166,21 +167,30 @@ class Watch:
         )
 
     def _look_at_decisions(self) -> None:
+        trouble: DpdlError | None = None
         for model in sorted(self._models):
-            known = self._decisions.setdefault(model, Recorded(self._settings, model))
-            seen = self._listed.get(model)
-            if seen is None or time.monotonic() - seen.at_s > DECISIONS_S:
-                look = looks.last(self._settings, model)
-                seen = _Listed(time.monotonic(), known.all(), self._moved_s(model), look)
-                self._listed[model] = seen
-            if seen.moved_s is not None:
-                self._metrics.pointer(model, seen.moved_s)
-            if seen.look is not None:
-                self._metrics.look_due(model, seen.look.due_s)
-            for decision in DECISIONS:
-                such = [each.at for each in seen.decisions if each.decision == decision]
-                last = max(such, default="")
-                self._metrics.refreshes(model, decision, len(such), _unix_s(last))
+            try:
+                self._look_at_decisions_of(model)
+            except DataError as error:  # one model's: the others have theirs
+                trouble = error
+        if trouble is not None:
+            raise trouble
+
+    def _look_at_decisions_of(self, model: str) -> None:
+        known = self._decisions.setdefault(model, Recorded(self._settings, model))
+        seen = self._listed.get(model)
+        if seen is None or time.monotonic() - seen.at_s > DECISIONS_S:
+            look = looks.last(self._settings, model)
+            seen = _Listed(time.monotonic(), known.all(), self._moved_s(model), look)
+            self._listed[model] = seen
+        if seen.moved_s is not None:
+            self._metrics.pointer(model, seen.moved_s)
+        if seen.look is not None:
+            self._metrics.look_due(model, seen.look.due_s)
+        for decision in DECISIONS:
+            such = [each.at for each in seen.decisions if each.decision == decision]
+            last = max(such, default="")
+            self._metrics.refreshes(model, decision, len(such), _unix_s(last))
 
     def _moved_s(self, model: str) -> float | None:
         """When the pointer last moved. None for one that cannot be read: S3 answers, and scorers

@@ -142,10 +142,17 @@ def refresh(
             said[:] = [line]
             err.print(line, style="dim", markup=False)
 
+    told: set[str] = set()
+
     def show(done: RefreshReport | DpdlError) -> None:
         if isinstance(done, DpdlError):
             err.print(f"{done}: trying again", style="yellow", markup=False)
             return
+        for note in done.notes:
+            if note not in told:
+                err.print(note, style="yellow", markup=False)
+        told.clear()
+        told.update(done.notes)
         if done.decision == "none" and (every is not None or watch):
             say(f"nothing to do: {done.why}")
             return
@@ -158,8 +165,6 @@ def refresh(
                 markup=False,
                 highlight=False,
             )
-        for note in done.notes:
-            err.print(note, style="yellow", markup=False)
         write_report(report, asdict(done))
 
     with progress_line("refresh") as progress:

@@ -4,9 +4,9 @@ With a token everyone is asked for it, from this machine too: behind a proxy on 
 the world comes from loopback, and not every proxy says for whom.
 
 Without one a caller counts as local only when the connection comes from loopback, no proxy says
-that it stands between, and the address in the browser's bar is a loopback name too: without the
-last, a web page from elsewhere could reach the console through a name that it points at 127.0.0.1
-(DNS rebinding).
+that it stands between (nginx by itself says nothing: behind any proxy a token is needed), and the
+address in the browser's bar is a loopback name too: without the last, a web page from elsewhere
+could reach the console through a name that it points at 127.0.0.1 (DNS rebinding).
 
 What changes something needs more: a page from elsewhere can make this machine's browser send a
 request (CSRF), but neither with a header of its own choosing nor with our origin.
@@ -74,7 +74,8 @@ def refused_change(headers: Mapping[str, str]) -> str:
 
 
 def _local(client: str | None, headers: Mapping[str, str]) -> bool:
-    if "forwarded" in headers or "x-forwarded-for" in headers:
+    said = ("forwarded", "via", "x-real-ip", "x-forwarded-")
+    if any(name.lower().startswith(said) for name in headers):
         return False
     return _is_loopback(client or "") and _is_loopback(_host_name(headers.get("host", "")))
 

@@ -374,7 +374,8 @@ class Console:
             raise HTTPException(404, "no such topic of frames")
         offset, _, time_ns = kept.partition("-")
         frame = frame_id(topic, int(partition), int(offset))
-        return pages.picture(self._desk.image(frame, int(time_ns) if time_ns else None))
+        image = self._desk.image(frame, int(time_ns) if time_ns else None)
+        return pages.picture(image, lasting=bool(time_ns))
 
     # --- versions ------------------------------------------------------------------------
 

@@ -21,12 +21,13 @@ def login(said: str = "") -> bytes:
     return file("login.html").replace(b'<p role="alert">', f'<p role="alert">{said}'.encode())
 
 
-def picture(data: bytes) -> Response:
+def picture(data: bytes, *, lasting: bool = True) -> Response:
+    """lasting: its address never stands for another one."""
     kind = image_type(data)
     # What is no known picture is never shown in the page's origin.
     shown = "inline" if kind.startswith("image/") else "attachment"
     headers = {
-        "Cache-Control": "private, max-age=86400, immutable",
+        "Cache-Control": "private, max-age=86400, immutable" if lasting else "no-store",
         "Content-Disposition": shown,
     }
     return Response(data, media_type=kind, headers=headers)

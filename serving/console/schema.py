@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from infra.answers import Kind
+from infra.redis_client import MAX_THRESHOLD
 
 Name = Annotated[
     str,
@@ -191,7 +192,9 @@ class AnswerOrder(_Order):
 
 
 class ThresholdOrder(_Order):
-    threshold: Annotated[float, Field(allow_inf_nan=False)] | None
+    threshold: (
+        Annotated[float, Field(allow_inf_nan=False, ge=-MAX_THRESHOLD, le=MAX_THRESHOLD)] | None
+    )
     """null: the model's own again."""
 
 

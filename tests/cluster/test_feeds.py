@@ -212,6 +212,14 @@ def test_a_wrong_file_is_one_line_that_says_where(tmp_path, text, message):
     assert "\n" not in str(refused.value)
 
 
+def test_a_slip_does_not_print_a_cameras_password(tmp_path):
+    path = tmp_path / "cameras.yaml"
+    path.write_text('cameras:\n  - {id: a, source: "rtsp://admin:hunter2@10.0.0.1/x}\n')
+    with pytest.raises(DataError, match="no YAML in line") as refused:
+        load_cameras(path)
+    assert "hunter2" not in str(refused.value)
+
+
 def make_video(path, codec, pixel_format, frames):
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10)

@@ -139,7 +139,7 @@ def test_what_kubernetes_sets_for_a_service_is_no_setting(home: Path, service: s
         ({"kafak": {"bootstrap": "x"}}, r"kafak\.bootstrap .*nearest is kafka\.bootstrap"),
         ({"state": "x"}, r"state .*nearest is state_dir"),
         ("- a list", "found list, wanted groups"),
-        ("a: [", "cannot read it"),
+        ("a: [", "no YAML in line 1"),
         ({"redis": 5}, "redis in .* is not a setting"),
     ],
 )
@@ -263,6 +263,17 @@ def test_no_secret_is_shown(home: Path) -> None:
 
 def test_a_mistyped_secret_is_not_echoed(home: Path) -> None:
     write(home / "dpdl.yaml", {"redis": {"password": ["hunter2"], "port": "x"}})
+    with pytest.raises(SettingsError) as raised:
+        load_settings({})
+    assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "slip", ["'hunter2", '"hunter2', "@hunter2", "*hunter2", "!hunter2 x", "a: hunter2", "[hunter2"]
+)
+def test_a_slip_in_yaml_does_not_print_the_password(home: Path, slip: str) -> None:
+    (home / "dpdl.yaml").write_text(f"redis:\n  host: r\n  password: {slip}\n")
+    (home / "dpdl.yaml").chmod(0o600)
     with pytest.raises(SettingsError) as raised:
         load_settings({})
     assert "hunter2" not in str(raised.value)

@@ -28,6 +28,9 @@ def test_this_machine_needs_no_token(client, host):
         ("10.0.0.7", LOCAL),
         ("127.0.0.1", {"host": "evil.example:8000"}),  # DNS rebinding
         ("127.0.0.1", {**LOCAL, "x-forwarded-for": "10.0.0.7"}),  # a proxy before us
+        ("127.0.0.1", {**LOCAL, "x-forwarded-proto": "https"}),
+        ("127.0.0.1", {**LOCAL, "X-Real-IP": "10.0.0.7"}),
+        ("127.0.0.1", {**LOCAL, "via": "1.1 varnish"}),
         ("127.0.0.1", {}),
         (None, LOCAL),
         ("", LOCAL),

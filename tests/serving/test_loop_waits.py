@@ -9,6 +9,7 @@ import pytest
 from loop_world import Outside, World, decode, quiet_state, run
 
 from infra.errors import AuthFailed, ServiceUnavailable
+from serving import loop as loop_module
 from serving.loop import Loop
 
 
@@ -110,6 +111,22 @@ def test_stopping_gives_up_at_the_deadline_and_loses_nothing():
             raise ServiceUnavailable("Redis is away")
 
     outside = Outside(world, trap)
+    run(outside, drain_s=0.05)
+    assert all(offset == 0 for offset in world.stored.values())
+    run(Outside(world))
+    assert world.finished()
+
+
+def test_stopping_does_not_wait_for_a_score_that_never_comes(monkeypatch):
+    monkeypatch.setattr(loop_module, "WAIT_S", 0.01)
+    world = World(bad=())
+    outside = Outside(world)
+
+    def never(batch):
+        outside.loop.stop()
+        return Future()
+
+    outside.submit = never
     run(outside, drain_s=0.05)
     assert all(offset == 0 for offset in world.stored.values())
     run(Outside(world))
