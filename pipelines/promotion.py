@@ -58,6 +58,8 @@ def consider(
             f"{version} descends from {manifest['parent']}, but {pointer.version} is current "
             "now: refresh again"
         )
+    elif other := _of_another_data_set(store, name, manifest, pointer):
+        verdict = Verdict(False, other, {}, [other])
     else:
         if held_out is None:
             current = store.manifest(name, pointer.version)
@@ -73,6 +75,24 @@ def consider(
         move(settings, store, name, version, pointer, verdict.why)
     _record(settings, name, version, manifest, verdict)
     return verdict
+
+
+def _of_another_data_set(
+    store: ModelStore, name: str, manifest: Mapping[str, Any], pointer: Pointer
+) -> str:
+    """Why a training of another product than the current version's is held; "" where it is not.
+
+    Nothing that both have to know can tell: its own normals are strange to the current version.
+    """
+    mine = manifest["data"]["dataset"]
+    current = store.manifest(name, pointer.version)["data"]["dataset"]
+    if mine == current:
+        return ""
+    return (
+        f"it learnt data set {mine}, {pointer.version}, which is current, {current}: give it a "
+        "name of its own (`dpdl train --model NAME`), or `dpdl models promote` it if it is to "
+        "replace that"
+    )
 
 
 def consider_training(

@@ -367,6 +367,14 @@ def test_a_training_is_decided_once_and_the_decision_is_kept(
     assert deployed.current("plates").version == "train-0"
 
 
+def test_a_training_of_another_product_replaces_nothing(settings, deployed, dataset, fitted):
+    put_training(deployed, "train-1", fitted, snapshot(dataset) | {"dataset": "screws"})
+    verdict = consider(settings, deployed, "plates", "train-1")
+    assert not verdict.promote
+    assert "learnt data set screws, train-0, which is current, plates" in verdict.why
+    assert deployed.current("plates").version == "train-0"
+
+
 @pytest.mark.parametrize("races", [1, 5])
 def test_a_training_that_loses_the_race_for_the_pointer_is_judged_against_who_won(
     settings, deployed, dataset, fitted, monkeypatch, races
