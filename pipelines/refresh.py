@@ -17,7 +17,6 @@ to rely on.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ import torch
 
 from infra import decisions
 from infra.answers import is_answer
+from infra.cores import num_cores
 from infra.errors import DataError
 from infra.model_store import ModelStore
 from infra.settings import Settings
@@ -89,8 +89,9 @@ def refresh_once(
     options = options or RefreshOptions()
     started = time.perf_counter()
     yield_cores()
-    # A job's driver is given one thread by Ray. A stream beside it keeps half of the cores.
-    torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // 2))
+    # A job's driver is given one thread by Ray: it takes half of the cores, and a stream beside it
+    # has the others. Else all, yielding.
+    torch.set_num_threads(max(min(torch.get_num_threads(), num_cores()), num_cores() // 2))
     store = ModelStore(settings)
     name = options.model_name
     pointer = store.current(name)

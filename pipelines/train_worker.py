@@ -13,7 +13,6 @@ Letters: W workers.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from dpdl_core import artifact
 from dpdl_core.config import from_json
 from dpdl_core.fit import fit
 from dpdl_core.metrics import auroc, average_precision
+from infra.cores import num_cores
 from infra.errors import DpdlError
 from pipelines.ray_network import node_address
 from pipelines.run_record import CURVES, EPOCHS, draw, epochs_to_lines
@@ -170,7 +170,7 @@ class _Worker:
         """Where each rank runs, as Ray calls its nodes."""
         self.device = ray.train.torch.get_device()
         # Workers that share a machine share its cores: more threads than cores only thrash.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        torch.set_num_threads(max(1, num_cores() // context.get_local_world_size()))
         self.config = from_json(job.config)
         self.before = latest()
         """Files of the checkpoint to go on from."""

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ray import serve
 
 from infra.cameras import SILENT_S, ThresholdOverride
+from infra.cores import num_cores
 from infra.errors import DpdlError
 from infra.metrics import GAUGES_S, ReplicaMetrics, ScorerMetrics
 from infra.model_store import ModelStore
@@ -52,7 +53,7 @@ STUCK_S = 300.0
 def cpu_threads() -> int:
     """Of torch, in a scorer on the CPU: decoding needs a core too, and beyond a few there is no
     gain for small batches."""
-    return max(1, min(MAX_CPU_THREADS, (os.cpu_count() or 2) - 1))
+    return max(1, min(MAX_CPU_THREADS, num_cores() - 1))
 
 
 def score_batch(
