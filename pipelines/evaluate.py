@@ -111,7 +111,8 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
             except DatasetError as error:
                 raise DatasetError(f"{error}; {left_out(rejected)}") from None
         runs = _run_all(options, splits, images, dataset, method, tell)
-    report = _summary(options, dataset, rejected, method, [run for run, _ in runs])
+        copies = _copies(splits, images, _rows(dataset))
+    report = _summary(options, dataset, rejected, method, [run for run, _ in runs], copies)
     report["classes_not_seen"] = not_seen
     if options.report is not None:
         options.report.parent.mkdir(parents=True, exist_ok=True)
@@ -203,12 +204,7 @@ def _run_all(
     method: Method,
     tell: Progress,
 ) -> list[tuple[Run, RunPictures]]:
-    rows = {
-        sample.source: row
-        for row, sample in enumerate(
-            [*dataset.normals, *(dataset.test_normals or []), *dataset.anomalies]
-        )
-    }
+    rows = _rows(dataset)
     pixels = hashlib.blake2b(images.data).hexdigest()
     folder = None if options.report is None else options.report.with_suffix(".runs")
     done: list[tuple[Run, RunPictures]] = []
@@ -229,6 +225,27 @@ def _run_all(
         done.append(found)
         tell_run("done", 1.0, {"auroc": round(float(np.mean([r.auroc for r, _ in done])), 4)})
     return done
+
+
+def _rows(dataset: Dataset) -> dict[str, int]:
+    """Where each sample's image lies among those that _decode() gives."""
+    samples = [*dataset.normals, *(dataset.test_normals or []), *dataset.anomalies]
+    return {sample.source: row for row, sample in enumerate(samples)}
+
+
+def _copies(
+    splits: Sequence[Split], images: Pixels, rows: Mapping[str, int]
+) -> list[frozenset[str]]:
+    """Per split, the test images whose pixels are those of an image that its training sees. They
+    stay in the test, as in the papers, but pass for unseen ones."""
+    digest = {
+        source: hashlib.blake2b(images[row].tobytes()).digest() for source, row in rows.items()
+    }
+    found = []
+    for split in splits:
+        learnt = {digest[s.source] for s in [*split.train_normals, *split.train_anomalies]}
+        found.append(frozenset(s.source for s in split.test if digest[s.source] in learnt))
+    return found
 
 
 def _run(
@@ -278,6 +295,7 @@ def _summary(
     rejected: Sequence[Rejected],
     method: Method,
     runs: Sequence[Run],
+    copies: Sequence[frozenset[str]],
 ) -> dict[str, Any]:
     def by_seed(value: Callable[[Run], float | None]) -> list[float | None]:
         """One figure per seed, None where no run of it has one: in the hard setting the mean over
@@ -286,6 +304,7 @@ def _summary(
         known = [[v for v in values if v is not None] for values in found]
         return [float(np.mean(values)) if values else None for values in known]
 
+    copy_of = {run.split_sha256: each for run, each in zip(runs, copies, strict=True)}
     machine, date = machine_of(options.device), time.strftime("%Y-%m-%d")
     seen = sorted({run.seen_class for run in runs if run.seen_class})
     return {
@@ -298,6 +317,12 @@ def _summary(
         "settings": json.loads(method.settings),
         "auroc": spread(by_seed(lambda run: run.auroc)),
         "ap": spread(by_seed(lambda run: run.ap)),
+        "copies_in_test": [len(each) for each in copies],
+        "auroc_without_copies": (
+            spread(by_seed(lambda run: _without(run, copy_of[run.split_sha256])))
+            if any(copies)
+            else None
+        ),
         "by_defect": {
             d: spread(by_seed(functools.partial(_of_defect, defect=d))) for d in dataset.defects
         },
@@ -332,6 +357,13 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
         "sd": (float(np.std(known, ddof=1)) if len(known) > 1 else 0.0) if known else None,
         "per_seed": list(values),
     }
+
+
+def _without(run: Run, copies: frozenset[str]) -> float | None:
+    """AUROC of what is no copy; None where that is all normal or all anomalous."""
+    kept = [i for i, source in enumerate(run.sources) if source not in copies]
+    labels = [run.labels[i] for i in kept]
+    return auroc(labels, [run.scores[i] for i in kept]) if len(set(labels)) > 1 else None
 
 
 def _of_defect(run: Run, defect: str) -> float | None:

@@ -78,6 +78,11 @@ def evaluate(
             _warn(where + left_out([Rejected(**each) for each in one["rejected"]]))
         for name, count in one["classes_not_seen"].items():
             _warn(f"{where}{name}: {count} images, too few to see {shots} of; tested only")
+        if one["auroc_without_copies"]:
+            _warn(
+                f"{where}up to {max(one['copies_in_test'])} test images are copies of training "
+                f"ones; without them auroc {_figure(one['auroc_without_copies'])}"
+            )
         if category:
             line = f"{where}auroc {_figure(one['auroc'])}, ap {_figure(one['ap'])}"
             out.print(line, markup=False, soft_wrap=True)
@@ -86,6 +91,8 @@ def evaluate(
 
 
 def _figure(spread: dict[str, Any]) -> str:
+    if spread["mean"] is None:
+        return "unknown"
     return f"{spread['mean']:.4f} +- {spread['sd']:.4f}"
 
 

@@ -84,6 +84,33 @@ def test_report_says_what_the_runs_found(data, tmp_path):
     assert Image.open(path.with_suffix(".png")).size[0] > 800
 
 
+def test_copies_of_training_images_are_counted_and_left_out_of_a_second_figure(data, tmp_path):
+    """Every normal twice, under another name and encoding."""
+    twice = shutil.copytree(data, tmp_path / "tiles")
+    for path in sorted((data / "normal").glob("*.png")):
+        Image.open(path).save(twice / "normal" / f"copy{path.stem}.bmp")
+    path = tmp_path / "report.json"
+    report = evaluate(options(twice, report=path))
+    want = []
+    for number, split_file in enumerate(sorted(path.with_suffix(".runs").glob("*.split.json"))):
+        split = json.loads(split_file.read_text())
+        run = json.loads(Path(str(split_file).replace(".split.json", ".json")).read_text())
+        stems = {Path(n).stem.removeprefix("copy") for n, label, _ in split["train_normals"]}
+        kept = [
+            (bool(defect), score)
+            for source, defect, score in zip(
+                run["sources"], run["defects"], run["scores"], strict=True
+            )
+            if defect or Path(source).stem.removeprefix("copy") not in stems
+        ]
+        copies = len(run["sources"]) - len(kept)
+        assert 0 < copies < 8
+        assert copies in report["copies_in_test"], number
+        want.append(auroc(*zip(*kept, strict=True)))
+    assert sorted(report["auroc_without_copies"]["per_seed"]) == pytest.approx(sorted(want))
+    assert evaluate(options(data))["auroc_without_copies"] is None
+
+
 def test_splits_are_on_disk_and_fit_the_data(data, tmp_path):
     path = tmp_path / "report.json"
     report = evaluate(options(data, report=path, seeds=(4,)))
