@@ -55,13 +55,22 @@ def read_folder(root: Path) -> Dataset:
     if not root.is_dir():
         raise DatasetError(f"{root}: no such folder")
     root = Path(os.path.abspath(root))  # "." has no name; resolve() would change that of a link
-    for reader in _READERS:
-        dataset = reader(root)
-        if dataset is not None:
-            return dataset
-    categories = [d.name for d in _folders(root) if (d / "train" / "good").is_dir()]
-    if categories:
+    inside = root
+    while True:
+        for reader in _READERS:
+            dataset = reader(inside)
+            if dataset is not None:
+                return dataset
+        below = _folders(inside)
+        # Unpacked, many archives are a folder in a folder.
+        if len(below) != 1 or _files(inside):
+            break
+        inside = below[0]
+    categories = [d.name for d in _folders(inside) if (d / "train" / "good").is_dir()]
+    if categories and inside == root:
         raise Categories(root, categories)
+    if categories:
+        raise DatasetError(f"{root}: the MVTec AD categories are in {inside}: name that")
     found = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
     raise DatasetError(f"{root}: found {found}; wanted {LAYOUTS_READ}")
 
@@ -114,6 +123,11 @@ def _read_dagm(root: Path) -> Dataset | None:
     anomalies: list[Sample] = []
     for part in parts:
         labelled = {p.stem.removesuffix("_label") for p in _files(part / "Label")}
+        if not labelled:
+            raise DatasetError(
+                f"{root}: {part.relative_to(root).as_posix()}/Label/ holds no images: they say "
+                "which of its pictures have a defect; unpack them too"
+            )
         for path in _files(part):
             if path.stem in labelled:
                 anomalies.append(_sample(root, path, "defect"))
@@ -152,8 +166,8 @@ def _read_aitex(root: Path) -> Dataset | None:
         for box in _boxes(path, _squares)
     ]
     anomalies: list[Sample] = []
-    for path in _files(broken):
-        found = sorted(masks.glob(f"{path.stem}_mask*"))
+    for path in sorted(filter(_is_image, broken.rglob("*"))):
+        found = sorted(masks.rglob(f"{path.stem}_mask*"))
         if not found:  # some strips of the published set have none: where is the defect?
             continue
         mask = _mask(found)
@@ -161,6 +175,10 @@ def _read_aitex(root: Path) -> Dataset | None:
         for box in _boxes(path, _squares):
             if box is None or _touched(mask, box):
                 anomalies.append(_sample(root, path, fields[min(1, len(fields) - 1)], box))
+    if not anomalies:
+        raise DatasetError(
+            f"{root}: no anomalies; looked for strips in {broken.name}/ with masks in {masks.name}/"
+        )
     return Dataset(root.name, normals, None, anomalies)
 
 
@@ -273,7 +291,10 @@ def _unread(folder: Path) -> list[Path]:
     return [
         path
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not _is_image(path) and not path.name.startswith(".")
+        if path.is_file()
+        and not _is_image(path)
+        and not path.name.startswith(".")
+        and path.name not in ("Thumbs.db", "desktop.ini")
     ]
 
 
@@ -315,13 +336,21 @@ def _by_class(
     root: Path, folder: Path, *, default: str, skip: tuple[str, ...] = ()
 ) -> list[Sample]:
     """Anomalies in folder/<class>/; images directly in folder are of class `default`, if named."""
-    loose = [_sample(root, path, default) for path in _files(folder)] if default else []
-    return loose + [
-        _sample(root, path, sub.name)
-        for sub in _folders(folder)
-        if sub.name not in skip
-        for path in _flat(root, sub)
-    ]
+    found = [_sample(root, path, default) for path in _files(folder)] if default else []
+    for sub in _folders(folder):
+        if sub.name in skip:
+            continue
+        images = _flat(root, sub)
+        # A class may be empty; one whose images cannot be read would vanish.
+        unread = [] if images else _unread(sub)
+        if unread:
+            raise DatasetError(
+                f"{root}: {sub.relative_to(root).as_posix()}/ holds {len(unread)} files of no "
+                f"kind that is read, the first is {unread[0].name}; wanted "
+                f"{' '.join(sorted(_IMAGES))}"
+            )
+        found += [_sample(root, path, sub.name) for path in images]
+    return found
 
 
 def _no_anomaly(root: Path, wanted: Path, read: tuple[Path, ...]) -> DatasetError:

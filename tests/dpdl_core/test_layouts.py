@@ -105,7 +105,7 @@ def test_files_of_no_kind_that_is_read_are_named(tmp_path):
     draw(tmp_path / "normal" / "a.png")
     (tmp_path / "anomaly" / "crack").mkdir(parents=True)
     (tmp_path / "anomaly" / "crack" / "b.heic").write_bytes(b"ftypheic")
-    message = r"1 files in anomaly/ are of no kind that is read, the first is anomaly/crack/b\.heic"
+    message = r"anomaly/crack/ holds 1 files of no kind that is read, the first is b\.heic"
     with pytest.raises(DatasetError, match=message):
         load_dataset(tmp_path)
 
@@ -149,7 +149,9 @@ def test_mvtec_category(tmp_path):
     data = load_dataset(tmp_path / "carpet")
     assert counts(data) == (4, 2, 2, ["cut", "hole"])
     all_decode(data)
-    with pytest.raises(Categories, match=r"1 MVTec AD categories; name one: .*carpet"):
+    assert counts(load_dataset(tmp_path)) == counts(data)
+    draw(tmp_path / "tile" / "train" / "good" / "000.png")
+    with pytest.raises(Categories, match=r"2 MVTec AD categories; name one: .*carpet"):
         load_dataset(tmp_path)
 
 
@@ -163,6 +165,47 @@ def test_dagm_pools_its_classes(tmp_path):
     assert counts(data) == (8, None, 4, ["defect"])
     assert data.anomalies[0].source == "Class1/Test/0001.PNG"
     all_decode(data)
+
+
+def test_dagm_without_its_labels_is_not_all_normal(tmp_path):
+    draw(tmp_path / "Class1" / "Train" / "0001.PNG")
+    draw(tmp_path / "Class1" / "Train" / "Label" / "0001_label.PNG")
+    draw(tmp_path / "Class1" / "Test" / "0001.PNG")
+    with pytest.raises(DatasetError, match="Class1/Test/Label/ holds no images"):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("above", ["set", "set/set"])
+def test_a_folder_in_a_folder_is_looked_into(tmp_path, above):
+    for name in ("normal/0.png", "normal/1.png", "anomaly/dent/0.png"):
+        draw(tmp_path / above / name)
+    (tmp_path / "README.txt").write_text("where it comes from")
+    assert counts(load_dataset(tmp_path)) == (2, None, 1, ["dent"])
+    draw(tmp_path / "other" / "0.png")
+    with pytest.raises(DatasetError, match=r"found README\.txt, other, set; wanted"):
+        load_dataset(tmp_path)
+
+
+def test_categories_in_a_folder_of_their_own(tmp_path):
+    draw(tmp_path / "mvtec" / "bottle" / "train" / "good" / "0.png")
+    draw(tmp_path / "mvtec" / "cable" / "train" / "good" / "0.png")
+    with pytest.raises(Categories) as found:
+        load_dataset(tmp_path / "mvtec")
+    assert found.value.names == ["bottle", "cable"]
+    with pytest.raises(DatasetError, match=r"categories are in .*/mvtec: name that"):
+        load_dataset(tmp_path)
+
+
+def test_a_class_that_cannot_be_read_does_not_vanish(tmp_path):
+    for name in ("normal/0.png", "anomaly/dent/0.png"):
+        draw(tmp_path / name)
+    (tmp_path / "anomaly" / "none").mkdir()
+    (tmp_path / "anomaly" / "none" / "Thumbs.db").write_bytes(b"")
+    assert counts(load_dataset(tmp_path)) == (1, None, 1, ["dent"])
+    (tmp_path / "anomaly" / "scratch").mkdir()
+    (tmp_path / "anomaly" / "scratch" / "a.heic").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"anomaly/scratch/ holds 1 files .* a\.heic; wanted"):
+        load_dataset(tmp_path)
 
 
 def test_kolektor_is_cut_in_three(tmp_path):
