@@ -162,14 +162,9 @@ class Bridge(nn.Module):
         Eq. 22, centred: as printed, psi(x) - mu_c = S_c x holds nothing of the prototype.
         """
         x = self._admit(x)
-        means = _rows(self.means, winner).to(x.dtype)
-        scale = _rows(self.residual_scale, winner).to(x.dtype)
-        return scale * (x - means)
-
-    @property
-    def residual_scale(self) -> Tensor:
-        """S / sqrt(Gam), (C, D) or shared (1, D): what residual() makes of a unit of x - p_c."""
-        return self.log_ratio.sigmoid() * (-self.log_ratio / 2).exp() / math.sqrt(self.eps)
+        means, shrink = self._chosen(winner, x.dtype)
+        deviation = _rows((self.log_ratio / 2).exp(), winner).to(x.dtype) * math.sqrt(self.eps)
+        return shrink * (x - means) / deviation
 
     # The process, eq. 14 --------------------------------------------------------------------
 

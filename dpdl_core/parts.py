@@ -229,7 +229,8 @@ class PatchEnergy(nn.Module):
         With one variance for all prototypes a residual is a scaled difference: the prototypes'
         share of the product is a table of C numbers.
         """
-        weight = weight * self.bridge.residual_scale[0].to(weight)
+        scale = self.bridge.shrink[0] / self.bridge.variances[0].sqrt()
+        weight = weight * scale.to(weight)
         return patches @ weight - (self.bridge.means.to(weight) @ weight)[winners]
 
     def on_grid(self, values: Tensor) -> Tensor:

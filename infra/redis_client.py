@@ -472,7 +472,7 @@ def check_threshold(threshold: float | None) -> None:
     """ValueError for what set_threshold() does not take."""
     if threshold is not None and not abs(threshold) <= MAX_THRESHOLD:
         raise ValueError(
-            f"threshold {threshold}: wanted a number between {-MAX_THRESHOLD:g} and "
+            f"threshold {threshold}: wanted a finite number, between {-MAX_THRESHOLD:g} and "
             f"{MAX_THRESHOLD:g}"
         )
 

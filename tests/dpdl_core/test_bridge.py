@@ -335,13 +335,13 @@ FAULTS = {
         ["transport_and_residual_by_hand"],
     ),
     "residual as printed": (
-        "scale * (x - means)",
-        "scale * x",
+        "shrink * (x - means) / deviation",
+        "shrink * x / deviation",
         ["transport_and_residual_by_hand"],
     ),
     "residual over the variance": (
-        "(-self.log_ratio / 2).exp()",
-        "(-self.log_ratio).exp()",
+        "(self.log_ratio / 2).exp()",
+        "self.log_ratio.exp()",
         ["transport_and_residual_by_hand"],
     ),
     "density without its distance": (

@@ -38,10 +38,17 @@ class Model:
     def __init__(self, energy_limit):
         self.energy_limit = torch.tensor(energy_limit)
         self.config = SimpleNamespace(
-            batch_size=4096, image_size=1, patch_spaces=["1"], head_stages="1"
+            batch_size=4096,
+            image_size=1,
+            pooled_spaces=["1"],
+            patch_spaces=["1"],
+            head_stages="1",
         )
         self.trunk, self.weights = Trunk(), torch.ones(1)
         self.parts = SimpleNamespace(energies=SimpleNamespace(names=["all"]))
+
+    def pool(self, maps):
+        return None
 
     def judge(self, pooled, maps):
         energy = (maps[0].flatten(1) * torch.tensor([65536.0, 256.0, 1.0])).sum(1) * UNIT
