@@ -86,6 +86,19 @@ def test_hard_energy_is_within_its_bound_of_the_bridges():
         assert gap.max() <= eps * math.log(64) + 1e-5
 
 
+@pytest.mark.parametrize("prototypes", [512, 576, 600, 1024])
+def test_the_nearest_of_many_prototypes(prototypes):
+    """Oracle: all distances, by SciPy. 576 and 1024 are whole pieces, 600 is not."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(prototypes, 6, generator=generator)
+    x = torch.randn(3000, 6, generator=generator)
+    bridge = Bridge(means, torch.full((1, 6), 1.0), torch.zeros(prototypes), 1.0)
+    distances = cdist(x.numpy(), means.numpy(), "sqeuclidean")
+    least, winners = hard_nearest(bridge, x)
+    np.testing.assert_array_equal(winners.numpy(), distances.argmin(1))
+    np.testing.assert_allclose(least.detach().numpy(), distances.min(1) / 4, rtol=1e-3, atol=1e-5)
+
+
 def test_energies_keep_their_size_however_small_eps_is():
     """1 - S tends to eps over the variance, 1e-28 here, where 1 less a float is nothing."""
     generator = torch.Generator().manual_seed(0)
