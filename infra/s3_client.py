@@ -59,7 +59,9 @@ def make_minio(
         allowed_methods=("GET", "HEAD"),
     )
     pool = urllib3.PoolManager(
-        timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=read_timeout_s),
+        timeout=urllib3.Timeout(
+            connect=min(CONNECT_TIMEOUT_S, read_timeout_s), read=read_timeout_s
+        ),
         maxsize=16,
         retries=retry,
         **tls,

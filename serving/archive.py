@@ -39,6 +39,8 @@ log = logging.getLogger("dpdl.evidence")
 FRAME, HEAT = "frame", "heat.png"
 HEAT_SIDE = 256
 """Pixels of the overlay; it is stretched over the frame where it is shown."""
+SHOW_S = 5.0
+"""Longest that a person's page waits for a picture."""
 PATIENCE_S = 2.0
 """Longest that a batch's results wait for its evidence to be taken."""
 BREATHER_S = 5.0
@@ -293,10 +295,15 @@ def _unpacked(frame_id: str, note: str) -> Owed:
 
 
 class EvidenceBucket:
-    """Objects of the evidence bucket; a type is told by the bytes when they are read."""
+    """Objects of the evidence bucket; a type is told by the bytes when they are read.
 
-    def __init__(self, settings: Settings) -> None:
-        self._s3, self._client = settings.s3, make_minio(settings)
+    Args:
+        hurried: somebody waits for it: SHOW_S and one try, then S3 is away.
+    """
+
+    def __init__(self, settings: Settings, *, hurried: bool = False) -> None:
+        patience: dict[str, Any] = {"read_timeout_s": SHOW_S, "tries": 1} if hurried else {}
+        self._s3, self._client = settings.s3, make_minio(settings, **patience)
 
     def put(self, key: str, data: bytes, content_type: str) -> None:
         with s3_errors(self._s3):

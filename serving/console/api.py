@@ -11,6 +11,7 @@ hostile input: they are JSON here and text nodes in the pages, never markup. Wha
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 from urllib.parse import parse_qs, quote
 
@@ -61,6 +62,9 @@ LOGINS = 8
 """At once; more are refused. A wrong one takes its second, and holds none of the slots meanwhile
 that those who are let in need (serving/app.py)."""
 LOGIN_BODY_S = 5.0
+PICTURES, READERS = 32, 8
+"""Pictures that wait for S3 at once, and how many of them it is asked for; more are refused. With
+an S3 that hangs they would take the threads and the slots of all other pages (serving/app.py)."""
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -191,7 +195,9 @@ class Console:
         api.state.access = Access(token.get_secret_value() if token else None)
         self._settings = settings
         self._results = ResultStore(settings)
-        self._evidence = EvidenceBucket(settings)
+        self._evidence = EvidenceBucket(settings, hurried=True)
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="pictures")
+        self._pictures = asyncio.Semaphore(PICTURES)
         self._desk = Desk(settings, model_name)
         self._consumer, self._scorer = consumer, scorer
         replica = ReplicaMetrics("console", serve.get_replica_context().rank.rank)
@@ -349,7 +355,7 @@ class Console:
         response_class=Response,
         responses=PICTURE,
     )
-    def evidence(
+    async def evidence(
         self,
         topic: Topic,
         partition: Partition,
@@ -357,7 +363,15 @@ class Console:
         name: Annotated[str, Path(pattern=f"^({FRAME}|{HEAT})$")],
     ) -> Response:
         """The frame as it came, or its heat map as an overlay (RGBA PNG)."""
-        data = self._evidence.get(f"{topic}/{partition}/{kept}/{name}")
+        if self._pictures.locked():
+            raise HTTPException(503, f"{PICTURES} pictures wait for S3 already: try again")
+        key, loop = f"{topic}/{partition}/{kept}/{name}", asyncio.get_running_loop()
+        try:
+            async with self._pictures:
+                data = await loop.run_in_executor(self._readers, self._evidence.get, key)
+        except ServiceUnavailable as error:
+            log.warning("%s: %s", key, error)
+            raise HTTPException(503, "S3 gives no picture: it is away, or slow") from None
         if data is None:
             raise HTTPException(404, "no such evidence: expired, or not yet in S3")
         return pages.picture(data)

@@ -40,7 +40,7 @@ class Desk:
         self._store = ModelStore(settings)
         self._decisions: dict[str, Recorded] = {}
         self._answers = Answers(settings)
-        self._evidence = EvidenceBucket(settings)
+        self._evidence = EvidenceBucket(settings, hurried=True)
         self._reread = Reread(settings)
         self._kafka_turn = threading.Lock()
         self._answer_turn = threading.Lock()
