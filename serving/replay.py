@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from kafka import KafkaConsumer
+from kafka.errors import OffsetOutOfRangeError
 from kafka.structs import TopicPartition
 
 from dpdl_core.artifact import ArtifactError
@@ -101,12 +102,13 @@ def replay(settings: Settings, options: ReplayOptions, progress: Progress) -> di
     held = _version(settings, options)
     began_s, run_id = time.time(), f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     consumer, decoder = make_consumer(settings), Decoder(settings.stream.decode_threads)
+    expired: Counter[TopicPartition] = Counter()
     try:
         with kafka_errors(settings.kafka):
             ranges, cut = _ranges(consumer, settings, options)
             run = _Run(settings, options, held, decoder, run_id, ranges)
             for done, (place, records, next_offset) in enumerate(
-                _batches(consumer, ranges, settings)
+                _batches(consumer, ranges, settings, expired)
             ):
                 run.score(place, records, next_offset)
                 if done % 10 == 0:
@@ -136,6 +138,7 @@ def replay(settings: Settings, options: ReplayOptions, progress: Progress) -> di
             }
             for place, (first, _) in ranges.items()
         },
+        "expired": {str(place.partition): number for place, number in expired.items()},
         "left_out": run.left_out,
         "bad": dict(+run.bad),
         "seconds": round(seconds, 2),
@@ -202,16 +205,28 @@ def _offsets(
 
 
 def _batches(
-    consumer: KafkaConsumer, ranges: Ranges, settings: Settings
+    consumer: KafkaConsumer,
+    ranges: Ranges,
+    settings: Settings,
+    expired: Counter[TopicPartition],
 ) -> Iterator[tuple[TopicPartition, list[KafkaRecord], int]]:
-    """(partition, records, the offset after them), in order within each partition, to the end."""
+    """(partition, records, the offset after them), in order within each partition, to the end.
+
+    expired: takes how many frames of a partition retention removed before they were read.
+    """
     left = dict(ranges)
     consumer.assign(list(left))
     for place, (first, _) in left.items():
         consumer.seek(place, first)
     heard_s = time.monotonic()
     while left:
-        got = consumer.poll(timeout_ms=500, max_records=settings.stream.max_batch)
+        try:
+            got = consumer.poll(timeout_ms=500, max_records=settings.stream.max_batch)
+        except OffsetOutOfRangeError:
+            if not (gone := _overtaken(consumer, left)):
+                raise  # beyond Kafka's end: it has lost its last frames, or the topic is another
+            expired.update(gone)
+            got = {}
         if got:
             heard_s = time.monotonic()
         elif time.monotonic() - heard_s > QUIET_S:
@@ -227,6 +242,17 @@ def _batches(
         for place in [each for each in left if consumer.position(each) >= left[each][1]]:
             consumer.pause(place)
             del left[place]
+
+
+def _overtaken(consumer: KafkaConsumer, left: Ranges) -> dict[TopicPartition, int]:
+    """Goes on where Kafka begins by now; how many frames of each partition's range are skipped."""
+    gone, bounds = {}, bounds_of(consumer, left)
+    for place, (_, end) in left.items():
+        begin, at = bounds.get(place.partition, (0, 0))[0], consumer.position(place)
+        if at < begin:
+            consumer.seek(place, begin)
+            gone[place] = min(begin, end) - at
+    return gone
 
 
 class _Run:

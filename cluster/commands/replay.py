@@ -86,8 +86,17 @@ def _show_begun(begun: dict[str, dict[str, Any]]) -> None:
         )
 
 
+def _show_expired(expired: dict[str, int]) -> None:
+    for partition, number in expired.items():
+        err.print(
+            f"{number} frames of partition {partition} expired in Kafka before they were replayed",
+            style="yellow",
+        )
+
+
 def _show(done: dict[str, Any]) -> None:
     _show_begun(done["begun"])
+    _show_expired(done["expired"])
     table = Table(box=None, pad_edge=False)
     columns = ("frames", "compared", "agreement", "alerts then", "now", "only then", "only now")
     for column in ("camera", *columns, "correlation"):

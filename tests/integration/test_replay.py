@@ -32,6 +32,7 @@ from infra.model_store import ModelStore
 from infra.redis_client import ResultStore
 from infra.redis_connection import make_redis
 from infra.s3_client import ensure_buckets
+from serving import replay as serving_replay
 from serving.replay import Place, ReplayOptions, replay
 
 pytestmark = pytest.mark.integration
@@ -141,7 +142,7 @@ def _read(client, key):
     return client.get(key)
 
 
-def test_a_replay_scores_compares_and_touches_nothing(past, tmp_path):
+def test_a_replay_scores_compares_and_touches_nothing(past, tmp_path, monkeypatch):
     settings, scores, threshold, then = past
     before, report = snapshot(settings), tmp_path / "replay.json"
     asked = ["replay", "--from", "0", "--model", "v2", "--report", str(report)]
@@ -189,6 +190,7 @@ def test_a_replay_scores_compares_and_touches_nothing(past, tmp_path):
     _check_thresholds(settings, scores)
     _check_whose_cameras(settings)
     _check_what_expired(settings)
+    _check_what_expires_meanwhile(settings, monkeypatch)
 
 
 def _check_thresholds(settings, scores):
@@ -238,6 +240,25 @@ def _check_what_expired(settings):
         assert where in ran.output
         assert (f"keeps nothing older of {where}: if you" in ran.output) is cut
     assert end > 3
+
+
+def _check_what_expires_meanwhile(settings, monkeypatch):
+    """Retention overtakes the replay: it goes on where Kafka begins, and counts what is gone."""
+    topic, batches = settings.kafka.topic, serving_replay._batches
+    number, _ = max(end_offsets(settings, topic).items(), key=lambda found: found[1])
+
+    def overtaken(*rest):
+        admin = make_admin(settings)
+        admin.delete_records({TopicPartition(topic, number): 7})
+        admin.close()
+        return batches(*rest)
+
+    monkeypatch.setattr(serving_replay, "_batches", overtaken)
+    ran = CliRunner().invoke(
+        cli, ["replay", "--from", "3", "--model", "v2"], env={"COLUMNS": "400"}
+    )
+    assert ran.exit_code == 0, ran.output
+    assert f"4 frames of partition {number} expired in Kafka before" in ran.output
 
 
 def _check_debounce(settings, scores, threshold, without):
