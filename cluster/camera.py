@@ -2,7 +2,8 @@
 
 Delivery: every frame is acknowledged by all in-sync replicas before stream() returns; at most
 IN_FLIGHT frames wait for that, so memory is bounded whatever the broker does, and a slow broker
-slows the sender. A frame that is too large is told of and left out.
+slows the sender. A frame that is too large, or of a time that the topic does not take, is told of
+and left out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from kafka.errors import InvalidRecordError, InvalidTimestampError
 
 from dpdl_core.images import SUFFIXES
 from infra.errors import DataError
@@ -30,6 +33,8 @@ from infra.settings import Settings
 IN_FLIGHT = 64
 ACK_TIMEOUT_S = 60.0
 CLOSE_S = 5.0
+_REFUSALS = (*SIZE_ERRORS, InvalidTimestampError, InvalidRecordError)
+"""Of one frame, which no retry changes. Several of a wrong time in a batch are invalid records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +82,9 @@ def stream(
     """Send frames until they end or `stop` is set, at a steady rate or, with None, as they come.
 
     on_sent is called in order, once a frame is acknowledged; on_refused(frame, why) for one that
-    is too large, for us or for the topic, and the stream goes on; on_lost(number) at the end, of
-    frames taken that Kafka did not acknowledge. Errors: those of make_producer.
+    is too large, for us or for the topic, or whose time the topic refuses, and the stream goes on;
+    on_lost(number) at the end, of frames taken that Kafka did not acknowledge. Errors: those of
+    make_producer.
     """
     producer = make_producer(settings)
     waiting: deque[tuple[OutgoingFrame, Any]] = deque()
@@ -89,16 +95,12 @@ def stream(
             frame, future = waiting[0]
             try:
                 sent = future.get(timeout=ACK_TIMEOUT_S)
-            except SIZE_ERRORS:
+            except _REFUSALS as error:
                 waiting.popleft()
-                on_refused(frame, _refused_by(settings.kafka.topic, frame))
+                on_refused(frame, _refused_by(settings.kafka.topic, frame, error))
                 continue
             waiting.popleft()
-            on_sent(
-                SentFrame(
-                    frame_id(sent.topic, sent.partition, sent.offset), frame.camera, frame.source
-                )
-            )
+            on_sent(_sent(frame, sent))
 
     try:
         with kafka_errors(settings.kafka):
@@ -128,7 +130,12 @@ def stream(
             settle(0)
     finally:
         close_producer(producer, CLOSE_S)
-        on_lost(len(waiting) + in_hand)
+        for frame, future in waiting:
+            if future.succeeded():  # late, such as while it closed
+                on_sent(_sent(frame, future.value))
+            else:
+                in_hand += 1
+        on_lost(in_hand)
 
 
 def folder_frames(folder: Path, camera: str, *, recursive: bool = True) -> Iterator[OutgoingFrame]:
@@ -150,7 +157,17 @@ def folder_frames(folder: Path, camera: str, *, recursive: bool = True) -> Itera
         yield OutgoingFrame(camera, path.read_bytes(), str(path.relative_to(folder)))
 
 
-def _refused_by(topic: str, frame: OutgoingFrame) -> str:
+def _sent(frame: OutgoingFrame, at: Any) -> SentFrame:
+    """at: kafka-python's RecordMetadata."""
+    return SentFrame(frame_id(at.topic, at.partition, at.offset), frame.camera, frame.source)
+
+
+def _refused_by(topic: str, frame: OutgoingFrame, error: Exception) -> str:
+    if not isinstance(error, SIZE_ERRORS):
+        return (
+            f"{frame.source}: the topic {topic} refuses it ({error}): set this machine's clock, or "
+            "give the topic message.timestamp.type=LogAppendTime"
+        )
     return (
         f"{frame.source}: {len(frame.image)} bytes are more than the topic {topic} takes: raise "
         f"its max.message.bytes (`dpdl up` would make it {MAX_RECORD_BYTES}), or lower the "

@@ -5,7 +5,7 @@ what it sent is counted. A live camera cannot wait: at most BUFFER_FRAMES frames
 bytes of it are kept; beyond that its oldest unsent frame is dropped and counted. A lost camera is
 tried again with a growing, jittered pause, for ever; so is a broker that is away, and at the last
 pause one that refuses us, for live cameras.
-A frame that is too large is left out and counted. Each camera has a thread and a producer of its
+A frame that is refused is left out and counted. Each camera has a thread and a producer of its
 own, so none waits for another's trouble.
 """
 
@@ -43,7 +43,7 @@ BUFFER_BYTES = 64 * 2**20
 FIRST_PAUSE_S = 0.5
 LAST_PAUSE_S = 15.0
 REFUSED_SAID_S = 60.0
-"""At most one line in so long for a camera's frames that are too large: it may be each of them."""
+"""At most one line in so long for a camera's frames that are refused: it may be each of them."""
 STEADY_S = 10.0
 """A camera that gave frames for so long starts with the first pause again."""
 FOLDER_FPS = 5.0
@@ -73,7 +73,7 @@ class CameraCount:
     dropped: int = 0
     """Of a live camera, while the broker was slow or away."""
     refused: int = 0
-    """Larger than a frame may be, or than the topic takes."""
+    """Larger than a frame may be or than the topic takes, or of a time that it does not take."""
     losses: int = 0
     """How often the camera was lost."""
     state: State = "starting"
@@ -129,7 +129,7 @@ class Buffer:
 
 
 class Refusals:
-    """Counts a camera's frames that are too large, and names one now and then."""
+    """Counts a camera's frames that are refused, and names one now and then."""
 
     def __init__(self, count: CameraCount, say: Say) -> None:
         self._count, self._say = count, say
@@ -192,7 +192,7 @@ def _run(
         else:
             _run_file(settings, spec, spec.source, count, stop, refused)
             if count.refused:
-                raise DataError(f"{count.refused} of its frames were too large")
+                raise DataError(f"{count.refused} of its frames were refused")
         count.state = "ended"
     except Exception as error:  # a thread that dies unsaid would leave its camera "live" for ever
         count.state, count.why = "failed", _said(error)

@@ -132,7 +132,7 @@ def stream(
         run_cameras(settings, specs, stop=threading.Event(), say=say, counts=counts)
     for one in counts:
         out.print(
-            f"{one.camera}: {one.sent} sent, {one.dropped} dropped, {one.refused} too large, "
+            f"{one.camera}: {one.sent} sent, {one.dropped} dropped, {one.refused} refused, "
             f"lost {one.losses} times{f': {one.why}' if one.state == 'failed' else ''}",
             markup=False,
         )

@@ -1,9 +1,16 @@
-"""Frames from folders, and what a frame is called."""
+"""Frames from folders, what a frame is called, and one that is acknowledged late."""
+
+import threading
+from types import SimpleNamespace
 
 import pytest
+from kafka.errors import KafkaTimeoutError
+from kafka.future import Future
 
-from cluster.camera import content_type, folder_frames
-from infra.errors import DataError
+from cluster import camera
+from cluster.camera import OutgoingFrame, content_type, folder_frames, stream
+from infra.errors import DataError, ServiceUnavailable
+from infra.settings import Settings
 
 
 def test_a_folder_is_read_in_the_order_of_names_and_byte_for_byte(tmp_path):
@@ -55,3 +62,32 @@ def test_a_camera_id_that_cannot_be_a_key_is_refused(tmp_path):
 )
 def test_content_type_goes_by_the_first_bytes(start, name):
     assert content_type(start) == name
+
+
+def test_a_frame_that_is_acknowledged_while_its_sender_gives_up_is_sent_and_not_lost(monkeypatch):
+    class Asked(Future):
+        def get(self, timeout):
+            raise KafkaTimeoutError
+
+    futures = [Asked(), Asked()]
+    left = iter(futures)
+    producer = SimpleNamespace(send=lambda *_, **__: next(left))
+
+    def close(producer, timeout_s):
+        futures[1].success(SimpleNamespace(topic="frames", partition=0, offset=7))
+
+    monkeypatch.setattr(camera, "make_producer", lambda _: producer)
+    monkeypatch.setattr(camera, "close_producer", close)
+    sent, lost = [], []
+    frames = [OutgoingFrame("line-1", b"image", "a"), OutgoingFrame("line-1", b"image", "b")]
+    with pytest.raises(ServiceUnavailable):
+        stream(
+            Settings(),
+            frames,
+            frames_per_second=None,
+            stop=threading.Event(),
+            on_sent=sent.append,
+            on_lost=lost.append,
+        )
+    assert [(each.frame_id, each.source) for each in sent] == [("frames/0/7", "b")]
+    assert lost == [1]

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 from kafka import TopicPartition
+from kafka.admin import ConfigResource
 
 from cluster.feeds import CameraSpec, run_cameras
 from cluster.sources import Address, CameraLost, live_pictures
@@ -292,9 +293,10 @@ def test_a_broker_that_is_away_for_longer_than_a_frame_waits(settings, stack, mo
         assert len({record.value for record in mine}) == len(mine)
 
 
-def topic_of_the_plant(settings, max_bytes):
+def topic_of_the_plant(settings, **configs):
+    """Underscores in place of dots."""
     admin = make_admin(settings)
-    configs = {"max.message.bytes": str(max_bytes)}
+    configs = {name.replace("_", "."): str(value) for name, value in configs.items()}
     topic = {"num_partitions": 1, "replication_factor": 1, "configs": configs}
     admin.create_topics({settings.kafka.topic: topic})
     admin.wait_for_topics([settings.kafka.topic])
@@ -311,7 +313,7 @@ def pictures(large_at, count=12):
 
 
 def test_a_frame_beyond_the_topics_own_limit_is_left_out_and_the_camera_goes_on(settings):
-    topic_of_the_plant(settings, 20_000)
+    topic_of_the_plant(settings, max_message_bytes=20_000)
     images = pictures({2, 3, 7})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HttpCamera) as server:
         server.images = images
@@ -332,8 +334,29 @@ def test_a_frame_beyond_the_topics_own_limit_is_left_out_and_the_camera_goes_on(
     assert values[: len(small)] == small
 
 
+def test_frames_of_a_time_that_the_topic_refuses_are_left_out_until_it_takes_them(settings):
+    """As of a machine whose clock is wrong; here every record is too old for the topic."""
+    topic_of_the_plant(settings, message_timestamp_before_max_ms=0)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HttpCamera) as server:
+        server.images = pictures({})
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = Address(f"http://127.0.0.1:{server.server_address[1]}/video")
+        with running(settings, CameraSpec(camera="http", source=source)) as (counts, said):
+            wait_until(lambda: counts[0].refused >= 3, 30, "refused frames")
+            later = {"message.timestamp.before.max.ms": "86400000"}
+            admin = make_admin(settings)
+            admin.alter_configs([ConfigResource("topic", settings.kafka.topic, later)])
+            admin.close()
+            wait_until(lambda: counts[0].sent >= 3, 30, "frames that are taken")
+        server.shutdown()
+    [count] = counts
+    assert count.state == "ended"
+    assert len([each for each in said if "set this machine's clock" in each]) == 1
+    assert len(frames_in_kafka(settings)) == count.sent
+
+
 def test_a_folder_with_a_frame_too_large_sends_the_others_and_fails(settings, tmp_path):
-    topic_of_the_plant(settings, 20_000)
+    topic_of_the_plant(settings, max_message_bytes=20_000)
     images = pictures({4})
     for number, image in enumerate(images):
         (tmp_path / f"{number:02}.jpg").write_bytes(image)
