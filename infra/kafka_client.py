@@ -224,6 +224,15 @@ def _led(
     return {place: each.offset for place, each in found.items() if each is not None}
 
 
+def position_of(client: KafkaConsumer, place: TopicPartition) -> int | None:
+    """The offset that is read next: past control records too, which are counted and never given.
+
+    None before the first seek. Asks no broker, where kafka-python's own would wait for one.
+    """
+    state = client._subscription.assignment.get(place)
+    return state.position.offset if state and state.position else None
+
+
 def no_leader(topic: str, partitions: Iterable[int]) -> ServiceUnavailable:
     """For those that bounds_of() leaves out."""
     numbers = ", ".join(map(str, sorted(partitions)))

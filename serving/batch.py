@@ -27,7 +27,8 @@ class Partition(NamedTuple):
 class Span:
     """One partition's part of a batch: all offsets from `first` up to, without, `next`.
 
-    `first` is where the span before it ended, not its first record: offsets may have gaps.
+    `first` is where the span before it ended, not its first record, and `next` not behind its last
+    one: offsets have gaps, and a transaction ends with one that is no record.
     """
 
     partition: Partition
@@ -40,7 +41,7 @@ class Span:
 @dataclass(frozen=True, slots=True)
 class Polled:
     records: list[KafkaRecord]
-    """In order within each partition."""
+    """In order within each partition. None where there are only offsets to pass."""
     spans: list[Span]
     waited_s: float = 0.0
     """From the first record to the full batch."""

@@ -78,7 +78,7 @@ class _Flight:
 
     decoded: Decoded
     answers: list[Future[Scored | WrongSize]]
-    """Of decoded.batches. Empty when every record was bad: there is only an offset to pass."""
+    """Of decoded.batches. Empty when no record was good: there is only an offset to pass."""
     polled_at_ns: int
     clock: _Clock
     """Goes on from submit to answer, so that waiting behind other batches counts as scoring."""

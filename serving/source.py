@@ -21,7 +21,14 @@ from kafka.errors import KafkaError, OffsetOutOfRangeError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from infra.errors import DpdlError, ServiceUnavailable
-from infra.kafka_client import bounds_of, kafka_errors, no_leader, partitions_of, topic_id
+from infra.kafka_client import (
+    bounds_of,
+    kafka_errors,
+    no_leader,
+    partitions_of,
+    position_of,
+    topic_id,
+)
 from infra.messages import KafkaRecord
 from infra.redis_client import ResultStore
 from infra.settings import Settings
@@ -112,6 +119,8 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
     def poll(self, until: Callable[[], bool]) -> Polled | None:
         """Up to max_batch frames, waiting at most max_wait_s after the first.
 
+        With none, where only offsets without a frame are to be passed: a transaction's control
+        records, or what expired.
         ServiceUnavailable when Kafka or Redis is away; nothing polled is forgotten then.
         """
         try:
@@ -133,19 +142,21 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
             try:
                 got = self._fetched(left_s, room)
             except DpdlError:
-                if records:
+                if spans:
                     break  # score these; the next poll says it again
                 raise
             for source, polled in got.items():
-                fresh = self._take(Partition(*source), polled, spans)
+                fresh = self._fresh(Partition(*source), polled)
                 records += fresh
                 room -= len(fresh)
                 num_bytes += sum(len(record.value or b"") for record in fresh)
+            self._extend(spans)
             if records and not first_s:
                 first_s = now
-        if not records:
+        if not spans:
             return None
-        return Polled(records, list(spans.values()), waited_s=time.monotonic() - first_s)
+        waited_s = time.monotonic() - first_s if records else 0.0
+        return Polled(records, list(spans.values()), waited_s=waited_s)
 
     def _fetched(self, wait_s: float, room: int) -> dict[TopicPartition, list[KafkaRecord]]:
         try:
@@ -206,20 +217,20 @@ class KafkaSource(ConsumerRebalanceListener):  # type: ignore[misc]
             if end is not None
         }
 
-    def _take(
-        self, partition: Partition, polled: list[KafkaRecord], spans: dict[Partition, Span]
-    ) -> list[KafkaRecord]:
+    def _fresh(self, partition: Partition, polled: list[KafkaRecord]) -> list[KafkaRecord]:
         if partition not in self._leases:
             return []  # assigned in this very poll: not placed yet, will be read again
-        position, lease = self._positions[partition], self._leases[partition]
-        fresh = [record for record in polled if record.offset >= position]
-        if not fresh:
-            return []
-        before = spans.get(partition)
-        first = before.first if before and before.lease == lease else position
-        spans[partition] = Span(partition, first, fresh[-1].offset + 1, lease)
-        self._positions[partition] = fresh[-1].offset + 1
-        return fresh
+        return [record for record in polled if record.offset >= self._positions[partition]]
+
+    def _extend(self, spans: dict[Partition, Span]) -> None:
+        """Up to where the client stands by now."""
+        for partition, lease in self._leases.items():
+            first = self._positions[partition]
+            now = position_of(self._consumer, TopicPartition(*partition))
+            if now is not None and now > first:
+                before = spans.get(partition)
+                spans[partition] = Span(partition, before.first if before else first, now, lease)
+                self._positions[partition] = now
 
     def _void(self, partitions: Iterable[Partition]) -> None:
         for partition in partitions:

@@ -16,12 +16,13 @@ from concurrent.futures import Future
 import cv2
 import numpy as np
 import pytest
-from kafka import TopicPartition
+from kafka import KafkaProducer, TopicPartition
 from kafka.errors import KafkaTimeoutError
 
 from infra.dead_letters import DeadLetters
 from infra.errors import ServiceUnavailable
 from infra.kafka_client import (
+    _build,
     bounds_of,
     end_offsets,
     ensure_topics,
@@ -381,6 +382,37 @@ def test_frames_that_expired_unscored_are_passed_over_and_said(settings, topic):
         offsets = [report.offsets.get(str(number)) for report in life.reports]
     spans = [each for each in offsets if each]
     assert (spans[0][0], spans[-1][1]) == (1, end)
+
+
+def test_nothing_waits_behind_a_transaction_that_is_over(settings, topic):
+    """Kafka counts its control record, which no consumer is given: here it comes alone."""
+    producer = _build(KafkaProducer, settings, transactional_id="line-1")
+    producer.init_transactions()
+
+    def scored_up_to(offset):
+        group, until = settings.kafka.group, time.monotonic() + 30
+        while life.results.progress(group, topic).get(number) != offset:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+    with Life(settings) as life:
+        running = threading.Thread(target=life.loop.run)
+        running.start()
+        try:
+            for ending in (producer.commit_transaction, producer.abort_transaction):
+                producer.begin_transaction()
+                sent = producer.send(topic, frame(20), b"cam-0", frame_headers(1, "image/png"))
+                number, offset = sent.get(30).partition, sent.get(30).offset
+                scored_up_to(offset + 1)
+                ending()
+                scored_up_to(offset + 2)
+        finally:
+            life.loop.stop()
+            running.join()
+        assert life.source.behind[number] == 0
+        assert life.results.camera("cam-0").frames == 2
+    producer.close()
+    assert end_offsets(settings, topic)[number] == offset + 2 == 4
 
 
 def test_frames_that_kafka_lost_stop_no_partition_and_what_comes_next_is_scored(settings, topic):
