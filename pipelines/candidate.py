@@ -27,14 +27,14 @@ from infra.errors import DataError, VersionExists
 from infra.model_store import ModelStore
 from infra.settings import Settings
 from pipelines.dataset_index import DatasetIndex, Progress, incoming, snapshot
-from pipelines.held_out import HeldOut, enough, images, is_held_out, usable
+from pipelines.held_out import HeldOut, each_camera, images, is_held_out, usable
 from pipelines.people import said
 from pipelines.promotion import code_version
 from pipelines.scoring import calibrate
 from pipelines.sources import RowRef, row_groups, stack
 
 EXEMPLARS = 512
-"""Old normals that a renewal looks at again: whole row groups, evenly from all there are."""
+"""Old normals that a renewal looks at again, of each camera its share."""
 HELD_TRIES = 3
 """A new normal that was in so many candidates that the gate held is left out from then on: whatever
 it is that spoils them must not keep the model as it is for ever. Answers are never left out."""
@@ -229,16 +229,21 @@ def build(
     suspects = [new.rows[i] for i in report.set_aside]
     suspects += [unseen.rows[i] for i in doubtful.nonzero().flatten().tolist()]
     data["set_aside"] = sorted({*inputs.set_aside, *(row.digest for row in suspects)})
-    held_out = HeldOut(settings, data, parent["data"], at_most=enough(parent))
+    each = each_camera(parent["false_alarm_rate"])
+    held_out = HeldOut(settings, data, parent["data"], each=each)
     # The gate will ask for both.
     held_out.score_each({inputs.parent: current.model, inputs.candidate: model})
     held = held_out.score(inputs.candidate, model)
+    cameras = held_out.cameras("old", size) + held_out.cameras("new", size)
     thresholds, notes = calibrate(
         np.concatenate([held.old_normals, held.new_normals]),
-        held_out.cameras("old", size) + held_out.cameras("new", size),
+        cameras,
         parent["false_alarm_rate"],
         held_out.moments(size),
     )
+    if named := set(cameras) - {""}:
+        own = len(thresholds["cameras"])
+        notes.append(f"{own} of {len(named)} cameras have a threshold of their own")
     if repeats:
         notes.append(f"{sum(map(len, repeats.values()))} new images were known already")
     reference = held_out.drift_reference(inputs.candidate, model)

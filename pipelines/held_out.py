@@ -19,28 +19,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from infra.answers import ANSWERED, is_answer
 from infra.settings import Settings
 from pipelines.dataset_index import DatasetIndex, incoming, load_index
+from pipelines.drawing import draw
 from pipelines.gate import Held
 from pipelines.people import repeated
 from pipelines.scoring import Observed, drift_reference, observe_each
-from pipelines.sources import (
-    Keep,
-    RowGroup,
-    RowRef,
-    StreamedImages,
-    read_here,
-    row_groups,
-)
+from pipelines.sources import Keep, RowRef, StreamedImages, described, read_here, row_groups
 
 AT_MOST = 1024
-"""Held-out normals looked at of the calibration split, and as many of those accepted earlier: whole
-row groups, evenly from all, so that a refresh costs the same however much there is. More where
-cameras would lose thresholds of their own (enough())."""
+"""Held-out normals looked at of the calibration split, and as many of those accepted earlier, of
+each camera its share, so that a refresh costs the same however much there is. More where there are
+many cameras: each is to have a threshold of its own (each_camera())."""
 HELD_OUT_OF = 5
 """One in so many new normals is held out, the share that an import holds out by default."""
 MOMENT_S = 60
@@ -92,42 +86,32 @@ def images(
     keep: Keep | None = None,
     *,
     at_most: int | None = None,
+    each: int = 0,
     on_rejected: Callable[[RowRef, str], None] | None = None,
 ) -> StreamedImages:
     """The images of some objects, read in this process.
 
-    at_most: whole row groups, evenly from all, until there are so many images.
+    at_most: so many, of each camera its share, and of each with a name `each` (drawing.py).
     """
-    groups = row_groups(settings, keys)
-    if at_most is not None:
-        groups = evenly(groups, at_most)
-    expected = sum(group.rows for group in groups)
+    if at_most is None:
+        groups = row_groups(settings, keys)
+        expected = sum(group.rows for group in groups)
+    else:
+        may_use = keep or (lambda row: True)
+        drawn = draw(described(settings, keys), may_use, moment, at_most=at_most, each=each)
+        groups, expected = drawn.groups, len(drawn.rows)
+
+        def keep(row: RowRef) -> bool:
+            return (row.key, row.row) in drawn.rows and may_use(row)
+
     read = read_here(settings, groups, size, keep=keep, on_rejected=on_rejected)
     return StreamedImages(read, size, expected=expected)
 
 
-def evenly(groups: Sequence[RowGroup], at_most: int) -> list[RowGroup]:
-    """Row groups spread over all rows, with `at_most` rows or up to one group more; always the
-    same ones."""
-    total = sum(group.rows for group in groups)
-    chosen, taken, passed = [], 0, 0
-    for group in groups:
-        passed += group.rows
-        if taken * total < min(at_most, total) * passed:
-            chosen.append(group)
-            taken += group.rows
-    return chosen
-
-
-def enough(manifest: Mapping[str, Any]) -> int:
-    """Held-out normals to look at after the version of this manifest: AT_MOST, or for each camera
-    with a threshold of its own twice what the false-alarm rate needs, since they are not even."""
-    thresholds: Mapping[str, Any] = manifest.get("thresholds", {})
-    own = thresholds.get("cameras", {})
-    if not own:
-        return AT_MOST
-    rate: float = thresholds["false_alarm_rate"]
-    return max(AT_MOST, 2 * math.ceil(1 / rate) * len(own))
+def each_camera(false_alarm_rate: float) -> int:
+    """Held-out normals of a camera to look at: twice what a threshold of its own needs, as some may
+    be of one moment."""
+    return 2 * math.ceil(1 / false_alarm_rate)
 
 
 _Part = tuple[list[str], Keep | None, int | None]
@@ -137,8 +121,8 @@ _Part = tuple[list[str], Keep | None, int | None]
 class HeldOut:
     """Held-out images for a candidate and the current version, scored once per version.
 
-    data, current: "data" of their manifests; at_most: see AT_MOST. Raises DataError when the data
-    set is gone.
+    data, current: "data" of their manifests; each: of each camera at least, beyond AT_MOST in all.
+    Raises DataError when the data set is gone.
     """
 
     def __init__(
@@ -147,7 +131,7 @@ class HeldOut:
         data: Mapping[str, Any],
         current: Mapping[str, Any],
         *,
-        at_most: int = AT_MOST,
+        each: int = 0,
     ) -> None:
         index = load_index(settings, data["dataset"])
         new, may_use = data.get("new", {}), usable(data)
@@ -170,13 +154,14 @@ class HeldOut:
             if (part.key, part.etag) in in_both or not same_dataset
         ]
         earlier = [key for key in data["incoming"] if key not in new]
+        self._each = each
         self._parts: dict[str, list[_Part]] = {
-            "old": [(calibration, None, at_most), (earlier, held_out, at_most * HELD_OUT_OF)],
+            "old": [(calibration, None, AT_MOST), (earlier, held_out, AT_MOST)],
             "new": [(list(new), held_out, None)],
         }
         if same_dataset:
             keys, keep = _accepted(settings, index, data, current)
-            self._parts["new"].append((keys, keep, at_most * HELD_OUT_OF))
+            self._parts["new"].append((keys, keep, AT_MOST))
         self._by_size: dict[int, dict[str, list[StreamedImages]]] = {}
         self._scored: dict[str, Held] = {}
         self._normals: dict[str, list[Observed]] = {}
@@ -188,7 +173,7 @@ class HeldOut:
                 "defects": [images(self._settings, self._defect_keys, size)],
                 **{
                     name: [
-                        images(self._settings, keys, size, keep, at_most=at_most)
+                        images(self._settings, keys, size, keep, at_most=at_most, each=self._each)
                         for keys, keep, at_most in parts
                     ]
                     for name, parts in self._parts.items()

@@ -18,7 +18,7 @@ from infra.model_store import ModelStore, Pointer
 from infra.settings import Settings
 from pipelines.dataset_index import Progress
 from pipelines.gate import GateLimits, Verdict, judge
-from pipelines.held_out import HeldOut, enough
+from pipelines.held_out import HeldOut, each_camera
 from pipelines.scoring import chosen_device
 
 RACES = 5
@@ -63,7 +63,8 @@ def consider(
     else:
         if held_out is None:
             current = store.manifest(name, pointer.version)
-            held_out = HeldOut(settings, manifest["data"], current["data"], at_most=enough(current))
+            each = each_camera(current["false_alarm_rate"])
+            held_out = HeldOut(settings, manifest["data"], current["data"], each=each)
         best_auroc = None
         if manifest["parent"]:  # a training begins a line of its own
             before = decisions.find(settings, name, pointer.version)

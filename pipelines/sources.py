@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,27 @@ def row_groups(settings: Settings, keys: Iterable[str]) -> list[RowGroup]:
                 for i in range(metadata.num_row_groups)
             ]
     return found
+
+
+def described(settings: Settings, keys: Iterable[str]) -> Iterator[tuple[RowGroup, list[RowRef]]]:
+    """The row groups of some objects and their rows, in order; images are read only where no column
+    says a digest. DataError for what is no Parquet of ours."""
+    filesystem = make_filesystem(settings)
+    for key in keys:
+        with _opened(filesystem, settings, key, pre_buffer=True) as file:
+            _check_columns(f"s3://{settings.s3.data_bucket}/{key}", file.schema_arrow)
+            names = [*_READ[1:], *({"digest"} & set(file.schema_arrow.names))]
+            first = 0
+            for i in range(file.metadata.num_row_groups):
+                group = RowGroup(key, i, file.metadata.row_group(i).num_rows)
+                table = file.read_row_group(i, columns=names)
+                known = table.column("digest").to_pylist() if "digest" in names else [""]
+                if all(_SHA256.fullmatch(digest) for digest in known):
+                    yield group, _refs(key, first, table, known)
+                else:
+                    read = _encoded(filesystem, settings, group)
+                    yield group, [row for _, refs in read for row in refs]
+                first += group.rows
 
 
 def read_columns(
@@ -284,11 +306,19 @@ def stack(source: StreamedImages) -> torch.Tensor:
 
 
 @contextmanager
-def _opened(filesystem: pa.fs.FileSystem, settings: Settings, key: str) -> Iterator[pq.ParquetFile]:
-    """Errors: DataMoved for an object that is gone, DataError for no Parquet, and s3_errors'."""
+def _opened(
+    filesystem: pa.fs.FileSystem, settings: Settings, key: str, *, pre_buffer: bool = False
+) -> Iterator[pq.ParquetFile]:
+    """Errors: DataMoved for an object that is gone, DataError for no Parquet, and s3_errors'.
+
+    pre_buffer: neighbouring columns are one request, and memory holds what is asked for.
+    """
     path = f"{settings.s3.data_bucket}/{key}"
     try:
-        with s3_errors(settings.s3), pq.ParquetFile(_found(filesystem, settings, key)) as file:
+        with (
+            s3_errors(settings.s3),
+            pq.ParquetFile(_found(filesystem, settings, key), pre_buffer=pre_buffer) as file,
+        ):
             yield file
     except NotFound:
         raise DataMoved(
@@ -313,6 +343,7 @@ def _found(filesystem: pa.fs.FileSystem, settings: Settings, key: str) -> Any:
 
 
 _READ = ["image", "label", "defect", "camera", "source", "captured_at"]
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def _check_columns(path: str, found: pa.Schema) -> None:
@@ -336,24 +367,34 @@ def _encoded(
     with _opened(filesystem, settings, group.key) as file:
         first = sum(file.metadata.row_group(i).num_rows for i in range(group.index))
         for batch in file.iter_batches(DECODE_BATCH, row_groups=[group.index], columns=_READ):
-            columns = {name: batch.column(name) for name in _READ}
-            columns["captured_at"] = columns["captured_at"].cast(pa.int64()).fill_null(0)
-            values = {name: column.to_pylist() for name, column in columns.items()}
-            refs = [
-                RowRef(
-                    key=group.key,
-                    row=first + i,
-                    digest=hashlib.sha256(values["image"][i]).hexdigest(),
-                    label=values["label"][i],
-                    defect=values["defect"][i],
-                    camera=values["camera"][i],
-                    source=values["source"][i],
-                    captured_at_ns=values["captured_at"][i],
-                )
-                for i in range(batch.num_rows)
-            ]
+            images = batch.column("image").to_pylist()
+            digests = [hashlib.sha256(image).hexdigest() for image in images]
+            refs = _refs(group.key, first, batch, digests)
             first += batch.num_rows
-            yield values["image"], refs
+            yield images, refs
+
+
+def _refs(
+    key: str, first: int, columns: pa.RecordBatch | pa.Table, digests: Sequence[str]
+) -> list[RowRef]:
+    """Rows of an object, the first of which is its `first`."""
+    times = columns.column("captured_at").cast(pa.int64()).fill_null(0).to_pylist()
+    label, defect, camera, source = (
+        columns.column(name).to_pylist() for name in ("label", "defect", "camera", "source")
+    )
+    return [
+        RowRef(
+            key=key,
+            row=first + i,
+            digest=digest,
+            label=label[i],
+            defect=defect[i],
+            camera=camera[i],
+            source=source[i],
+            captured_at_ns=times[i],
+        )
+        for i, digest in enumerate(digests)
+    ]
 
 
 def _decode(

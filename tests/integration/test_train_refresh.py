@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -42,7 +43,7 @@ from pipelines.refresh import RefreshOptions, refresh_once
 from pipelines.refresh_loop import refresh_every
 from pipelines.registry import Registry
 from pipelines.scoring import calibrate, observe
-from pipelines.sources import RowRef, stack
+from pipelines.sources import RowRef, described, stack
 from pipelines.train_keeper import WorkerKeeper
 
 pytestmark = pytest.mark.integration
@@ -616,6 +617,39 @@ def test_the_gate_uses_only_what_both_or_neither_have_learnt(settings, dataset):
     assert new
     assert {row.key for row in new} == {key}
     assert all(is_held_out(row) and row.digest != aside for row in new)
+
+
+@pytest.mark.storage
+def test_many_cameras_imported_one_after_the_other_are_all_judged(settings, dataset, monkeypatch):
+    """Ten of them in two row groups of 128 and a rest, of which one would be enough."""
+    monkeypatch.setattr("pipelines.held_out.AT_MOST", 40)
+    cameras = [f"cam-{i // 30}" for i in range(300)]
+    new = [NewImage(plate(5000 + i), camera) for i, camera in enumerate(cameras)]
+    (key,) = put_incoming(settings, "plates", new).keys
+    data = snapshot(dataset) | {"incoming": {o.key: o.etag for o in incoming(settings, "plates")}}
+
+    def found(each):
+        _, earlier = HeldOut(settings, data, data, each=each).at(64)["old"]
+        assert earlier.num_images == len(earlier.rows)
+        assert all(is_held_out(row) for row in earlier.rows)
+        return Counter(row.camera for row in earlier.rows)
+
+    there = Counter(row.camera for row in images(settings, [key], 64).rows if is_held_out(row))
+    assert set(there) == set(cameras)
+    some = found(each=0)
+    share = max(some.values())
+    assert share < max(there.values())
+    assert some == {camera: min(n, share) for camera, n in there.items()}
+    assert found(each=30) == there
+    # An import of before digests were stored: the same rows are found by their images.
+    with make_minio(settings).get_object(settings.s3.data_bucket, key) as stored:
+        table = pq.read_table(io.BytesIO(stored.read()))
+    put_object(settings, "old.parquet", parquet(table.drop_columns(["digest"])))
+    rows, again = (
+        [row for _, refs in described(settings, [k]) for row in refs]
+        for k in (key, "plates/incoming/old.parquet")
+    )
+    assert again == [replace(row, key="plates/incoming/old.parquet") for row in rows]
 
 
 def test_after_an_import_with_another_split_a_refresh_is_refused_and_a_training_not_compared_on_it(

@@ -12,9 +12,9 @@ from infra.answers import is_answer
 from infra.model_store import Move, version_before
 from infra.settings import load_settings
 from pipelines.candidate import Inputs
-from pipelines.held_out import AT_MOST, HELD_OUT_OF, enough, evenly, is_held_out, usable
+from pipelines.held_out import HELD_OUT_OF, is_held_out, usable
 from pipelines.ray_run import cause
-from pipelines.sources import RowGroup, RowRef, task_environment, task_settings
+from pipelines.sources import RowRef, task_environment, task_settings
 from pipelines.storage import shared_filesystem
 from pipelines.train import TrainOptions, _shared_again, parse_workers
 
@@ -187,25 +187,6 @@ def test_the_cause_of_a_failed_run_is_the_worker_that_failed_first():
     assert cause(RuntimeError()) == "RuntimeError"
 
 
-def test_exemplars_come_evenly_from_all_row_groups_and_are_always_the_same():
-    groups = [RowGroup(f"part-{i}", 0, 100) for i in range(20)]
-    assert evenly(groups, 5000) == groups
-    some = evenly(groups, 500)
-    assert some == evenly(groups, 500)
-    assert [group.key for group in some] == ["part-0", "part-4", "part-8", "part-12", "part-16"]
-    assert evenly([], 500) == []
-
-
-@pytest.mark.parametrize("at_most", [100, 1001, 3000, 20_000])
-def test_exemplars_are_counted_in_rows_where_row_groups_are_uneven(at_most):
-    """Answers of one row between large objects: every so many groups could be answers alone."""
-    groups = [RowGroup(f"part-{i}", 0, 1000 if i % 2 else 1) for i in range(20)]
-    total = sum(group.rows for group in groups)
-    some = evenly(groups, at_most)
-    assert min(at_most, total) <= sum(group.rows for group in some) <= at_most + 1000
-    assert some == evenly(groups, at_most)
-
-
 def test_a_row_set_aside_repeated_or_labelled_is_not_used():
     row = RowRef("new", 3, "ab12", 0, "", "cam-1", "a.png")
     data = {"set_aside": [], "repeated": {}}
@@ -215,10 +196,3 @@ def test_a_row_set_aside_repeated_or_labelled_is_not_used():
     assert not usable(data | {"repeated": {"new": [3]}})(row)
     assert usable(data | {"repeated": {"new": [4], "old": [3]}})(row)
     assert not usable(data)(dataclasses.replace(row, label=1))
-
-
-@pytest.mark.parametrize(("cameras", "rate", "wanted"), [(3, 0.01, AT_MOST), (50, 0.01, 10_000)])
-def test_many_cameras_keep_enough_normals_for_thresholds_of_their_own(cameras, rate, wanted):
-    """99 of each are needed at .01."""
-    own = {f"camera-{i}": 1.0 for i in range(cameras)}
-    assert enough({"thresholds": {"false_alarm_rate": rate, "cameras": own}}) == wanted
