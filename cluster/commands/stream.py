@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -81,8 +82,11 @@ def serve(
                 try:
                     stream_app.check_ours()
                     ray_runtime.write_scrape_targets(targets)
-                except (OSError, RayError) as error:  # a full disk; a head that is restarted
-                    err.print(f"Prometheus cannot find this cluster: {error}", markup=False)
+                except RayError as error:  # a head that is restarted
+                    said = " ".join(str(error).split())[:300]
+                    err.print(f"Ray does not say what runs, asking again: {said}", markup=False)
+                except OSError as error:  # a full disk
+                    err.print(f"Prometheus does not find this cluster: {error}", markup=False)
                 time.sleep(LOOK_S)
         out.print("ending: what is in flight is published first")
     finally:
@@ -178,7 +182,8 @@ def alerts(
 ) -> None:
     """Print alerts, oldest first, one JSON object a line; each has its id.
 
-    Who hands them on begins again with --follow --after and the last id handed on.
+    Who hands them on begins again with --follow --after and the last id handed on. Where alerts
+    since then may be gone from Redis, a line on stderr says of which time.
     """
     from infra.redis_client import ResultStore
     from infra.settings import load_settings
@@ -189,30 +194,34 @@ def alerts(
         raise ValueError(
             f"--after {after}: wanted the id of an alert, as printed (1764331200000-0)"
         )
-    store = ResultStore(load_settings())
+    settings = load_settings()
+    store, kept = ResultStore(settings), settings.stream.alerts_kept
     if after is None:
         wanted = 20 if count is None else count
         newest = store.latest_alerts(max(1, wanted))
         past: Iterable[StoredResult] = newest[:wanted][::-1]
         after = newest[0].id if newest else "0"
     else:
-        past = () if follow else _alerts_since(store, after)
-    for stored in itertools.chain(past, _alerts_coming(store, after) if follow else ()):
+        past = () if follow else _alerts_since(store, after, kept)
+    for stored in itertools.chain(past, _alerts_coming(store, after, kept) if follow else ()):
         print(json.dumps({"id": stored.id, **asdict(stored.result)}), flush=True)
 
 
-def _alerts_since(store: ResultStore, last: str) -> Iterator[StoredResult]:
+def _alerts_since(store: ResultStore, last: str, kept: int) -> Iterator[StoredResult]:
     while found := store.alerts(last):
+        _say_trimmed(store, last, found[0], kept)
         yield from found
         last = found[-1].id
 
 
-def _alerts_coming(store: ResultStore, last: str) -> Iterator[StoredResult]:
+def _alerts_coming(store: ResultStore, last: str, kept: int) -> Iterator[StoredResult]:
     """Alerts as they come, without end: a Redis that is away is waited for, and said once."""
     away = False
     while True:
         try:
             found = store.alerts(last, block_s=3.0)
+            if found:
+                _say_trimmed(store, last, found[0], kept)
             away = False
         except ServiceUnavailable as error:
             if not away:
@@ -222,3 +231,30 @@ def _alerts_coming(store: ResultStore, last: str) -> Iterator[StoredResult]:
         for stored in found:
             last = stored.id
             yield stored
+
+
+def _say_trimmed(store: ResultStore, last: str, following: StoredResult, kept: int) -> None:
+    """Where the alert `last` is not kept any more, nor need be those between it and the next one.
+
+    How many there were nobody knows: Redis numbers its entries by time.
+    """
+    oldest = store.alerts("0", 1)
+    asked_for_all = _parts(last) == (0, 0)
+    if oldest and not asked_for_all and _parts(oldest[0].id) >= _parts(following.id):
+        since, until = (
+            f"{datetime.fromtimestamp(_parts(each)[0] / 1000):%Y-%m-%d %H:%M:%S}"
+            for each in (last, following.id)
+        )
+        err.print(
+            f"alerts may be missing between {last} ({since}) and {following.id} ({until}): Redis "
+            f"keeps the last {kept} (stream.alerts_kept), and {last} is no longer among them",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _parts(id: str) -> tuple[int, int]:
+    """Unix milliseconds, and a number within them."""
+    ms, _, number = id.partition("-")
+    return int(ms), int(number or 0)

@@ -40,6 +40,29 @@ def test_who_handed_alerts_on_goes_on_after_the_last_one(store):
         assert (done.returncode != 0, "--after" in done.stderr) == (True, True)
 
 
+def test_what_was_trimmed_since_is_said(store, tmp_path):
+    put(store, 0, [result(n, anomaly=True) for n in range(230)])
+    ids = [stored.id for stored in store.latest_alerts(500)[::-1]]
+    store._redis.xtrim(store._key("alerts"), maxlen=200, approximate=False)
+    done = dpdl_alerts("--after", ids[9])
+    assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == ids[30:]
+    assert len(done.stderr.splitlines()) == 1
+    assert f"missing between {ids[9]} (" in done.stderr
+    assert f"and {ids[30]} (" in done.stderr
+    for kept in (ids[30], ids[120], "0"):
+        assert dpdl_alerts("--after", kept).stderr == ""
+    said = tmp_path / "said"
+    with said.open("w") as err:
+        command = [sys.executable, "-m", "cluster.cli", "alerts", "-f", "--after", ids[9]]
+        follower = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=err)
+    try:
+        wait_lines(said, 1)
+    finally:
+        follower.send_signal(signal.SIGTERM)
+        follower.wait(20)
+    assert lines(said) == done.stderr.splitlines()
+
+
 @pytest.mark.parametrize("begin", ["--count=0", "--after={}"])
 def test_it_follows_from_where_one_says(store, tmp_path, begin):
     put(store, 0, [result(n, anomaly=True) for n in range(3)])
