@@ -24,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from dpdl_core.images import SUFFIXES, Box
-from dpdl_core.samples import Dataset, DatasetError, Sample
+from dpdl_core.samples import Dataset, DatasetError, Rejected, Sample
 
 _IMAGES = SUFFIXES | {".npy"}
 """Endings of what images.py decodes, and of arrays."""
@@ -99,14 +99,18 @@ def _read_plain(root: Path) -> Dataset | None:
 
 
 def _read_mvtec(root: Path) -> Dataset | None:
-    if not (root / "train" / "good").is_dir():
+    train, test = root / "train", root / "test"
+    if not (train / "good").is_dir():
         return None
-    test = root / "test"
+    _none_in(root, test, "into test/good/ or test/<class>/")
+    for folder in (train, *_folders(train)):
+        if folder != train / "good":
+            _none_in(root, folder, "into train/good/, or into test/<class>/ what is a defect")
     anomalies = _by_class(root, test, default="", skip=("good",))
     if not anomalies:
-        raise _no_anomaly(root, test, (root / "train", test))
+        raise _no_anomaly(root, test, (train, test))
     return Dataset(
-        root.name, _normals(root, root / "train" / "good"), _normals(root, test / "good"), anomalies
+        root.name, _normals(root, train / "good"), _normals(root, test / "good"), anomalies
     )
 
 
@@ -141,7 +145,7 @@ def _read_kolektor(root: Path) -> Dataset | None:
     folders = [f for f in _folders(root) if f.name.startswith("kos")]
     normals: list[Sample] = []
     anomalies: list[Sample] = []
-    for path in (p for folder in folders for p in _files(folder)):
+    for path in (p for folder in folders for p in _flat(root, folder)):
         if path.stem.endswith("_label"):
             continue
         mask = _mask([path.with_name(f"{path.stem}_label.bmp")])
@@ -154,8 +158,8 @@ def _read_kolektor(root: Path) -> Dataset | None:
 
 
 def _read_aitex(root: Path) -> Dataset | None:
-    """256-pixel patches. Clean patches of defective strips are left out: Table 4 counts
-    2256 normals = 141 clean strips x 16. The class is the second field of a strip's name."""
+    """Patches 256 pixels wide. Clean patches of defective strips are no normals: Table 4 counts
+    2256 = 141 clean strips x 16. The class is the second field of a strip's name."""
     clean, broken, masks = (root / f"{kind}_images" for kind in ("NODefect", "Defect", "Mask"))
     if not clean.is_dir() or not broken.is_dir():
         return None
@@ -166,11 +170,15 @@ def _read_aitex(root: Path) -> Dataset | None:
         for box in _boxes(path, _squares)
     ]
     anomalies: list[Sample] = []
+    left_out: list[Rejected] = []
     for path in sorted(filter(_is_image, broken.rglob("*"))):
         found = sorted(masks.rglob(f"{path.stem}_mask*"))
-        if not found:  # some strips of the published set have none: where is the defect?
+        mask = _mask(found) if found else None
+        if mask is None or not mask.any():  # some strips of the published set have none
+            what = "its mask marks nothing" if found else f"no mask in {masks.name}/"
+            name = path.relative_to(root).as_posix()
+            left_out.append(Rejected(name, f"{what}: where is the defect?"))
             continue
-        mask = _mask(found)
         fields = path.stem.split("_")
         for box in _boxes(path, _squares):
             if box is None or _touched(mask, box):
@@ -179,7 +187,7 @@ def _read_aitex(root: Path) -> Dataset | None:
         raise DatasetError(
             f"{root}: no anomalies; looked for strips in {broken.name}/ with masks in {masks.name}/"
         )
-    return Dataset(root.name, normals, None, anomalies)
+    return Dataset(root.name, normals, None, anomalies, left_out)
 
 
 def _read_elpv(root: Path) -> Dataset | None:
@@ -225,8 +233,9 @@ def _read_kvasir(root: Path) -> Dataset | None:
     for base in (root, root / "labeled-images"):
         tract = base / "upper-gi-tract"
         if tract.is_dir():
-            landmarks = _folders(tract / "anatomical-landmarks")
-            normals = [_sample(root, p) for folder in landmarks for p in _files(folder)]
+            landmarks = tract / "anatomical-landmarks"
+            _none_in(root, landmarks, f"into {landmarks.name}/<landmark>/")
+            normals = [s for folder in _folders(landmarks) for s in _normals(root, folder)]
             findings = _by_class(root, tract / "pathological-findings", default="finding")
             return Dataset(root.name, normals, None, findings)
     return None
@@ -235,7 +244,7 @@ def _read_kvasir(root: Path) -> Dataset | None:
 def _read_brain_mri(root: Path) -> Dataset | None:
     if not (root / "no").is_dir() or not (root / "yes").is_dir():
         return None
-    anomalies = [_sample(root, path, "tumor") for path in _files(root / "yes")]
+    anomalies = [_sample(root, path, "tumor") for path in _flat(root, root / "yes")]
     return Dataset(root.name, _normals(root, root / "no"), None, anomalies)
 
 
@@ -318,14 +327,18 @@ def _flat(root: Path, folder: Path) -> list[Path]:
     below = _folders(folder)
     while below:
         inner = below.pop()
-        if found := _files(inner):
-            raise DatasetError(
-                f"{root}: {inner.relative_to(root).as_posix()}/ holds {len(found)} images where "
-                f"none are looked for; put them directly into "
-                f"{folder.relative_to(root).as_posix()}/, or elsewhere"
-            )
+        _none_in(root, inner, f"directly into {folder.relative_to(root).as_posix()}/, or elsewhere")
         below += _folders(inner)
     return _files(folder)
+
+
+def _none_in(root: Path, folder: Path, where: str) -> None:
+    """Raises DatasetError that says where images of a folder belong, if it holds any itself."""
+    if found := _files(folder):
+        raise DatasetError(
+            f"{root}: {folder.relative_to(root).as_posix()}/ holds {len(found)} images where none "
+            f"are looked for, the first is {found[0].name}; put them {where}"
+        )
 
 
 def _normals(root: Path, folder: Path) -> list[Sample]:
@@ -386,7 +399,10 @@ def _thirds(width: int, height: int) -> list[Box]:
 
 
 def _squares(width: int, height: int) -> list[Box]:
-    return [(x, 0, x + AITEX_PATCH, height) for x in range(0, width - AITEX_PATCH + 1, AITEX_PATCH)]
+    """The last one ends where the strip does, over the one before it if need be."""
+    last = max(width - AITEX_PATCH, 0)
+    lefts = [*range(0, last, AITEX_PATCH), last]
+    return [(x, 0, min(x + AITEX_PATCH, width), height) for x in lefts]
 
 
 def _mask(paths: list[Path]) -> npt.NDArray[np.bool_]:

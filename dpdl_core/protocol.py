@@ -24,7 +24,7 @@ from sklearn.model_selection import train_test_split
 
 from dpdl_core.images import ImageRejected, Pixels, decode_image
 from dpdl_core.layouts import Categories, read_elpv_package, read_folder
-from dpdl_core.samples import Dataset, DatasetError, Sample
+from dpdl_core.samples import Dataset, DatasetError, Rejected, Sample
 
 __all__ = [
     "Categories",
@@ -131,6 +131,7 @@ def load_dataset(spec: str | Path) -> Dataset:
         sorted(dataset.normals, key=by_name),
         None if dataset.test_normals is None else sorted(dataset.test_normals, key=by_name),
         sorted(dataset.anomalies, key=by_name),
+        dataset.left_out,
     )
 
 
@@ -196,14 +197,6 @@ def split(
     ]
     test = [*test_normals, *unseen]
     return Split(dataset.name, setting, shots, seed, seen_class, list(normals), seen, test)
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A file that is no usable image: left out and reported, never passed over in silence."""
-
-    source: str
-    reason: str
 
 
 def decode_samples(

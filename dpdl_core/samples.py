@@ -43,6 +43,14 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Rejected:
+    """A file that is no usable image: left out and reported, never passed over in silence."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Dataset:
     """All images of a data set, sorted by source."""
 
@@ -51,6 +59,8 @@ class Dataset:
     """All normals; where test_normals is given, those of the data set's own training split."""
     test_normals: list[Sample] | None
     anomalies: list[Sample]
+    left_out: list[Rejected] = field(default_factory=list)
+    """Images of which the data set itself does not say what they show."""
 
     @property
     def defects(self) -> list[str]:

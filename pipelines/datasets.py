@@ -127,6 +127,8 @@ def import_dataset(
     try:
         found = protocol.load_dataset(src)
         tally = Tally(2 * len(all_samples(found)), progress)
+        for image in found.left_out:
+            tally.skip(image.source, image.reason)
         usable, looks = look_at(found, tally)
         split = protocol.split(
             usable,

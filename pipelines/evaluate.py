@@ -105,6 +105,7 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     splits, not_seen = plan(dataset, options)  # what cannot be is said before anything slow
     with tempfile.TemporaryFile() as file:
         images, dataset, rejected = _decode(dataset, method.image_size, file, tell)
+        rejected = [*dataset.left_out, *rejected]
         if rejected:
             try:
                 splits, not_seen = plan(dataset, options)

@@ -75,6 +75,51 @@ def test_images_deeper_than_the_layout_are_named(tmp_path, nested, inner, outer)
     assert f"directly into {outer}," in str(error.value)
 
 
+def grow(root: Path, names: str) -> None:
+    for name in names.split():
+        draw(root / name)
+
+
+MVTEC = "train/good/a.png test/good/a.png test/cut/a.png"
+KVASIR = "upper-gi-tract/anatomical-landmarks/pylorus/a.png"
+KVASIR += " upper-gi-tract/pathological-findings/ulcer/a.png"
+
+
+@pytest.mark.parametrize(
+    ("layout", "astray", "message"),
+    [
+        (
+            MVTEC,
+            "test/b.png",
+            r"test/ holds 1 images .* b\.png; put them into test/good/ or test/<",
+        ),
+        (
+            MVTEC,
+            "train/b.png",
+            "train/ holds 1 images .* put them into train/good/, or into test/<",
+        ),
+        (MVTEC, "train/cut/b.png", "train/cut/ holds 1 images .* put them into train/good/, or"),
+        ("no/a.png yes/a.png", "yes/glioma/b.png", "yes/glioma/ .* put them directly into yes/,"),
+        (
+            KVASIR,
+            "upper-gi-tract/anatomical-landmarks/b.png",
+            "landmarks/ holds 1 .* put them into anatomical-landmarks/<landmark>/",
+        ),
+        (
+            KVASIR,
+            "upper-gi-tract/anatomical-landmarks/pylorus/deep/b.png",
+            "pylorus/deep/ holds 1 images .* put them directly into .*/pylorus/, or elsewhere",
+        ),
+    ],
+)
+def test_images_that_no_label_is_known_of_are_named(tmp_path, layout, astray, message):
+    grow(tmp_path, layout)
+    load_dataset(tmp_path)
+    grow(tmp_path, astray)
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
@@ -237,6 +282,8 @@ def test_aitex_is_cut_in_patches(tmp_path):
     draw(tmp_path / "Mask_images" / "0044_030_04_mask1.png", 4096, 256, 0, [(0, 0, 5, 5)])
     draw(tmp_path / "Mask_images" / "0044_030_04_mask2.png", 4096, 256, 0, [(4090, 0, 4096, 5)])
     draw(tmp_path / "Defect_images" / "0100_025_08.png", 4096, 256)  # has no mask
+    draw(tmp_path / "Defect_images" / "0101_025_08.png", 4096, 256)
+    draw(tmp_path / "Mask_images" / "0101_025_08_mask.png", 4096, 256, 0)
     data = load_dataset(tmp_path)
     assert counts(data) == (16, None, 3 + 2 - 1, ["019", "030"])
     found = {(s.defect, s.crop) for s in data.anomalies}
@@ -246,6 +293,25 @@ def test_aitex_is_cut_in_patches(tmp_path):
         ("030", (0, 0, 256, 256)),
         ("030", (3840, 0, 4096, 256)),
     }
+    assert [(r.source, r.reason) for r in data.left_out] == [
+        ("Defect_images/0100_025_08.png", "no mask in Mask_images/: where is the defect?"),
+        ("Defect_images/0101_025_08.png", "its mask marks nothing: where is the defect?"),
+    ]
+    all_decode(data)
+
+
+@pytest.mark.parametrize(
+    ("width", "edges"),
+    [(512, [(0, 256), (256, 512)]), (600, [(0, 256), (256, 512), (344, 600)]), (200, [(0, 200)])],
+)
+def test_the_last_patch_of_a_strip_ends_where_the_strip_does(tmp_path, width, edges):
+    draw(tmp_path / "NODefect_images" / "0001_000_00.png", width, 256)
+    draw(tmp_path / "Defect_images" / "0002_019_00.png", width, 256)
+    end = (width - 9, 0, width, 9)
+    draw(tmp_path / "Mask_images" / "0002_019_00_mask.png", width, 256, 0, [end])
+    data = load_dataset(tmp_path)
+    assert sorted(s.crop for s in data.normals) == [(a, 0, b, 256) for a, b in edges]
+    assert [s.crop for s in data.anomalies] == [(edges[-1][0], 0, width, 256)]
     all_decode(data)
 
 

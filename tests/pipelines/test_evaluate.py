@@ -346,6 +346,19 @@ def test_broken_files_are_left_out_and_listed(data, tmp_path):
     assert [r["source"] for r in report["rejected"]] == ["normal/2.png", "anomaly/dot/0.png"]
 
 
+def test_strips_without_a_mask_are_listed_with_what_does_not_decode(data, tmp_path):
+    picture = np.full((256, 512, 3), 90, np.uint8)
+    for i, folder in enumerate(["NODefect_images"] * 4 + ["Defect_images"] * 3):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.fromarray(picture + np.uint8(i)).save(tmp_path / folder / f"{i}_019.png")
+    (tmp_path / "Mask_images").mkdir()
+    for i in (4, 5):
+        Image.fromarray(picture).save(tmp_path / "Mask_images" / f"{i}_019_mask.png")
+    report = evaluate(options(tmp_path, seeds=(0,), method="knn"))
+    assert (report["normals"], report["anomalies"]) == (8, 4)
+    assert [r["source"] for r in report["rejected"]] == ["Defect_images/6_019.png"]
+
+
 def test_what_was_left_out_is_said_by_the_command(data, tmp_path, capsys):
     copy = tmp_path / "tiles"
     shutil.copytree(data, copy)
