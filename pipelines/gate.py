@@ -7,11 +7,12 @@ at.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy.stats import binom
 
 from dpdl_core.metrics import auroc
@@ -23,8 +24,8 @@ class GateLimits:
     max_auroc_drop: float = 0.01
     """Known defects against all held-out normals, current minus candidate."""
     max_line_drop: float = 0.03
-    """Below the best AUROC of a line of refreshes by more than this, none may lose any more: small
-    losses add up."""
+    """Below the best AUROC of a line of refreshes by more than this, none may lose any more, on the
+    images that are the same for all of it: small losses add up."""
     max_recall_drop: float = 0.1
     """Share of the known defects that alarm, current minus candidate, each by its thresholds."""
     false_alarm_chance: float = 0.0013
@@ -40,6 +41,20 @@ class Held:
     old_normals: Scores
     new_normals: Scores
     """Empty at a training where the current version has accepted none since its own."""
+
+
+@dataclass(frozen=True)
+class Lasting:
+    """Which of the held-out images every refresh of a line is judged by: those of its import.
+
+    The others are not the same for two refreshes, and what is harder says nothing of a model.
+    """
+
+    defects: npt.NDArray[np.bool_]
+    normals: npt.NDArray[np.bool_]
+    """Old, then new."""
+    name: str
+    """The same for the same images alone."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,8 @@ def judge(
     current_thresholds: dict[str, Any],
     candidate_thresholds: dict[str, Any],
     set_on_new: bool,
-    best_auroc: float | None = None,
+    lasting: Lasting | None = None,
+    best: Mapping[str, Any] | None = None,
     limits: GateLimits | None = None,
 ) -> Verdict:
     """Promote unless the candidate is worse than the limits allow.
@@ -77,7 +93,8 @@ def judge(
     defects.
     moments: of the old normals, then the new, as calibrate() counts them; so does the bound on
     false alarms, since what was seen within one alarms together.
-    best_auroc: numbers["auroc_best"] of the current version's own verdict.
+    lasting: where losses of a line are added up; nowhere without it.
+    best: numbers of the current version's own verdict, as far as there is one.
     """
     limits = limits or GateLimits()
     false_alarm_rate = candidate_thresholds["false_alarm_rate"]
@@ -92,14 +109,12 @@ def judge(
     numbers: dict[str, Any] = {"known_defects": len(candidate.defects)}
     if len(candidate.defects):
         before, after = _auroc(current), _auroc(candidate)
-        best = max(before, best_auroc or 0.0)
         numbers |= {"auroc_current": before, "auroc_candidate": after}
-        numbers["auroc_best"] = max(best, after)
         figures.append(f"AUROC on known defects {before:.3f} -> {after:.3f}")
         if before - after > limits.max_auroc_drop:
             reasons.append(f"AUROC falls by more than {limits.max_auroc_drop:g}")
-        elif after < before and best - after > limits.max_line_drop + 1e-9:
-            reasons.append(f"AUROC falls further below the {best:.3f} that there was")
+        elif fallen := _line_drop(current, candidate, lasting, best or {}, limits, numbers):
+            reasons.append(fallen)
         found_before = alarms(current.defects, defect_cameras, current_thresholds).mean()
         found_after = alarms(candidate.defects, defect_cameras, candidate_thresholds).mean()
         numbers |= {"recall_current": float(found_before), "recall_candidate": float(found_after)}
@@ -143,14 +158,38 @@ def judge(
     return Verdict(True, why, numbers, figures)
 
 
+def _line_drop(
+    current: Held,
+    candidate: Held,
+    lasting: Lasting | None,
+    past: Mapping[str, Any],
+    limits: GateLimits,
+    numbers: dict[str, Any],
+) -> str:
+    """Why a candidate loses too much of its line's best; "" where it does not. Puts the best AUROC,
+    and of which images it is, among the numbers."""
+    if lasting is None or not lasting.defects.any() or not lasting.normals.any():
+        return ""
+    before, after = (_auroc(held, lasting) for held in (current, candidate))
+    best = before
+    if past.get("auroc_best_on") == lasting.name:
+        best = max(best, past["auroc_best"])
+    numbers |= {"auroc_best": max(best, after), "auroc_best_on": lasting.name}
+    if after < before and best - after > limits.max_line_drop + 1e-9:
+        return f"AUROC falls further below the {best:.3f} that there was"
+    return ""
+
+
 def _normals(held: Held) -> Scores:
     return np.concatenate([held.old_normals, held.new_normals])
 
 
-def _auroc(held: Held) -> float:
-    normals = _normals(held)
-    labels = np.repeat([0, 1], [len(normals), len(held.defects)])
-    return auroc(labels, np.concatenate([normals, held.defects]))
+def _auroc(held: Held, lasting: Lasting | None = None) -> float:
+    normals, defects = _normals(held), held.defects
+    if lasting is not None:
+        normals, defects = normals[lasting.normals], defects[lasting.defects]
+    labels = np.repeat([0, 1], [len(normals), len(defects)])
+    return auroc(labels, np.concatenate([normals, defects]))
 
 
 def _cross_fitted(

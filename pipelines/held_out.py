@@ -26,7 +26,7 @@ from infra.answers import ANSWERED, is_answer
 from infra.settings import Settings
 from pipelines.dataset_index import DatasetIndex, incoming, load_index
 from pipelines.drawing import draw
-from pipelines.gate import Held
+from pipelines.gate import Held, Lasting
 from pipelines.people import repeated
 from pipelines.scoring import Observed, drift_reference, observe_each
 from pipelines.sources import Keep, RowRef, StreamedImages, described, read_here, row_groups
@@ -187,6 +187,22 @@ class HeldOut:
     def moments(self, size: int) -> list[str]:
         """Of the old normals, then the new."""
         return [moment(row) for n in ("old", "new") for s in self.at(size)[n] for row in s.rows]
+
+    def lasting(self, size: int) -> Lasting:
+        """The import's own: its defects, and its calibration split."""
+        import numpy as np
+
+        parts = self.at(size)
+        (defects,), (calibration, *_) = parts["defects"], parts["old"]
+        normals = sum(source.num_images for name in ("old", "new") for source in parts[name])
+        imported = [not is_answer(row.key) for row in defects.rows]
+        rows = [row for row, its in zip(defects.rows, imported, strict=True) if its]
+        digests = [sorted(row.digest for row in some) for some in (rows, calibration.rows)]
+        return Lasting(
+            np.array(imported, bool),
+            np.arange(normals) < calibration.num_images,
+            hashlib.sha256(repr(digests).encode()).hexdigest()[:12],
+        )
 
     def score(self, version: str, model: Any) -> Held:
         if version not in self._scored:

@@ -65,12 +65,12 @@ def consider(
             current = store.manifest(name, pointer.version)
             each = each_camera(current["false_alarm_rate"])
             held_out = HeldOut(settings, manifest["data"], current["data"], each=each)
-        best_auroc = None
+        best: Mapping[str, Any] = {}
         if manifest["parent"]:  # a training begins a line of its own
             before = decisions.find(settings, name, pointer.version)
-            best_auroc = before.numbers.get("auroc_best") if before is not None else None
+            best = before.numbers if before is not None else {}
         verdict = _against_current(
-            store, name, version, manifest, pointer, held_out, best_auroc, limits, device, progress
+            store, name, version, manifest, pointer, held_out, best, limits, device, progress
         )
     if verdict.promote and not moved:
         move(settings, store, name, version, pointer, verdict.why)
@@ -200,7 +200,7 @@ def _against_current(
     manifest: Mapping[str, Any],
     pointer: Pointer,
     held_out: HeldOut,
-    best_auroc: float | None,
+    best: Mapping[str, Any],
     limits: GateLimits | None,
     device: str,
     progress: Progress | None,
@@ -223,7 +223,8 @@ def _against_current(
         candidate_thresholds=dict(candidate.thresholds),
         # A refresh sets its thresholds on old and new; a training has not seen the new ones.
         set_on_new=manifest["parent"] is not None,
-        best_auroc=best_auroc,
+        lasting=held_out.lasting(size),
+        best=best,
         limits=limits,
     )
     if progress is not None:
