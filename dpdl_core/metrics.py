@@ -42,13 +42,18 @@ def _checked(
     return y.astype(np.int64), s
 
 
-def conformal_threshold(normal_scores: npt.ArrayLike, false_alarm_rate: float) -> float:
+def conformal_threshold(
+    normal_scores: npt.ArrayLike, false_alarm_rate: float, moments: npt.ArrayLike = ()
+) -> float:
     """Threshold t such that a fresh normal image has P(score > t) <= false_alarm_rate.
 
     Split conformal: t is the ceil((n+1)(1-rate))-th smallest of n scores of held-out normals,
     which the model has not trained on. The bound holds for any distribution and any n, on average
     over draws of the held-out normals, as long as these and the fresh image are exchangeable;
     with no ties P is above rate - 1/(n+1).
+    moments: of each score; those of one are about one picture and weigh as one together. n counts
+    them then, and the bound is that of an image of a fresh moment, where moments are exchangeable
+    (hierarchical conformal prediction, arXiv:2306.06342v4).
 
     Raises ValueError that says how many normals are needed when n is too small for the rate.
     """
@@ -57,12 +62,23 @@ def conformal_threshold(normal_scores: npt.ArrayLike, false_alarm_rate: float) -
         raise ValueError(f"scores of shape {s.shape}: need a list of finite numbers")
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"false_alarm_rate={false_alarm_rate}: need a number between 0 and 1")
-    # How many of the n+1 may lie above; 1e-9 because 1000 * 0.001 is 0.9999999... for some rates.
-    allowed = math.floor((s.size + 1) * false_alarm_rate + 1e-9)
-    if allowed < 1:
+    weight = moment_weights(moments) if np.size(moments) else np.ones(s.size)
+    count = round(weight.sum())
+    # How many of the n+1 may lie above, less the fresh one; 1e-9 because 1000 * 0.001 is
+    # 0.9999999... for some rates.
+    allowed = (count + 1) * false_alarm_rate - 1 + 1e-9
+    if allowed < 0:
         needed = math.ceil(1 / false_alarm_rate - 1e-9) - 1
         raise ValueError(
-            f"{s.size} held-out normals cannot support a false-alarm rate of {false_alarm_rate:g}: "
-            f"need at least {needed}, or a rate of at least {1 / (s.size + 1):.3g}"
+            f"{count} held-out normals cannot support a false-alarm rate of {false_alarm_rate:g}: "
+            f"need at least {needed}, or a rate of at least {1 / (count + 1):.3g}"
         )
-    return float(np.partition(s, s.size - allowed)[s.size - allowed])
+    order = np.argsort(s)[::-1]
+    above = np.cumsum(weight[order]) - weight[order]
+    return float(s[order[above <= allowed][-1]])
+
+
+def moment_weights(moments: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """(N,) weights, 1 for all of a moment together."""
+    _, at, counts = np.unique(moments, return_inverse=True, return_counts=True)
+    return np.asarray(1 / counts[at], np.float64)

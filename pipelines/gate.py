@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binom
 
-from dpdl_core.metrics import auroc
+from dpdl_core.metrics import auroc, moment_weights
 from pipelines.scoring import Scores, alarms, calibrate
 
 
@@ -91,8 +91,8 @@ def judge(
     only where it is also worse than the current model: after a drift, better is what is asked, not
     perfect. Nor does it count then that the current model's alarms at everything include the known
     defects.
-    moments: of the old normals, then the new, as calibrate() counts them; so does the bound on
-    false alarms, since what was seen within one alarms together.
+    moments: of the old normals, then the new, as calibrate() counts them; so do the share that
+    alarms and its bound, since what was seen within one alarms together.
     lasting: where losses of a line are added up; nowhere without it.
     best: numbers of the current version's own verdict, as far as there is one.
     """
@@ -136,8 +136,11 @@ def judge(
             continue
         rows = slice(start, start + count)
         start += count
-        was, now = float(alarmed_before[rows].mean()), float(alarmed_after[rows].mean())
-        apart = len(set(moments[rows])) or count
+        weight = moment_weights(moments[rows]) if moments else np.ones(count)
+        was, now = (
+            float(np.average(a[rows], weights=weight)) for a in (alarmed_before, alarmed_after)
+        )
+        apart = round(weight.sum())
         bound = float(binom.isf(limits.false_alarm_chance, apart, rate)) / apart
         numbers |= {
             f"{group}_normals": count,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from dpdl_core import drift
-from dpdl_core.metrics import conformal_threshold
+from dpdl_core.metrics import conformal_threshold, moment_weights
 from dpdl_core.model import Dpdl
 from pipelines.sources import RowRef
 
@@ -109,43 +108,43 @@ def calibrate(
 ) -> tuple[dict[str, Any], list[str]]:
     """Thresholds by split conformal over held-out normals, and what a person should know of them.
 
-    A camera gets its own where it has normals of enough moments for the rate: what it saw within
-    one is about one picture (held_out.moment; without `moments` each image is of its own). The
-    others share the default, from all normals, which keeps the rate over all of them; but for those
-    of cameras unlike the others, which would lift it until no defect of the others is found. A
-    camera with FEW moments or more, the highest of its scores above the default, gets that: it must
-    not alarm all the time until it has enough. Where even all are too few, the threshold is the
-    highest normal score and the stated rate is the one that so many normals can support, 1/(N+1):
-    never a rate that is not kept.
+    What a camera saw within one moment counts as one normal throughout: it is about one picture,
+    and a burst of near-duplicates would set a threshold alone (held_out.moment; without `moments`
+    each image is of its own). A camera gets its own where it has normals of enough moments for the
+    rate. The others share the default, from all normals, which keeps the rate over all of them; but
+    for those of cameras unlike the others, which would lift it until no defect of the others is
+    found. A camera with FEW moments or more, the highest of its scores above the default, gets
+    that: it must not alarm all the time until it has enough. Where even all are too few, the
+    threshold is the highest normal score and the stated rate is the one that so many normals can
+    support, 1/(N+1): never a rate that is not kept.
     Raises ValueError with no scores at all.
     """
     if not len(scores):
         raise ValueError("no held-out normals: a threshold needs some")
-    lowest = 1 / (len(scores) + 1)
+    of = np.array(_by_camera(cameras, moments or list(map(str, range(len(scores))))))
+    count = len(set(of))
+    lowest = 1 / (count + 1)
     notes = []
     if lowest > false_alarm_rate * (1 + 1e-9):
         notes.append(
-            f"{len(scores)} held-out normals support a false-alarm rate of {lowest:.3f}, not "
-            f"{false_alarm_rate:g}: {math.ceil(1 / false_alarm_rate) - 1} are needed for that"
+            f"{count} held-out normals of different moments support a false-alarm rate of "
+            f"{lowest:.3f}, not {false_alarm_rate:g}: {math.ceil(1 / false_alarm_rate) - 1} are "
+            "needed for that"
         )
         false_alarm_rate = lowest
     needed = math.ceil(1 / false_alarm_rate - 1e-9) - 1
-    by_camera = {
-        camera: scores[[i for i, found in enumerate(cameras) if found == camera]]
-        for camera in sorted(set(cameras) - {""})
-    }
-    default = conformal_threshold(
-        scores[~_unlike(scores, cameras, by_camera, false_alarm_rate)], false_alarm_rate
-    )
-    seen = set(zip(cameras, moments or range(len(scores)), strict=True))
-    num_moments = Counter(camera for camera, _ in seen)
+    names = np.array(cameras)
+    rows = {camera: names == camera for camera in sorted(set(cameras) - {""})}
+    others = ~_unlike(scores, of, rows, false_alarm_rate)
+    default = conformal_threshold(scores[others], false_alarm_rate, of[others])
+    num_moments = {camera: len(set(of[mine])) for camera, mine in rows.items()}
     own = {}
-    for camera, some in by_camera.items():
+    for camera, mine in rows.items():
         if num_moments[camera] >= needed:
-            own[camera] = conformal_threshold(some, false_alarm_rate)
-        elif num_moments[camera] >= FEW and some.max() > default:
-            own[camera] = float(some.max())
-    short = [f"{c} ({num_moments[c]})" for c in by_camera if num_moments[c] < needed]
+            own[camera] = conformal_threshold(scores[mine], false_alarm_rate, of[mine])
+        elif num_moments[camera] >= FEW and scores[mine].max() > default:
+            own[camera] = float(scores[mine].max())
+    short = [f"{c} ({found})" for c, found in num_moments.items() if found < needed]
     if short:
         notes.append(
             f"{needed} held-out normals of different moments are needed for a camera's own "
@@ -159,21 +158,32 @@ def calibrate(
     }, notes
 
 
+def _by_camera(cameras: Sequence[str], moments: Sequence[str]) -> list[str]:
+    return [f"{camera} {moment}" for camera, moment in zip(cameras, moments, strict=True)]
+
+
 def _unlike(
-    scores: Scores, cameras: Sequence[str], by_camera: Mapping[str, Scores], rate: float
-) -> npt.NDArray[Any]:
-    """bool (N,): normals of cameras with FEW or more that would alarm most of the time by a
+    scores: Scores,
+    moments: npt.NDArray[np.str_],
+    rows: Mapping[str, npt.NDArray[np.bool_]],
+    rate: float,
+) -> npt.NDArray[np.bool_]:
+    """bool (N,): normals of cameras with FEW moments or more that would alarm in most of them by a
     threshold from all others. None where these are no minority, or leave too few for the rate.
     """
-    names, unlike = np.array(cameras), np.zeros(len(scores), bool)
-    for camera, some in by_camera.items():
-        others = scores[names != camera]
-        if len(some) < FEW or not len(others):
+    weight, unlike = moment_weights(moments), np.zeros(len(scores), bool)
+    count = weight.sum()
+    for mine in rows.values():
+        its, others = weight[mine].sum(), count - weight[mine].sum()
+        if its < FEW - 0.5 or others < 0.5:
             continue
-        if np.median(some) > conformal_threshold(others, max(rate, 1 / (len(others) + 1))):
-            unlike |= names == camera
-    left = int((~unlike).sum())
-    if 2 * left <= len(scores) or (left + 1) * rate < 1 - 1e-9:
+        limit = conformal_threshold(
+            scores[~mine], max(rate, 1 / (round(others) + 1)), moments[~mine]
+        )
+        if 2 * weight[mine & (scores > limit)].sum() > its:
+            unlike |= mine
+    left = weight[~unlike].sum()
+    if 2 * left <= count or (left + 1) * rate < 1 - 1e-9:
         return np.zeros(len(scores), bool)
     return unlike
 

@@ -84,3 +84,16 @@ def test_rates_that_are_none(rate):
 def test_scores_that_are_not_finite():
     with pytest.raises(ValueError, match="finite"):
         conformal_threshold([1.0, float("inf")], 0.5)
+
+
+def test_scores_of_one_moment_weigh_as_one():
+    """By brute force. Of four moments 5 times the rate, less the fresh image, may lie above."""
+    scores, moments = [5, 4, 3, 2.5, 2, 1.5, 1, 0], list("abacbcc") + ["d"]
+    weights = {"a": 1 / 2, "b": 1 / 2, "c": 1 / 3, "d": 1}
+    above = [sum(weights[m] for s, m in zip(scores, moments, strict=True) if s > t) for t in scores]
+    wanted = min(t for t, share in zip(scores, above, strict=True) if share <= 1 + 1e-12)
+    assert conformal_threshold(scores, 0.4, moments) == wanted == 3
+    assert conformal_threshold(scores, 0.2, moments) == 5
+    with pytest.raises(ValueError, match="4 held-out normals"):
+        conformal_threshold(scores, 0.19, moments)
+    assert conformal_threshold(scores, 0.4, range(8)) == conformal_threshold(scores, 0.4)

@@ -114,20 +114,32 @@ def test_alarms_of_the_candidate_are_counted_on_normals_its_thresholds_have_not_
 
 
 def test_what_one_minute_shows_is_on_one_side_and_counts_once():
-    """Twenty minutes of ten frames, two of them far off: halves that share a minute would set the
+    """Forty minutes of ten frames, four of them far off: halves that share a minute would set the
     thresholds on what they are then judged by."""
-    minutes = [f"{row // 10}" for row in range(200)]
-    old = np.where(np.isin(np.arange(200) // 10, [7, 9]), 9.0, 0.0) + normals(200) * 0.01
+    minutes = [f"{row // 10}" for row in range(400)]
+    old = np.where(np.isin(np.arange(400) // 10, [7, 9, 11, 13]), 9.0, 0.0) + normals(400) * 0.01
     held = Held(np.empty(0), old, np.empty(0))
-    told = {"defect_cameras": [], "old_cameras": [""] * 200, "new_cameras": []}
+    told = {"defect_cameras": [], "old_cameras": [""] * 400, "new_cameras": []}
     told |= {"current_thresholds": by(2.0), "candidate_thresholds": by(2.0), "set_on_new": True}
     got = judge(held, held, moments=minutes, **told).numbers
     by_row = judge(held, held, **told).numbers
     assert got["false_alarms_old_candidate"] >= 0.1
     assert by_row["false_alarms_old_candidate"] < 0.08
-    # By the binomial's table more than 4 of 20 come by chance with .0026, more than 5 with .0003.
-    assert got["false_alarms_old_bound"] == 5 / 20
-    assert by_row["false_alarms_old_bound"] < 0.12
+    # By the binomial's table more than 6 of 40 come by chance with .0034, more than 7 with .0007.
+    assert got["false_alarms_old_bound"] == 7 / 40
+    assert by_row["false_alarms_old_bound"] < 0.09
+
+
+def test_a_burst_that_alarms_is_one_alarm():
+    """A hundred frames of one minute among a hundred frames of as many: half of all frames."""
+    minutes = ["burst"] * 100 + [f"{minute}" for minute in range(100)]
+    quiet, loud = np.zeros(200), np.r_[np.full(100, 9.0), np.zeros(100)]
+    held = [Held(np.empty(0), scores, np.empty(0)) for scores in (quiet, loud)]
+    told = {"defect_cameras": [], "old_cameras": [""] * 200, "new_cameras": []}
+    told |= {"current_thresholds": by(2.0), "candidate_thresholds": by(2.0), "set_on_new": True}
+    got = judge(*held, moments=minutes, **told)
+    assert got.promote, got.why
+    assert got.numbers["false_alarms_old_candidate"] == pytest.approx(1 / 101)
 
 
 def test_without_known_defects_the_gate_says_so(current):

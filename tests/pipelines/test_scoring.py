@@ -61,6 +61,39 @@ def test_what_a_camera_saw_within_a_moment_counts_once():
     assert many[1] == []
 
 
+def bursts(rng, minutes):
+    """Scores and minutes of one camera: 1 to 40 near-duplicates of each of so many pictures, and
+    the more the higher it scores."""
+    pictures = rng.normal(size=minutes)
+    frames = np.where(pictures > 1, rng.integers(10, 41, minutes), 1)
+    scores = np.repeat(pictures, frames) + rng.normal(0, 0.01, frames.sum())
+    return scores, [f"m{i}" for i in np.repeat(np.arange(minutes), frames)]
+
+
+@pytest.mark.parametrize("camera", ["cam-2", ""])
+def test_bursts_of_one_picture_do_not_set_a_threshold_by_their_number(camera):
+    """Oracle: simulation. A frame of a fresh minute alarms at the stated rate."""
+    rng = np.random.default_rng(0)
+    rates = []
+    for _ in range(300):
+        scores, moments = bursts(rng, 199)
+        thresholds, _ = calibrate(scores, [camera] * len(scores), 0.05, moments)
+        limit = thresholds["cameras"].get(camera, thresholds["default"])
+        rates.append((rng.normal(size=2000) > limit).mean())
+    assert np.mean(rates) == pytest.approx(0.05, abs=0.006)
+
+
+def test_a_burst_supports_no_rate_and_makes_no_camera_unlike_the_others():
+    scores = np.r_[np.linspace(0, 1, 150), np.full(300, 9.0)]
+    moments = [f"{i}" for i in range(150)] + ["burst"] * 300
+    alone, notes = calibrate(scores[150:], [""] * 300, 0.01, moments[150:])
+    assert alone["false_alarm_rate"] == 0.5
+    assert notes[0].startswith("1 held-out normals of different moments support")
+    thresholds, _ = calibrate(scores, ["cam-1"] * 150 + ["cam-2"] * 300, 0.05, moments)
+    assert thresholds["default"] < 1  # one of 151
+    assert set(thresholds["cameras"]) == {"cam-1"}
+
+
 def test_a_few_normals_never_lower_a_threshold():
     scores = np.concatenate([np.arange(300.0), np.zeros(12)])
     thresholds, _ = calibrate(scores, ["cam-1"] * 300 + ["cam-2"] * 12, 0.01)
