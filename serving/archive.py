@@ -6,7 +6,8 @@ made of the frame id and its time of capture alone: keeping twice changes nothin
 When S3 is away, scoring goes on. What is owed is noted in Redis (frame id, key and small heat map)
 before the result is published, and paid later: the frame itself is read again from Kafka by its
 id. Chosen over a spool on local disk because Kafka has the bytes anyhow, replicated and bounded by
-its retention, and because a note in Redis survives the loss of this machine.
+its retention, and because a note in Redis survives the loss of this machine. When S3 is slow, what
+it is still writing is noted too, for as long as that takes, and no batch waits for it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import cv2
@@ -42,7 +44,8 @@ HEAT_SIDE = 256
 SHOW_S = 5.0
 """Longest that a person's page waits for a picture."""
 PATIENCE_S = 2.0
-"""Longest that a batch's results wait for its evidence to be taken."""
+"""Longest that a batch's results wait for its evidence to be taken. Where that was too short, the
+next batches do not wait at all, until one is taken in time."""
 BREATHER_S = 5.0
 """After a failure S3 is left alone for so long: alerts must not wait for its timeouts."""
 MAX_DEBTS = 10_000
@@ -50,6 +53,12 @@ MAX_DEBTS = 10_000
 counted, and the rule EvidenceLost fires."""
 PAY_AT_ONCE = 16
 REREAD_MS = 5000
+
+_SETTLE = """
+if redis.call('HDEL', KEYS[1], ARGV[1]) == 1 and ARGV[2] == '1' then
+  redis.call('INCR', KEYS[2])
+end
+"""
 
 Put = Callable[[str, bytes, str], None]
 """(key, data, content type) into the evidence bucket; ServiceUnavailable when S3 is away."""
@@ -116,8 +125,9 @@ class Archive:
         self._put, self._reread, self._debts, self._at_end = put, reread, debts, at_end
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="evidence")
         self._rest_until = 0.0
-        self._running: list[Future[bool]] = []
-        """Tries of an earlier batch that S3 still does not answer."""
+        self._slow = False
+        self._running: dict[Future[bool], str] = {}
+        """Tries of an earlier batch that S3 had not answered when its results went on -> frame."""
         self._closing = threading.Event()
         self._payer = threading.Thread(target=self._pay_all_along, name="owed", daemon=True)
         self._payer.start()
@@ -125,20 +135,46 @@ class Archive:
     def keep(self, frames: Sequence[FrameRecord], maps: Sequence[NDArray[np.float32]]) -> list[str]:
         """The evidence keys, when each is in S3 or noted as owed. Raises only for Redis."""
         owed = list(zip(frames, maps, strict=True))
-        # The pool's queue has no bound, and each try holds its image, cancelled or not, until a
-        # thread takes it: while threads hang, nothing more is given to them.
-        if time.monotonic() >= self._rest_until and all(t.done() for t in self._running):
+        began_s, late = time.monotonic(), dict[Future[bool], str]()
+        # The pool's queue has no bound, and each try holds its image until it is over: while some
+        # are, nothing more is given to them.
+        if began_s >= self._rest_until and all(t.done() for t in self._running):
             tries = [self._pool.submit(self._try, frame, heat) for frame, heat in owed]
-            kept = [t for t in wait(tries, timeout=PATIENCE_S).done if t.result()]
-            self._running = [t for t in tries if not t.cancel() and not t.done()]
-            owed = [pair for pair, t in zip(owed, tries, strict=True) if t not in kept]
-            if owed:
+            wait(tries, timeout=0.0 if self._slow else PATIENCE_S)
+            late = {
+                t: pair[0].frame_id for t, pair in zip(tries, owed, strict=True) if not t.done()
+            }
+            failed = [t for t in tries if t not in late and not t.result()]
+            owed = [o for o, t in zip(owed, tries, strict=True) if t in late or t in failed]
+            self._running = late
+            if failed:
                 self._rest()
-            else:
+            elif late and not self._slow:
+                log.warning("S3 is slow: alerts do not wait for their evidence")
+            elif not late:
                 self._works()
+            self._slow = self._slow or bool(late)
         for frame, heat in owed:
             self._debts.note(frame, heat)
+        for each, frame_id in late.items():  # once it is noted
+            each.add_done_callback(partial(self._landed, frame_id, began_s))
         return [frame.evidence_key for frame in frames]
+
+    def _landed(self, frame_id: str, began_s: float, late: Future[bool]) -> None:
+        """A try that its batch's results did not wait for is over; the last one says how S3 is."""
+        if late.cancelled():
+            return
+        was_slow, self._slow = self._slow, time.monotonic() - began_s > PATIENCE_S
+        if not late.result():
+            self._rest()
+            return
+        self._works()
+        if was_slow and not self._slow:
+            log.warning("S3 is quick again")
+        try:
+            self._debts.settle(frame_id, paid=True)
+        except DpdlError as error:
+            log.info("the evidence of %s is written once more: %s", frame_id, error)
 
     def close(self) -> None:
         self._closing.set()
@@ -182,7 +218,8 @@ class Archive:
         """Pays some of what is owed; how many. DpdlError when S3, Kafka or Redis is away."""
         if time.monotonic() < self._rest_until:
             return 0
-        notes = self._debts.some(PAY_AT_ONCE)
+        under_way = {frame_id for t, frame_id in self._running.items() if not t.done()}
+        notes = [n for n in self._debts.some(PAY_AT_ONCE) if n.frame_id not in under_way]
         for owed in notes:
             image = self._reread(owed.frame_id, owed.captured_at_ns)
             if image is None:
@@ -224,6 +261,7 @@ class Debts:
         self._redis = make_redis(settings)
         self._key = f"{settings.redis.prefix}:evidence-owed:{settings.kafka.group}"
         self._lost_key = f"{settings.redis.prefix}:evidence-lost:{settings.kafka.group}"
+        self._settle = self._redis.register_script(_SETTLE)
         self._full = False
 
     def note(self, frame: FrameRecord, heat: NDArray[np.float32]) -> None:
@@ -249,22 +287,28 @@ class Debts:
             self._redis.hset(self._key, frame.frame_id, json.dumps(packed))
 
     def some(self, count: int) -> list[Owed]:
-        """Up to `count` notes, drawn at random; none only where there are none.
+        """Up to `count` notes, drawn at random. One that cannot be read is removed, and is lost.
 
         HSCAN from its beginning finds nothing in the buckets that were emptied last.
         """
         with redis_errors(self._where):
             drawn = self._redis.hrandfield(self._key, count, withvalues=True)
-        return [_unpacked(frame_id, note) for frame_id, note in _drawn(drawn)]
+        notes = []
+        for frame_id, note in _drawn(drawn):
+            try:
+                notes.append(_unpacked(frame_id, note))
+            except (ValueError, KeyError, TypeError) as error:
+                log.error(
+                    "what is noted in %s of the evidence of %s cannot be read (%r): it gets none",
+                    self._key, frame_id, error,
+                )  # fmt: skip
+                self.settle(frame_id, paid=False)
+        return notes
 
     def settle(self, frame_id: str, *, paid: bool) -> None:
-        """paid: False for what Kafka no longer had, which counts as lost."""
+        """paid: False for what is given up: it counts as lost, once, whoever else gives it up."""
         with redis_errors(self._where):
-            pipeline = self._redis.pipeline(transaction=True)
-            pipeline.hdel(self._key, frame_id)
-            if not paid:
-                pipeline.incr(self._lost_key)
-            pipeline.execute()
+            self._settle(keys=[self._key, self._lost_key], args=[frame_id, int(not paid)])
 
     def lost(self) -> int:
         """Alerts that stay without a picture, ever."""
@@ -286,12 +330,12 @@ def _drawn(reply: Any) -> list[tuple[str, str]]:
 def _unpacked(frame_id: str, note: str) -> Owed:
     packed = json.loads(note)
     flat = np.frombuffer(base64.b64decode(packed["heat"]), np.float16)
-    heat = flat.reshape(packed["shape"]).astype(np.float32)
-    if "key" in packed:
-        return Owed(frame_id, packed["key"], heat)
-    # Noted before keys had a time: its alert has the key of then.
+    height, width = packed["shape"]
+    heat = flat.reshape(height, width).astype(np.float32)
     topic, partition, offset = frame_id.rsplit("/", 2)
-    return Owed(frame_id, f"{topic}/{int(partition):05d}/{int(offset):020d}", heat)
+    # Noted before keys had a time: its alert has the key of then.
+    key = packed.get("key", f"{topic}/{int(partition):05d}/{int(offset):020d}")
+    return Owed(frame_id, str(key), heat)
 
 
 class EvidenceBucket:

@@ -84,3 +84,24 @@ def test_a_note_of_before_keys_had_a_time_is_paid_where_its_alert_looks(settings
     redis.hset(debts._key, name, json.dumps(old))
     (owed,) = debts.some(16)
     assert (owed.key, owed.captured_at_ns) == ("t/00000/00000000000000000007", None)
+
+
+def test_what_two_consumers_give_up_is_lost_once(settings):
+    ours, theirs = Debts(settings), Debts(settings)
+    ours.note(frame(7), HEAT)
+    for debts in (ours, theirs):
+        debts.settle("t/0/7", paid=False)
+    assert (len(ours), ours.lost()) == (0, 1)
+
+
+def test_a_note_that_cannot_be_read_is_named_counted_and_stops_no_other(settings, caplog):
+    debts = Debts(settings)
+    redis, odd = make_redis(settings), {"t/0/1": "{", "t/0/2": "[]", "t/0/3": '{"shape": [9, 9]}'}
+    debts.note(frame(7), HEAT)
+    ((_, good),) = redis.hgetall(debts._key).items()
+    odd["nothing"] = good
+    redis.hset(debts._key, mapping=odd)
+    assert [owed.frame_id for owed in debts.some(16)] == ["t/0/7"]
+    assert (len(debts), debts.lost()) == (1, len(odd))
+    said = [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
+    assert all(any(f" {name} " in line for line in said) for name in odd)

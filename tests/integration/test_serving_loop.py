@@ -424,13 +424,14 @@ def test_frames_that_kafka_lost_stop_no_partition_and_what_comes_next_is_scored(
     cut = max(ends, key=ends.get)
     ResultStore(settings).publish(kafka.group, topic, cut, ends[cut], ends[cut] + 5, [])
     with Life(settings) as life:
-        placed = threading.Thread(target=life.run_to_the_end)
-        placed.start()
+        running = threading.Thread(target=life.loop.run)
+        running.start()
         until = time.monotonic() + 30
         while not life.source.lost and time.monotonic() < until:
             time.sleep(0.1)
         send(settings, 60)
-        placed.join()
+        life._stop_at_the_end(60)
+        running.join()
         assert life.source.lost == {cut: (5, pytest.approx(time.time(), abs=60))}
     check_nothing_lost_nothing_twice(settings)
 

@@ -27,7 +27,7 @@ class Notes(dict):
         return [Owed(frame_id, *noted) for frame_id, noted in list(self.items())[:count]]
 
     def settle(self, frame_id, *, paid):
-        del self[frame_id]
+        self.pop(frame_id, None)
 
 
 def frame(offset, image=b"\xff\xd8\xffpixels"):
@@ -36,6 +36,13 @@ def frame(offset, image=b"\xff\xd8\xffpixels"):
 
 
 HEAT = np.eye(4, dtype=np.float32)
+
+
+def until(true):
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -186,13 +193,55 @@ def test_an_s3_that_hangs_holds_no_more_than_one_batch_of_images(make, monkeypat
     assert len(debts) == 160
     assert sum(ref() is not None for ref in made) <= 8
     answer.set()
-    deadline = time.monotonic() + 10
-    while not all(t.done() for t in kept._running) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: all(t.done() for t in kept._running))
     kept._rest_until = 0.0
     kept.keep([frame(200)], [HEAT])
-    assert "t/0/200" not in debts  # it is used again once it answers
-    assert len(puts) == 2 * (4 + 1)  # what is owed was not written too
+    until(lambda: "t/0/200" not in debts)  # it is used again once it answers
+    assert len(puts) == 2 * (8 + 1)  # what is owed of later batches was not written too
+
+
+def test_for_a_slow_s3_one_batch_waits_and_all_of_it_is_written_once(make, monkeypatch, caplog):
+    monkeypatch.setattr(archive, "PATIENCE_S", 0.3)
+    bucket, debts, takes, waited_s = [], Notes(), threading.Event(), []
+
+    def put(key, data, kind):
+        takes.wait(10)
+        bucket.append(key)
+
+    kept = make(put, reread=lambda *asked: pytest.fail("it is written from memory"), debts=debts)
+    for offset in range(3):
+        takes.clear()
+        began_s = time.monotonic()
+        kept.keep([frame(offset)], [HEAT])
+        waited_s.append(time.monotonic() - began_s)
+        assert set(debts) == {f"t/0/{offset}"}  # a crash would lose none
+        assert kept.pay() == 0
+        time.sleep(0.4)
+        takes.set()
+        until(lambda: not debts)
+    assert waited_s[0] >= 0.3 > max(waited_s[1:])
+    assert len(bucket) == len(set(bucket)) == 2 * 3
+    monkeypatch.setattr(archive, "PATIENCE_S", 10.0)
+    kept.keep([frame(3)], [HEAT])
+    until(lambda: not debts)
+    kept.keep([frame(4)], [HEAT])  # waited for again
+    assert not debts
+    told = [each.message[:14] for each in caplog.records if each.levelname == "WARNING"]
+    assert told == ["S3 is slow: al", "S3 is quick ag"]
+
+
+def test_a_slow_s3_that_fails_in_the_end_is_away(make, monkeypatch):
+    monkeypatch.setattr(archive, "PATIENCE_S", 0.05)
+
+    def put(key, data, kind):
+        time.sleep(0.2)
+        raise ServiceUnavailable("S3 has not answered")
+
+    debts = Notes()
+    kept = make(put, debts=debts)
+    kept.keep([frame(1)], [HEAT])
+    until(lambda: kept._rest_until > time.monotonic())
+    assert set(debts) == {"t/0/1"}
 
 
 def test_the_end_of_the_archive_is_that_of_its_kafka_client():
