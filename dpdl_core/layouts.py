@@ -173,16 +173,16 @@ def _read_aitex(root: Path) -> Dataset | None:
     left_out: list[Rejected] = []
     for path in sorted(filter(_is_image, broken.rglob("*"))):
         found = sorted(masks.rglob(f"{path.stem}_mask*"))
-        mask = _mask(found) if found else None
-        if mask is None or not mask.any():  # some strips of the published set have none
+        boxes: list[Box | None] = []
+        if found:  # some strips of the published set have no mask
+            mask = _mask(found)
+            boxes = [b for b in _boxes(path, _squares) if b is None or _touched(mask, b)]
+        if not boxes:
             what = "its mask marks nothing" if found else f"no mask in {masks.name}/"
             name = path.relative_to(root).as_posix()
             left_out.append(Rejected(name, f"{what}: where is the defect?"))
-            continue
         fields = path.stem.split("_")
-        for box in _boxes(path, _squares):
-            if box is None or _touched(mask, box):
-                anomalies.append(_sample(root, path, fields[min(1, len(fields) - 1)], box))
+        anomalies += [_sample(root, path, fields[min(1, len(fields) - 1)], box) for box in boxes]
     if not anomalies:
         raise DatasetError(
             f"{root}: no anomalies; looked for strips in {broken.name}/ with masks in {masks.name}/"

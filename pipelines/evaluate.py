@@ -2,9 +2,9 @@
 
 One run is one seed (and, in the hard setting, one seen class). Each run's scores are written
 beside the report as soon as they are there, under a hash of all that they depend on: the split,
-the pixels, the method's settings, its weights, the device, the seed, the source of dpdl_core and
-the versions of torch and timm. A second call with the same options goes on where the first was
-stopped, and a changed option starts anew.
+the pixels, the method's settings, its weights, the device, the seed, the source of the method and
+the versions of the packages that it computes with (evaluate_run.py). A second call with the same
+options goes on where the first was stopped, and a changed option starts anew.
 Letters: N images of the data set, S side in pixels.
 """
 
@@ -28,6 +28,7 @@ import torch
 
 from dpdl_core import protocol
 from dpdl_core.baselines import check_shots
+from dpdl_core.fit import MIN_NORMALS
 from dpdl_core.images import Pixels
 from dpdl_core.metrics import auroc
 from dpdl_core.protocol import Dataset, DatasetError, Rejected, Sample, Setting, Split
@@ -135,7 +136,7 @@ def plan(dataset: Dataset, options: EvaluateOptions) -> tuple[list[Split], dict[
     """Every run's split, and the classes that are too small to be seen, with their images.
 
     In the hard setting each class of at least M images is seen once; the others are in the test
-    of every run.
+    of every run. Raises DatasetError where there are too few images.
     """
     sizes = Counter(sample.defect for sample in dataset.anomalies)
     too_few: dict[str, int] = {}
@@ -156,6 +157,15 @@ def plan(dataset: Dataset, options: EvaluateOptions) -> tuple[list[Split], dict[
         for seed in options.seeds
         for seen in classes
     ]
+    normals = len(splits[0].train_normals)  # the same in all
+    least = MIN_NORMALS if options.method == "dpdl" else 2
+    if normals < least:
+        share = "" if dataset.test_normals else f", three in four of its {len(dataset.normals)}"
+        other = ", or take a method that does with fewer, such as knn" if normals >= 2 else ""
+        raise DatasetError(
+            f"{dataset.name}: {normals} normals to train on{share}, and {options.method} needs "
+            f"{least}: add normal images{other}"
+        )
     return splits, too_few
 
 
@@ -350,12 +360,12 @@ def _summary(
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean and standard deviation (of single values, with N - 1; 0 for one) of those that are
+    """Mean and standard deviation (of single values, with N - 1; None for one) of those that are
     known, and all values."""
     known = [v for v in values if v is not None]
     return {
         "mean": float(np.mean(known)) if known else None,
-        "sd": (float(np.std(known, ddof=1)) if len(known) > 1 else 0.0) if known else None,
+        "sd": float(np.std(known, ddof=1)) if len(known) > 1 else None,
         "per_seed": list(values),
     }
 
@@ -376,7 +386,9 @@ def _of_defect(run: Run, defect: str) -> float | None:
 
 def _title(options: EvaluateOptions, report: Mapping[str, Any]) -> str:
     found = report["auroc"]
+    several = found["sd"] is not None
+    over = f" +- {found['sd']:.3f} over {len(options.seeds)} seeds" if several else ", one seed"
     return (
         f"{options.method} on {report['data']}, {options.protocol}, M = {options.shots}: "
-        f"AUROC {found['mean']:.3f} +- {found['sd']:.3f} over {len(options.seeds)} seeds"
+        f"AUROC {found['mean']:.3f}{over}"
     )

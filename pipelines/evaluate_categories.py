@@ -11,6 +11,7 @@ import numpy as np
 
 from dpdl_core.protocol import Categories, load_dataset
 from pipelines.evaluate import EvaluateOptions, Progress, evaluate, plan, spread
+from pipelines.evaluate_methods import forget_images
 from pipelines.evaluate_run import write
 
 
@@ -45,6 +46,7 @@ def evaluate_each(options: EvaluateOptions, progress: Progress | None = None) ->
                 progress(f"{name}: {stage}", (place + share) / len(each), figures)
 
         reports[name] = evaluate(one, tell)
+        forget_images()
     shared = ("protocol", "shots", "seeds", "method", "recipe", "settings", "date")
     first = next(iter(reports.values()))
     done = {

@@ -190,6 +190,11 @@ def _frozen_trunk(
     return FrozenTrunk(name, weights, image_size, device=device)
 
 
+def forget_images() -> None:
+    """Before another data set: what is kept of this one's images would be of no more use."""
+    _frozen_trunk.cache_clear()
+
+
 class _Baseline:
     def __init__(self, name: str, config: BaselineConfig, device: str) -> None:
         self._name, self._config = name, config

@@ -21,7 +21,12 @@ import torch
 import dpdl_core
 from dpdl_core.metrics import auroc, average_precision
 from dpdl_core.protocol import Split
+from pipelines import evaluate_methods
 from pipelines.evaluate_report import RunPictures
+
+_PACKAGES = ("torch", "timm", "numpy", "scipy", "scikit-learn", "opencv-python-headless")
+"""What a method computes with: another version may give other figures. Those that decode need not
+be here, since the pixels themselves count."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def key(split: Split, pixels: str, settings: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "timm")}
+    return {name: version(name) for name in _PACKAGES}
 
 
 def machine_of(device: str) -> dict[str, Any]:
@@ -75,10 +80,11 @@ def machine_of(device: str) -> dict[str, Any]:
 
 
 def code_sha256() -> str:
+    """Of dpdl_core and of what calls its methods here."""
     root = Path(dpdl_core.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    for path in [*sorted(root.rglob("*.py")), Path(evaluate_methods.__file__)]:
+        digest.update(os.path.relpath(path, root).encode() + path.read_bytes())
     return digest.hexdigest()
 
 

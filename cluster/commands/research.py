@@ -93,6 +93,8 @@ def evaluate(
 def _figure(spread: dict[str, Any]) -> str:
     if spread["mean"] is None:
         return "unknown"
+    if spread["sd"] is None:  # of one seed
+        return f"{spread['mean']:.4f}"
     return f"{spread['mean']:.4f} +- {spread['sd']:.4f}"
 
 

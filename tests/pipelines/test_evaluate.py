@@ -1,10 +1,12 @@
 """The harness end to end on a tiny generated set: figures, resumption, files, refusals."""
 
 import errno
+import gc
 import hashlib
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +148,7 @@ def test_in_the_hard_setting_a_classs_figure_is_its_seeds_mean(data, tmp_path):
             found.append(auroc(labels, [run["scores"][i] for i in rows]))
     assert len(found) == 2  # tested where blot or smear is seen
     assert report["by_defect"]["dot"]["per_seed"] == pytest.approx([np.mean(found)])
-    assert report["by_defect"]["dot"]["sd"] == 0
+    assert report["by_defect"]["dot"]["sd"] is None  # one seed has no deviation
 
 
 def test_a_class_that_a_seed_does_not_test_has_no_figure_there(data, tmp_path):
@@ -171,12 +173,51 @@ def test_a_class_that_a_seed_does_not_test_has_no_figure_there(data, tmp_path):
     assert figures["mean"] == pytest.approx(np.mean([v for v in figures["per_seed"] if v]))
 
 
-def test_what_another_torch_found_is_not_gone_on_from(data, tmp_path, monkeypatch):
-    path = tmp_path / "report.json"
+@pytest.mark.parametrize("package", ["torch", "scikit-learn", "opencv-python-headless"])
+def test_what_another_package_found_is_not_gone_on_from(data, tmp_path, monkeypatch, package):
+    path, real = tmp_path / "report.json", evaluate_run.version
     evaluate(options(data, report=path, seeds=(0,)))
-    monkeypatch.setattr(evaluate_run, "version", lambda name: "99")
+    monkeypatch.setattr(evaluate_run, "version", lambda n: "99" if n == package else real(n))
     evaluate(options(data, report=path, seeds=(0,)))
     assert len(list(path.with_suffix(".runs").glob("*.npz"))) == 2
+
+
+def test_what_calls_the_methods_is_a_part_of_the_code(tmp_path, monkeypatch):
+    before = evaluate_run.code_sha256()
+    changed = tmp_path / "evaluate_methods.py"
+    changed.write_bytes(Path(evaluate_methods.__file__).read_bytes() + b"\n")
+    monkeypatch.setattr(evaluate_methods, "__file__", str(changed))
+    assert evaluate_run.code_sha256() != before
+
+
+def test_one_seed_is_said_without_a_deviation(data, capsys):
+    sets = [f"{key}={value}" for key, value in SMALL.items()]
+    for seeds, several in (("0", False), ("0,1", True)):
+        research.evaluate(str(data), shots=2, seeds=seeds, method="mahalanobis", sets=sets)
+        said = capsys.readouterr().out
+        assert said.startswith("auroc  ")
+        assert ("+-" in said) == several
+
+
+@pytest.mark.parametrize(("method", "normals"), [("dpdl", 13), ("knn", 3)])
+def test_too_few_normals_are_told_before_images_are_read(
+    data, tmp_path, monkeypatch, method, normals
+):
+    """Three in four of 14 are the 10 that a fit asks for."""
+    copy = shutil.copytree(data, tmp_path / "tiles")
+    for i in range(normals, 16):
+        (copy / "normal" / f"{i}.png").unlink()
+    read = protocol.decode_samples
+    monkeypatch.setattr(protocol, "decode_samples", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(DatasetError, match="normals"):
+        evaluate(options(copy, method=method, overrides=TINY if method == "dpdl" else SMALL))
+    monkeypatch.setattr(protocol, "decode_samples", read)
+    if method == "dpdl":
+        message = "tiles: 9 normals to train on, three in four of its 13, and dpdl needs 10: add"
+        with pytest.raises(DatasetError, match=f"{message} .* fewer, such as knn"):
+            evaluate(options(copy, method="dpdl", overrides=TINY))
+        shutil.copy(data / "normal" / "13.png", copy / "normal")
+        evaluate(options(copy, method="dpdl", seeds=(0,), overrides=TINY))
 
 
 def test_runs_of_another_day_keep_their_date_and_machine(data, tmp_path, monkeypatch):
@@ -266,6 +307,26 @@ def test_categories_are_evaluated_each_and_in_the_mean(data, tmp_path, capsys):
     assert "grid: 1 images left out" in said.err
     first = [line.split()[0] for line in said.out.splitlines()]
     assert first == ["carpet:", "grid:", "auroc", "ap"]
+
+
+def test_what_is_kept_of_a_categorys_images_goes_with_it(data, tmp_path, monkeypatch):
+    for name in ("carpet", "grid", "tile"):
+        shutil.copytree(data / "normal", tmp_path / name / "train" / "good")
+        shutil.copytree(data / "normal", tmp_path / name / "test" / "good")
+        shutil.copytree(data / "anomaly", tmp_path / name / "test", dirs_exist_ok=True)
+    made, alive, real = [], [], evaluate_methods.FrozenTrunk
+
+    def watched(*args, **kwargs):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in made))
+        trunk = real(*args, **kwargs)
+        made.append(weakref.ref(trunk))
+        return trunk
+
+    evaluate_methods.forget_images()
+    monkeypatch.setattr(evaluate_methods, "FrozenTrunk", watched)
+    evaluate_each(options(tmp_path, seeds=(0,)))
+    assert alive == [0, 0, 0]
 
 
 def test_categories_of_one_class_are_left_out_of_the_hard_setting(data, tmp_path, capsys):
