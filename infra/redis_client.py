@@ -151,8 +151,10 @@ class ResultStore:
                     self._let_vanish(pipeline, keys)
                     reply = pipeline.execute()[0]
         except ServiceUnavailable:
-            # After a failover those that only read would stay with the old primary.
-            self._redis.connection_pool.disconnect(inuse_connections=False)
+            # After a failover they would stay with the old primary: those that only read, and
+            # those to a Redis before 7, whose READONLY in a script redis-py does not know.
+            for client in (self._redis, self._once):
+                client.connection_pool.disconnect(inuse_connections=False)
             raise
         accepted, number = cast("list[Any]", reply)
         if not accepted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -23,6 +24,8 @@ from infra.settings import RedisSettings, Settings
 
 CONNECT_TIMEOUT_S = 2.0
 REPLY_TIMEOUT_S = 5.0
+_IN_SCRIPT = re.compile(r"@user_script: ?\d+: -([A-Z]+ .*)", re.DOTALL)
+"""How Redis before 7 tells what a command inside a script met: redis-py has no class for it."""
 
 
 def make_redis(settings: Settings, *, retries: int = 1) -> redis.Redis:
@@ -94,24 +97,28 @@ def redis_errors(where: RedisSettings) -> Iterator[None]:
 
 def _translated(error: rex.RedisError, where: RedisSettings) -> DpdlError:
     place = f"Redis at {where.host}:{where.port}"
+    inside = _IN_SCRIPT.search(str(error))
+    said = inside[1] if inside else str(error)
     if isinstance(error, (rex.AuthenticationError, rex.AuthorizationError, rex.NoPermissionError)):
         # With no password at all Redis answers a lecture on its HELLO command.
-        why = "it wants a password" if "HELLO" in str(error) else str(error)
+        why = "it wants a password" if "HELLO" in said else said
         return AuthFailed(
             f"{place} refused user {where.username or 'default'} ({why}): check redis.username, "
             "redis.password and the user's ACL"
         )
-    if isinstance(error, rex.OutOfMemoryError):
+    if isinstance(error, rex.OutOfMemoryError) or said.startswith("OOM"):
         return StoreFull(
-            f"{place} is at its memory limit ({error}): raise maxmemory or lower stream.scores_kept"
+            f"{place} is at its memory limit ({said}): raise maxmemory or lower stream.scores_kept"
         )
     # InvalidResponse: whatever listens there, it is no Redis.
     unavailable = (rex.ConnectionError, rex.TimeoutError, rex.ReadOnlyError, rex.InvalidResponse)
     # MISCONF: Redis cannot persist (a full disk) and refuses writes; MASTERDOWN: a lone replica.
-    refuses = str(error).startswith(("MISCONF", "MASTERDOWN", "LOADING", "NOREPLICAS", "BUSY"))
+    refuses = said.startswith(
+        ("MISCONF", "MASTERDOWN", "LOADING", "NOREPLICAS", "READONLY", "BUSY")
+    )
     if isinstance(error, unavailable) or refuses:
         return ServiceUnavailable(
-            f"{place} is not available ({error}): check that it runs (`dpdl status`), and that "
+            f"{place} is not available ({said}): check that it runs (`dpdl status`), and that "
             "redis.host and redis.port name the primary"
         )
-    return DataError(f"{place} refused a command ({error}): is redis.prefix used by others?")
+    return DataError(f"{place} refused a command ({said}): is redis.prefix used by others?")
