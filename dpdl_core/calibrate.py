@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpdl_core import distributed
-from dpdl_core.config import DpdlConfig
+from dpdl_core.config import DpdlConfig, direction_spaces
 from dpdl_core.estimate import fit_energies, fit_pooled, leave_out
 from dpdl_core.learn import Parts, fit_heads, head_sample
 from dpdl_core.observe import Features, Normals, Spoil
@@ -222,14 +222,15 @@ def part_values(parts: Parts, features: Features) -> Tensor:
 
 
 def directions(config: DpdlConfig, energies: Energies, seen: Tensor) -> Tensor:
-    """(pooled spaces, P) weights on pooled features, the mean direction of the seen anomalies.
+    """(spaces, P) weights on pooled features, the mean direction of the seen anomalies.
 
     In each whitened space z: <z(x), mean of z(a) / |z(a)| over anomalies a>. Whitening by the
     normals makes it Fisher's direction; the unit length keeps one glaring anomaly from being all
     of it. Zero where nothing was seen.
     """
-    towards = torch.zeros(len(config.pooled_spaces), seen.shape[1])
-    for row, space in enumerate(config.pooled_spaces):
+    spaces = direction_spaces(config)
+    towards = torch.zeros(len(spaces), seen.shape[1])
+    for row, space in enumerate(spaces):
         part = energies.pooled[space]
         assert isinstance(part, PooledEnergy)
         if len(seen):
@@ -238,20 +239,27 @@ def directions(config: DpdlConfig, energies: Energies, seen: Tensor) -> Tensor:
     return towards
 
 
-FULL_SHARE = 14.0
-"""Weight of all seen parts over an energy's mean weight, were there anomalies without end."""
+FULL_SHARE = 3.5
+"""Weight of all seen parts over that of all energies, were there anomalies without end."""
 HALF_SHOTS = 10
 """Seen anomalies at which the seen parts have half of that."""
 FAINT = 0.8
 """Mean AUROC that the level of cut-paste used is nearest to: not saturated, not hopeless."""
 
 
-def weigh(cross: CrossFit, num_energies: int, num_seen: int) -> Tensor:
+CHOICE = 16
+"""Power of a pooled space's gain that its share among them goes by: a tenth less, a fifth of it."""
+
+
+def weigh(cross: CrossFit, num_pooled: int, num_energies: int, num_seen: int) -> Tensor:
     """(V,) weights of the parts' evidence.
 
-    Energies: by how well each separates faint cut-paste on held-out normals; their mean is 1.
-    Seen parts: FULL_SHARE * M / (M + HALF_SHOTS) in all, times how well they find left-out
-    anomalies against how well the energies do, in log odds of the AUROC.
+    Energies: by how well each separates faint cut-paste on held-out normals. The pooled ones look
+    at the same thing in other ways, and which is the right one differs from product to product:
+    together they weigh as much as the best, which has nearly all of it. The mean over what is
+    left, they as one and each patch space, is 1.
+    Seen parts: FULL_SHARE * M / (M + HALF_SHOTS) of the energies' sum in all, times how well they
+    find left-out anomalies against how well the energies do, in log odds of the AUROC.
     """
     num_parts = cross.normals.shape[1]
     weights = torch.zeros(num_parts)
@@ -263,16 +271,20 @@ def weigh(cross: CrossFit, num_energies: int, num_seen: int) -> Tensor:
     )
     level = int((separation.mean(1) - FAINT).abs().argmin())
     gain = (2 * separation[level] - 1).clamp_min(0.05)
-    weights[:num_energies] = gain / gain.mean()
-    weights[num_energies:] = weigh_seen(cross, num_energies, num_seen)
+    pooled, kinds = gain[:num_pooled], gain[num_pooled:]
+    if num_pooled:
+        share = (pooled / pooled.max()) ** CHOICE
+        pooled, kinds = pooled.max() * share / share.sum(), torch.cat([pooled.max()[None], kinds])
+    weights[:num_energies] = torch.cat([pooled, gain[num_pooled:]]) / kinds.mean()
+    weights[num_energies:] = weigh_seen(cross, weights[:num_energies], num_seen)
     return weights
 
 
-def weigh_seen(cross: CrossFit, num_energies: int, num_seen: int) -> Tensor:
-    """weigh()'s weights of directions and heads, (V - E,)."""
-    num_heads = 3
+def weigh_seen(cross: CrossFit, of_energies: Tensor, num_seen: int) -> Tensor:
+    """weigh()'s weights of directions and heads, (V - E,), beside those `of_energies`, (E,)."""
+    num_energies, num_heads = len(of_energies), 3
     num_directions = cross.normals.shape[1] - num_energies - num_heads
-    share = FULL_SHARE * num_seen / (num_seen + HALF_SHOTS)
+    share = FULL_SHARE * float(of_energies.sum()) * num_seen / (num_seen + HALF_SHOTS)
     weights = torch.zeros(num_directions + num_heads)
     # Directions and heads have half of it each, where there are both: they err on different
     # anomalies.

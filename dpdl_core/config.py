@@ -55,9 +55,11 @@ class DpdlConfig:
     """Eqs. 16-17 with only their formulas mended (losses.py), for the ablation; they diverge."""
 
     # prototypes in the whitened space of pooled features (mean and deviation per channel)
-    pooled_spaces: tuple[str, ...] = ("7q", "3-7")
-    """One energy per entry; an entry lists stages: `7`, `5+7`, `3-7`. A `q` after the last stage
-    of the trunk takes the means over the image and its quadrants in place of deviations."""
+    pooled_spaces: tuple[str, ...] = ("7q", "3-7", "5qe")
+    """One energy per entry; an entry lists stages: `7`, `5+7`, `3-7`. A `q` after a single stage
+    takes the means over the image and its quadrants in place of deviations. Which energy counts is
+    found on held-out normals (calibrate.py). Each has a direction towards the seen anomalies, too,
+    but for those with an `e` at the end: an energy only."""
     pooled_prototypes: int = 1
     """Prototypes of each; dimension decides there, not their number (docs/accuracy.md)."""
 
@@ -135,7 +137,9 @@ class DpdlConfig:
             if len(set(spaces)) < len(spaces):
                 raise ValueError(f"{name}={','.join(spaces)}: need each space once")
         for space in self.pooled_spaces:
-            stage_numbers(space.removesuffix("q"))
+            stages = stage_numbers(moment_stages(space))
+            if is_quartered(space) and len(stages) > 1:
+                raise ValueError(f"space {space!r}: quadrants are of one stage, as in `7q`")
         for space in self.patch_spaces:
             stage_numbers(patch_stages(space))
 
@@ -201,7 +205,7 @@ def recipe(name: str) -> DpdlConfig:
             trunk="resnet18.tv_in1k",  # torchvision's weights: without a tag timm takes its own
             weights="hub",
             image_size=448,
-            pooled_spaces=("4q", "2-4"),
+            pooled_spaces=("4q", "2-4", "3qe"),
             patch_spaces=("2-4", "3+4h"),
             head_stages="3-4",
             tuned_stages=4,
@@ -288,7 +292,28 @@ def stage_numbers(space: str) -> list[int]:
 
 def pooled_stages(config: DpdlConfig) -> list[int]:
     """All stages whose moments a pooled space looks at, from 0."""
-    spaces = [space.removesuffix("q") for space in config.pooled_spaces]
+    spaces = [moment_stages(space) for space in config.pooled_spaces]
+    return sorted({s for space in spaces for s in stage_numbers(space)})
+
+
+def moment_stages(space: str) -> str:
+    """An entry of pooled_spaces without what follows its stages: `5qe` -> `5`."""
+    return space.removesuffix("e").removesuffix("q")
+
+
+def is_quartered(space: str) -> bool:
+    """Whether an entry of pooled_spaces takes means over quadrants."""
+    return space.removesuffix("e").endswith("q")
+
+
+def direction_spaces(config: DpdlConfig) -> list[str]:
+    """Pooled spaces with a direction towards the seen anomalies."""
+    return [space for space in config.pooled_spaces if not space.endswith("e")]
+
+
+def quartered_stages(config: DpdlConfig) -> list[int]:
+    """All stages whose quadrants a pooled space looks at, from 0."""
+    spaces = [moment_stages(space) for space in config.pooled_spaces if is_quartered(space)]
     return sorted({s for space in spaces for s in stage_numbers(space)})
 
 

@@ -16,9 +16,25 @@ from torch import Tensor
 from dpdl_core import distributed
 from dpdl_core.bridge import Bridge
 from dpdl_core.codebook import Codebook, assign, kmeans, refresh
-from dpdl_core.config import DpdlConfig, patch_stages, patch_step, stage_numbers
+from dpdl_core.config import (
+    DpdlConfig,
+    is_quartered,
+    moment_stages,
+    patch_stages,
+    patch_step,
+    quartered_stages,
+    stage_numbers,
+)
 from dpdl_core.observe import Features
-from dpdl_core.parts import FIRST, Energies, PatchEnergy, PatchSpace, PooledEnergy, whitening
+from dpdl_core.parts import (
+    FIRST,
+    Energies,
+    PatchEnergy,
+    PatchSpace,
+    PooledEnergy,
+    quadrant_columns,
+    whitening,
+)
 from dpdl_core.seeding import count_distinct
 
 PATCH_SAMPLE = 40_000
@@ -32,7 +48,9 @@ def blank_energies(config: DpdlConfig, channels: list[int], sizes: dict[str, int
     return Energies(
         {
             space: PooledEnergy(
-                pooled_columns(channels, space), config.pooled_axes, sizes[f"pooled {space}"]
+                pooled_columns(config, channels, space),
+                config.pooled_axes,
+                sizes[f"pooled {space}"],
             )
             for space in config.pooled_spaces
         },
@@ -122,7 +140,7 @@ def fit_pooled(
     config: DpdlConfig, channels: list[int], space: str, pooled: Tensor, generator: torch.Generator
 ) -> PooledEnergy:
     """One pooled space: whitened by its shrunk covariance, then prototypes of unit variance."""
-    columns = pooled_columns(channels, space)
+    columns = pooled_columns(config, channels, space)
     codes = min(config.pooled_prototypes, max(1, len(pooled) // 10))
     part = PooledEnergy(columns, config.pooled_axes, codes)
     for name, value in whitening(pooled[:, columns], config.pooled_axes)._asdict().items():
@@ -275,21 +293,15 @@ def renew_energies(
     return Energies(pooled_parts, patches), counts
 
 
-def pooled_columns(channels: list[int], space: str) -> list[int]:
+def pooled_columns(config: DpdlConfig, channels: list[int], space: str) -> list[int]:
     """Where a space's features lie among the columns of pool()."""
-    stages = _stages(channels, space.removesuffix("q"))
+    stages = _stages(channels, moment_stages(space))
     starts = [2 * sum(channels[:stage]) for stage in stages]
-    if not space.endswith("q"):
+    if not is_quartered(space):
         widths = [2 * channels[stage] for stage in stages]
         return [c for start, w in zip(starts, widths, strict=True) for c in range(start, start + w)]
-    last = len(channels) - 1
-    if stages != [last]:
-        raise ValueError(f"space {space!r}: quadrants are of the last stage, `{last + 1}q`")
-    quadrants = 2 * sum(channels)
-    return [
-        *range(starts[0], starts[0] + channels[last]),
-        *range(quadrants, quadrants + 4 * channels[last]),
-    ]
+    quadrants = quadrant_columns(channels, quartered_stages(config))[stages[0]]
+    return [*range(starts[0], starts[0] + channels[stages[0]]), *quadrants]
 
 
 def patch_space(config: DpdlConfig, channels: list[int], space: str) -> PatchSpace:
@@ -309,7 +321,7 @@ def patch_space(config: DpdlConfig, channels: list[int], space: str) -> PatchSpa
 def check_spaces(config: DpdlConfig, channels: list[int]) -> None:
     """Raises ValueError where a space asks for a stage that a trunk with these channels has not."""
     for space in config.pooled_spaces:
-        pooled_columns(channels, space)
+        pooled_columns(config, channels, space)
     for space in config.patch_spaces:
         _stages(channels, patch_stages(space))
 

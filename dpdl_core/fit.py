@@ -296,11 +296,11 @@ def _calibrated(
     model.tails.fit(cross.normals)
     num_energies = len(energies.names)
     if before is None:
-        model.weights.copy_(calibrate.weigh(cross, num_energies, len(seen)))
+        model.weights.copy_(calibrate.weigh(cross, len(energies.pooled), num_energies, len(seen)))
     else:
         model.weights.copy_(before.weights)
         if len(seen):
-            weights = calibrate.weigh_seen(cross, num_energies, len(seen))
+            weights = calibrate.weigh_seen(cross, model.weights[:num_energies], len(seen))
             model.weights[num_energies:] = weights
         else:
             model.tails.take_over(before.tails, slice(num_energies, None))

@@ -13,11 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpdl_core.config import DpdlConfig, patch_stages, stage_numbers
+from dpdl_core.config import (
+    DpdlConfig,
+    direction_spaces,
+    patch_stages,
+    quartered_stages,
+    stage_numbers,
+)
 from dpdl_core.heads import AnomalyHead, NormalHead, ResidualHead, top_count, top_mean
 from dpdl_core.losses import anomaly_head_loss, normal_head_loss, residual_head_loss
 from dpdl_core.observe import Features
-from dpdl_core.parts import Energies, PatchEnergy
+from dpdl_core.parts import Energies, PatchEnergy, quadrant_columns
 
 _HIDDEN = 256
 """Hidden units of each network whose mean M_n is."""
@@ -281,15 +287,17 @@ class Parts(nn.Module):
         super().__init__()
         self.energies = energies
         self.heads = blank_heads(config, channels)
-        # Per pooled space, a direction towards the seen anomalies, as weights on pool()'s columns.
-        dims = 2 * sum(channels) + 4 * channels[-1]
-        self.register_buffer("seen", torch.zeros(len(config.pooled_spaces), dims))
+        # Directions towards the seen anomalies, as weights on pool()'s columns.
+        quadrants = quadrant_columns(channels, quartered_stages(config))
+        dims = 2 * sum(channels) + sum(len(columns) for columns in quadrants.values())
+        self.directions = [f"seen {space}" for space in direction_spaces(config)]
+        self.register_buffer("seen", torch.zeros(len(self.directions), dims))
 
     @property
     def names(self) -> list[str]:
         """Names of the V parts: energies, directions, heads."""
-        directions = [f"seen {space}" for space in self.energies.pooled]
-        return [*self.energies.names, *directions, "head anomaly", "head normal", "head residual"]
+        heads = ["head anomaly", "head normal", "head residual"]
+        return [*self.energies.names, *self.directions, *heads]
 
     def forward(self, pooled: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(B, P) and the maps -> raw values (B, V), patch energies (B, patch spaces, h, w), and

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpdl_core.config import DpdlConfig, pooled_stages
+from dpdl_core.config import DpdlConfig, direction_spaces, pooled_stages, quartered_stages
 from dpdl_core.features import Trunk
 from dpdl_core.learn import Parts
 from dpdl_core.parts import Tails, evidence, pool
@@ -40,7 +40,7 @@ def part_groups(config: DpdlConfig) -> dict[str, list[str]]:
     patches = [f"patch {space}" for space in config.patch_spaces]
     return {
         "prototypes": [*(f"pooled {space}" for space in config.pooled_spaces), *patches],
-        "directions": [f"seen {space}" for space in config.pooled_spaces],
+        "directions": [f"seen {space}" for space in direction_spaces(config)],
         "heads": ["head anomaly", "head normal", "head residual"],
     }
 
@@ -59,6 +59,7 @@ class Dpdl(nn.Module):
         self.trunk = trunk
         self.parts = parts
         self._pooled_stages = pooled_stages(config)
+        self._quartered_stages = quartered_stages(config)
         self.tails = Tails(len(self.part_names))
         self.register_buffer("weights", torch.ones(len(self.part_names)))
         spaces = len(config.patch_spaces)
@@ -92,7 +93,7 @@ class Dpdl(nn.Module):
 
     def pool(self, maps: list[Tensor]) -> Tensor:
         """The trunk's maps -> (B, P), parts.pool() of the stages that this model looks at."""
-        return pool(maps, self._pooled_stages)
+        return pool(maps, self._pooled_stages, self._quartered_stages)
 
     def judge(self, pooled: Tensor, maps: list[Tensor]) -> Scores:
         """Scores of images whose features are at hand: pool()'s (B, P) and the trunk's maps."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpdl_core import distributed
-from dpdl_core.config import DpdlConfig, map_stages, pooled_stages
+from dpdl_core.config import DpdlConfig, map_stages, pooled_stages, quartered_stages
 from dpdl_core.features import Trunk
 from dpdl_core.images import ImageSource
 from dpdl_core.parts import pool
@@ -153,7 +153,8 @@ def keep(maps: list[Tensor], config: DpdlConfig) -> Features:
     stages = map_stages(config)
     empty = maps[0].new_empty((len(maps[0]), 0), dtype=torch.float16).cpu()
     kept = [m.half().cpu() if i in stages else empty for i, m in enumerate(maps)]
-    return Features(pool(maps, pooled_stages(config)).cpu(), kept)
+    pooled = pool(maps, pooled_stages(config), quartered_stages(config))
+    return Features(pooled.cpu(), kept)
 
 
 def look_at_all(trunk: Trunk, images: Tensor, config: DpdlConfig) -> Features:

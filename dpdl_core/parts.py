@@ -7,7 +7,7 @@ Letters: B batch, P pooled features (pool), D features of a space, V parts, K kn
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -29,14 +29,14 @@ TAIL_SHARE = 0.2
 """The upper share of normal values that the exponential beyond them is fitted to."""
 
 
-def pool(maps: list[Tensor], stages: Container[int]) -> Tensor:
+def pool(maps: list[Tensor], stages: Container[int], quartered: Iterable[int]) -> Tensor:
     """Mean and standard deviation over places of every channel of every stage, (B, P).
 
     Order: stage by stage, its means, then its deviations; then the means over the four quadrants
     of the last stage, upper left, upper right, lower left, lower right, which overlap by a row
-    and a column where its side is odd. Only `stages`, from 0, are looked at: those of others are
-    zero. Shallow maps are large, and moments of all seven of Lite0's cost three times the last
-    five's.
+    and a column where its side is odd; then those of the other `quartered` stages. Only `stages`,
+    from 0, are looked at: moments of others are zero. Shallow maps are large, and moments of all
+    seven of Lite0's cost three times the last five's.
     """
     parts: list[Tensor] = []
     for stage, m in enumerate(maps):
@@ -49,7 +49,22 @@ def pool(maps: list[Tensor], stages: Container[int]) -> Tensor:
         mean, square = (torch.cat(each) for each in zip(*moments, strict=True))
         # Features are of order 1, so the difference does not cancel.
         parts += [mean, (square - mean.square()).clamp_min(0).sqrt()]
-    return torch.cat([*parts, _quadrants(maps[-1].float()).flatten(1)], 1)
+    parts += [_quadrants(maps[stage].float()).flatten(1) for stage in _in_quarters(maps, quartered)]
+    return torch.cat(parts, 1)
+
+
+def quadrant_columns(channels: list[int], quartered: Iterable[int]) -> dict[int, range]:
+    """Where the means over quadrants of each stage that has them lie among pool()'s columns."""
+    columns, start = {}, 2 * sum(channels)
+    for stage in _in_quarters(channels, quartered):
+        columns[stage] = range(start, start + 4 * channels[stage])
+        start += 4 * channels[stage]
+    return columns
+
+
+def _in_quarters(stages: Sized, quartered: Iterable[int]) -> list[int]:
+    last = len(stages) - 1
+    return [last, *(stage for stage in quartered if stage != last)]
 
 
 def _quadrants(last: Tensor) -> Tensor:
@@ -437,7 +452,7 @@ class Tails(nn.Module):
 
 
 ENERGY_FLOOR = -4.0
-SEEN_FLOOR = -1.0
+SEEN_FLOOR = -2.0
 """Least log odds that an energy, or a part that knows the seen anomalies, can give."""
 
 

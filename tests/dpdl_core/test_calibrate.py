@@ -41,7 +41,7 @@ def features(count, seed):
         torch.rand(count, c, s, s, generator=generator)
         for c, s in zip(CHANNELS, (8, 4), strict=True)
     ]
-    return Features(pool(maps, range(2)), [m.half() for m in maps])
+    return Features(pool(maps, range(2), [1]), [m.half() for m in maps])
 
 
 def without(found, row):
@@ -122,16 +122,29 @@ def cross(levels, seen):
 @check
 def energies_weigh_what_faint_cut_paste_says(module: ModuleType):
     """Of levels with means .95, .8 and .6 the second: gains .8 and .4, over their mean."""
-    found = module.weigh(cross([(1.0, 0.9), (0.9, 0.7), (0.6, 0.6)], [0.8, 0.8, *[0.8] * 5]), 2, 10)
+    found = module.weigh(cross([(1.0, 0.9), (0.9, 0.7), (0.6, 0.6)], [0.8] * 7), 0, 2, 10)
     assert found[:2].tolist() == pytest.approx([0.8 / 0.6, 0.4 / 0.6])
 
 
 @check
+def of_pooled_spaces_the_best_counts(module: ModuleType):
+    """Gains .8 and .6 of pooled spaces, 1 and .4 of patches: as one, the pooled weigh .8, which
+    their gains' sixteenth powers share; the mean of .8, 1 and .4 is 1."""
+    found = module.weigh(cross([(0.9, 0.8, 1.0, 0.7)], [0.8] * 9), 2, 4, 10)
+    high, low = 0.8**16, 0.6**16
+    want = [0.8 * high / (high + low), 0.8 * low / (high + low), 1.0, 0.4]
+    assert found[:4].tolist() == pytest.approx([w * 3 / 2.2 for w in want], rel=1e-5)
+    # M = 10: half of 3.5 times their sum of 3, were all found as well.
+    assert found[4:].tolist() == pytest.approx([5.25 / 4] * 2 + [5.25 / 6] * 3)
+
+
+@check
 def seen_parts_weigh_by_shots_and_by_what_they_find(module: ModuleType):
-    """M = 10: 14 * 10 / 20 = 7, half of it for two directions, half for three heads, each times
-    the root of its log odds over the energies' mean log odds, within .6 and 1.3."""
+    """M = 10: 3.5 * (1.2 + 2.8) * 10 / 20 = 7, half of it for two directions,
+    half for three heads, each times the root of its log odds over the energies' mean log odds,
+    within .6 and 1.3."""
     aurocs = [0.8, 0.7, 0.9, 0.6, 0.7, 0.8, 1.0]
-    found = module.weigh_seen(cross([], aurocs), 2, 10)
+    found = module.weigh_seen(cross([], aurocs), torch.tensor([1.2, 2.8]), 10)
 
     def odds(p):
         p = min(p, 0.98)
@@ -148,19 +161,19 @@ def seen_parts_weigh_by_shots_and_by_what_they_find(module: ModuleType):
 
 @check
 def one_anomaly_cannot_say_what_it_is_worth(module: ModuleType):
-    """M = 1: nothing was left out, so the share alone, 14 / 11."""
+    """M = 1: nothing was left out, so the share alone, 3.5 * 2 / 11."""
     one = cross([], [0.8] * 7)
     one = calibrate.CrossFit(one.normals, [], torch.zeros(0, 7))
-    share = 14 / 11
+    share = 7 / 11
     want = [share / 4] * 2 + [share / 6] * 3
-    assert module.weigh_seen(one, 2, 1).tolist() == pytest.approx(want)
+    assert module.weigh_seen(one, torch.ones(2), 1).tolist() == pytest.approx(want)
 
 
 @check
 def without_directions_the_heads_have_the_whole_share(module: ModuleType):
-    """M = 1, no pooled space: two energies and the three heads, 14 / 11 in all."""
+    """M = 1, no pooled space: two energies and the three heads, 7 / 11 in all."""
     one = calibrate.CrossFit(torch.zeros(10, 5), [], torch.zeros(0, 5))
-    assert module.weigh_seen(one, 2, 1).tolist() == pytest.approx([14 / 33] * 3)
+    assert module.weigh_seen(one, torch.ones(2), 1).tolist() == pytest.approx([7 / 33] * 3)
 
 
 @check
@@ -203,6 +216,11 @@ FAULTS = {
         "(2 * separation[level] - 1)",
         "separation[level]",
         "energies_weigh_what_faint_cut_paste_says",
+    ),
+    "all pooled spaces count": (
+        "** CHOICE",
+        "** 1",
+        "of_pooled_spaces_the_best_counts",
     ),
     "the plainest level": (".argmin())", ".argmax())", "energies_weigh_what_faint_cut_paste_says"),
     "no root": (

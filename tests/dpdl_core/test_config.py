@@ -5,7 +5,16 @@ import json
 import pytest
 import timm
 
-from dpdl_core.config import from_json, override, recipe, stage_numbers, to_json
+from dpdl_core.config import (
+    direction_spaces,
+    from_json,
+    override,
+    pooled_stages,
+    quartered_stages,
+    recipe,
+    stage_numbers,
+    to_json,
+)
 
 
 def test_overrides_are_typed():
@@ -31,6 +40,7 @@ def test_overrides_are_typed():
         ("patch_worst", "1.5", "at most 1"),
         ("patch_spaces", "7-5", "7-5"),
         ("pooled_spaces", "zero", "zero"),
+        ("pooled_spaces", "5-7q", "5-7q.*of one stage"),
         ("patch_spaces", "", "at least one"),
         ("patch_spaces", "5s, 3-7, 5s", "patch_spaces=5s,3-7,5s: need each space once"),
         ("pooled_spaces", "7,7", "pooled_spaces=7,7: need each space once"),
@@ -79,6 +89,13 @@ def test_broken_json_is_a_value_error(text):
 def test_unknown_recipe():
     with pytest.raises(ValueError, match="edge"):
         recipe("soup")
+
+
+def test_pooled_spaces_by_their_names():
+    config = override(recipe("edge"), {"pooled_spaces": "7q,5qe,3-4e,2+6"})
+    assert direction_spaces(config) == ["7q", "2+6"]
+    assert quartered_stages(config) == [4, 6]
+    assert pooled_stages(config) == [1, 2, 3, 4, 5, 6]
 
 
 def test_stage_numbers():

@@ -21,6 +21,7 @@ from dpdl_core.parts import (
     hard_energy,
     hard_nearest,
     pool,
+    quadrant_columns,
     whitening,
 )
 
@@ -111,7 +112,7 @@ def test_energies_keep_their_size_however_small_eps_is():
 @pytest.mark.parametrize("side", [1, 2, 6, 7])
 def test_pool_by_numpy(side):
     maps = [torch.rand(2, 3, 6, 6), torch.rand(2, 4, side, side)]
-    got = pool(maps, (0, 1)).numpy()
+    got = pool(maps, (0, 1), [0]).numpy()
     last, half = maps[1].numpy(), (side + 1) // 2
     want = [m.numpy().mean((2, 3)) for m in maps], [m.numpy().std((2, 3)) for m in maps]
     quadrants = [
@@ -119,11 +120,13 @@ def test_pool_by_numpy(side):
         for r in (np.s_[:half], np.s_[side - half :])
         for c in (np.s_[:half], np.s_[side - half :])
     ]
-    columns = [want[0][0], want[1][0], want[0][1], want[1][1], *quadrants]
+    first = maps[0].numpy().reshape(2, 3, 2, 3, 2, 3).mean((3, 5)).transpose(0, 2, 3, 1)
+    columns = [want[0][0], want[1][0], want[0][1], want[1][1], *quadrants, first.reshape(2, 12)]
+    assert quadrant_columns([3, 4], [0, 1]) == {1: range(14, 30), 0: range(30, 42)}
     np.testing.assert_allclose(got, np.concatenate(columns, 1), rtol=1e-4, atol=1e-5)
     columns[0] = columns[1] = 0 * columns[0]
-    got = pool(maps, (1,)).numpy()
-    np.testing.assert_allclose(got, np.concatenate(columns, 1), rtol=1e-4, atol=1e-5)
+    got = pool(maps, (1,), [1]).numpy()
+    np.testing.assert_allclose(got, np.concatenate(columns[:-1], 1), rtol=1e-4, atol=1e-5)
 
 
 def test_tails_are_minus_log_survival():
