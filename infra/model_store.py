@@ -216,15 +216,30 @@ class ModelStore:
         found = sorted(self._objects(name).items())
         return {v: objects[MANIFEST] for v, objects in found if MANIFEST in objects}
 
-    def remove_version(self, name: str, version: str) -> None:
-        """Delete a version; it does not exist any more as soon as its manifest is gone.
+    def remove_version(self, name: str, version: str) -> bool:
+        """Delete a version, unless it is current or rolling back goes through it; whether it went.
 
-        Who deletes knows that nothing leads to it: no look at the pointer here.
+        It does not exist any more as soon as its manifest is gone, so nobody can begin to move the
+        pointer to it then; and where somebody has done so just before, the manifest comes back.
         """
         objects = self._objects(name).get(version, {})
+        if self._is_led_to(name, version):
+            return False
+        key = self._key(name, version, MANIFEST)
         with s3_errors(self._s3):
-            for file in sorted(objects, key=lambda file: file != MANIFEST):
+            if MANIFEST in objects:
+                manifest, _ = get(self._client, self._bucket, key)
+                self._client.remove_object(self._bucket, key)
+                if self._is_led_to(name, version):
+                    conditional_put(self._client, self._bucket, key, manifest)
+                    return False
+            for file in sorted(objects.keys() - {MANIFEST}):
                 self._client.remove_object(self._bucket, self._key(name, version, file))
+        return True
+
+    def _is_led_to(self, name: str, version: str) -> bool:
+        pointer = self.current(name)
+        return pointer is not None and version in way_back(pointer.moves)
 
     def remove_half_written(self, name: str, *, older_than: timedelta) -> list[str]:
         """Delete what killed writers left; returns the versions that were never complete.

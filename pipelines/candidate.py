@@ -85,12 +85,14 @@ def find_inputs(
     index: DatasetIndex,
     past: Iterable[decisions.Decision],
     seed: int,
+    left_out: Mapping[str, str] | None = None,
 ) -> Found:
     """What is new to this version: not in its manifest, and not rolled back on its line.
 
     What the gate held on it, in company that may have been to blame, comes again with others,
     HELD_TRIES times at most, answers without end.
     Decisions of another line do not count: a model trained from scratch gets everything again.
+    left_out: objects that cannot be read though their footers can, and why.
     """
     data = parent["data"]
     settled = {*data["incoming"].items(), *data["objects"].items()}
@@ -106,6 +108,9 @@ def find_inputs(
     new, rows, notes = {}, {}, []
     for key, etag in stored.items():
         if (key, etag) in settled:
+            continue
+        if left_out and key in left_out:
+            notes.append(f"left out: {left_out[key]}")
             continue
         try:
             rows[key, etag] = sum(group.rows for group in row_groups(settings, [key]))

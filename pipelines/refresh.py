@@ -10,9 +10,9 @@ Guarantee: killed between any two steps and run again, there is one version and 
 candidate's id is a digest of its parent and inputs, so a second run finds or repeats the same
 version. What a version has used stands in its own manifest, which becomes current in the one PUT of
 step 4, and in its record: after a rollback that remains, so what a person has taken back does not
-come again. A held candidate's record says that these inputs together are not tried again; each of
-them is, in other company (find_inputs). That is the watermark, with no clock and no order of keys
-to rely on.
+come again on this line; a training begins another, which gets everything. A held candidate's record
+says that these inputs together are not tried again; each of them is, in other company
+(find_inputs). That is the watermark, with no clock and no order of keys to rely on.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from infra.cores import num_cores
 from infra.errors import DataError
 from infra.model_store import ModelStore
 from infra.settings import Settings
-from pipelines.candidate import Inputs, build, find_inputs
+from pipelines.candidate import Found, Inputs, build, find_inputs
 from pipelines.dataset_index import Progress, check_snapshot, load_index, snapshot
 from pipelines.gate import GateLimits
 from pipelines.people import repeated
 from pipelines.promotion import consider, load
 from pipelines.scoring import chosen_device, yield_cores
+from pipelines.sources import damaged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,21 +110,22 @@ def refresh_once(
     if parent["kind"] == "refresh":
         # Killed between pointer and record: without it, a rollback would bring these inputs again.
         consider(settings, store, name, pointer.version)
-    found = find_inputs(
-        settings,
-        pointer.version,
-        parent,
-        index,
-        decisions.recorded(settings, name),
-        options.seed,
-    )
+    past = decisions.recorded(settings, name)
+
+    def find(left_out: Mapping[str, str]) -> Found:
+        return find_inputs(settings, pointer.version, parent, index, past, options.seed, left_out)
+
+    found = find({})
+    wanted = max(1, options.min_new)
+    if found.waiting >= wanted and (unreadable := damaged(settings, found.inputs.new)):
+        found = find(unreadable)
     inputs, notes = found.inputs, found.notes
 
     def nothing(why: str) -> RefreshReport:
         seconds = time.perf_counter() - started
         return RefreshReport("none", pointer.version, None, why, seconds, [why], notes=notes)
 
-    if found.waiting < max(1, options.min_new):
+    if found.waiting < wanted:
         return nothing(f"{found.waiting} new images, {options.min_new} are awaited")
     decided = decisions.find(settings, name, inputs.candidate)
     if decided is not None:
@@ -153,6 +155,10 @@ def refresh_once(
         device=device,
         progress=progress,
     )
+    now = store.current(name)
+    if verdict.promote and now is not None and now.version != inputs.candidate:
+        # Killed after it had moved the pointer, and rolled back; or another was quick.
+        return nothing(f"{inputs.candidate} was promoted, and {now.version} is current since")
     renewal = manifest["renewal"]
     return RefreshReport(
         decision="promoted" if verdict.promote else "held",

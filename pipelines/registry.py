@@ -147,9 +147,8 @@ class Registry:
                 others.append((stored_at, version))
         gone = []
         for _, version in sorted(others, reverse=True)[keep:]:
-            # Anew each time: somebody may have promoted it meanwhile.
-            if version not in _led_to(store.current(name)):
-                store.remove_version(name, version)
+            # Who promotes one meanwhile keeps it.
+            if store.remove_version(name, version):
                 gone.append(version)
         gone += store.remove_half_written(name, older_than=UNDECIDED_FOR)
         for run in list_runs(self._settings, name):

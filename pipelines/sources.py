@@ -155,6 +155,29 @@ def digests(settings: Settings, keys: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+def damaged(settings: Settings, keys: Iterable[str]) -> dict[str, str]:
+    """What is wrong with those of some objects whose rows cannot all be read: key -> one line.
+
+    A footer says nothing of the pages. Memory holds one object: bytes that are here are damaged
+    where they do not parse, and an S3 that is away is not.
+    """
+    filesystem = make_filesystem(settings)
+    found = {}
+    for key in keys:
+        with s3_errors(settings.s3), _found(filesystem, settings, key) as stored:
+            data = stored.read()
+        try:
+            for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(DECODE_BATCH):
+                batch.validate(full=True)  # UTF-8, too
+        except (pa.ArrowException, OSError) as error:
+            what = " ".join(str(error).split())
+            found[key] = (
+                f"s3://{settings.s3.data_bucket}/{key} is damaged ({what}): remove it, and bring "
+                "its images by `dpdl data add`"
+            )
+    return found
+
+
 def answered_by(settings: Settings, keys: Iterable[str]) -> dict[str, str]:
     """Object -> who gave the answer, of those objects that are answers."""
     filesystem = make_filesystem(settings)

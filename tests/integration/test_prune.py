@@ -97,14 +97,35 @@ def test_what_is_promoted_while_others_go_stays_and_so_does_its_way_back(
 
     def remove_and_promote(self, name, version):
         nonlocal pointer
-        remove(self, name, version)
+        gone = remove(self, name, version)
         for promoted in moves:
             pointer = store.move_pointer("lines", promoted, pointer, by="somebody", why="")
+        return gone
 
     monkeypatch.setattr(ModelStore, "remove_version", remove_and_promote)
     assert Registry(settings, "lines").prune(keep=0) == ("held-4", "held-3")
     assert store.list_versions("lines") == ["held-1", "held-2", "v-1"]
     assert store.fetch("lines", "held-1")
+
+
+def test_what_is_promoted_while_it_goes_stays(settings, store, monkeypatch):
+    """After the look at the pointer, before the first of its objects is gone."""
+    put(settings, store, "v-1", "promoted")
+    pointer = store.move_pointer("lines", "v-1", None, by="test", why="")
+    put(settings, store, "held-1", "held")
+    put(settings, store, "held-2", "held")
+    remove = Minio.remove_object
+
+    def promote_and_remove(self, bucket, key):
+        if "held-1/manifest" in key:
+            store.move_pointer("lines", "held-1", pointer, by="somebody", why="")
+        remove(self, bucket, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Minio, "remove_object", promote_and_remove)
+        assert Registry(settings, "lines").prune(keep=0) == ("held-2",)
+    assert store.current("lines").version == "held-1"
+    assert store.fetch("lines", "held-1") == {"a": b"held-1"}
 
 
 def test_a_version_whose_removal_was_cut_off_does_not_exist(settings, store, monkeypatch):

@@ -277,6 +277,26 @@ def test_a_refresh_killed_at_any_step_and_run_again_is_one_version_and_one_decis
     load(deployed, "plates", version)
 
 
+def test_what_was_promoted_and_taken_back_before_its_record_is_not_called_promoted(
+    settings, deployed, monkeypatch
+):
+    put_incoming(settings, "plates", new_plates(20))
+
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decisions, "record", killed)
+        with pytest.raises(Killed):
+            refresh_once(settings, OPTIONS)
+    Registry(settings, "plates").rollback("looks wrong")
+    report = refresh_once(settings, OPTIONS)
+    (version,) = refreshes(deployed)
+    assert report.decision == "none"
+    assert report.why == f"{version} was promoted, and train-0 is current since"
+    assert refresh_once(settings, OPTIONS).why == "0 new images, 8 are awaited"
+
+
 @pytest.mark.storage
 def test_two_refreshes_of_the_same_inputs_at_once_are_one(settings, deployed):
     put_incoming(settings, "plates", new_plates(20))
@@ -569,6 +589,38 @@ def put_what_is_no_data_of_ours(settings):
     put_object(settings, "types.parquet", parquet(pa.table(list(row), schema=other_types)))
 
 
+def stored(settings, key):
+    with make_minio(settings).get_object(settings.s3.data_bucket, key) as found:
+        return found.read()
+
+
+def put_damaged(settings, column, name):
+    """An object whose footer can be read, and no page of one column."""
+    images = [plate(700 + i) for i in range(10)]
+    digests = [hashlib.sha256(image).hexdigest() for image in images]
+    columns = [images, [0] * 10, [""] * 10, ["cam-1"] * 10, [None] * 10, ["x"] * 10, digests]
+    data = bytearray(parquet(pa.table(columns, schema=SCHEMA)))
+    group = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(0)
+    chunk = group.column(SCHEMA.get_field_index(column))
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    put_object(settings, name, bytes(data))
+
+
+@pytest.mark.storage
+def test_an_object_with_a_damaged_page_is_named_and_left(settings, deployed):
+    put_incoming(settings, "plates", new_plates(20))
+    put_damaged(settings, "image", "pages.parquet")
+    put_damaged(settings, "digest", "digests.parquet")
+    report = refresh_once(settings, OPTIONS)
+    assert (report.decision, report.new_normals) == ("promoted", 20), report.why
+    for name in ("pages.parquet", "digests.parquet"):
+        assert any(f"{name} is damaged" in note for note in report.notes), report.notes
+    assert len(deployed.manifest("plates", report.to_version)["data"]["new"]) == 1
+    again = refresh_once(settings, OPTIONS)
+    assert (again.decision, len(again.notes)) == ("none", 2)
+
+
 def test_one_bad_object_and_one_labelled_defect_keep_no_refresh_from_the_rest(settings, deployed):
     put_incoming(settings, "plates", new_plates(20))
     put_what_is_no_data_of_ours(settings)
@@ -642,8 +694,7 @@ def test_many_cameras_imported_one_after_the_other_are_all_judged(settings, data
     assert some == {camera: min(n, share) for camera, n in there.items()}
     assert found(each=30) == there
     # An import of before digests were stored: the same rows are found by their images.
-    with make_minio(settings).get_object(settings.s3.data_bucket, key) as stored:
-        table = pq.read_table(io.BytesIO(stored.read()))
+    table = pq.read_table(io.BytesIO(stored(settings, key)))
     put_object(settings, "old.parquet", parquet(table.drop_columns(["digest"])))
     rows, again = (
         [row for _, refs in described(settings, [k]) for row in refs]
