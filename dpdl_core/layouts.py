@@ -33,7 +33,8 @@ KOLEKTOR_PARTS = 3
 
 LAYOUTS_READ = (
     "normal/ with anomaly/<class>/, or the folders of MVTec AD (one category), DAGM, KolektorSDD, "
-    "AITEX, ELPV, Mastcam, Hyper-Kvasir, BrainMRI or HeadCT as their authors publish them"
+    "AITEX, ELPV, Mastcam, Hyper-Kvasir, BrainMRI or HeadCT as their authors publish them "
+    "(docs/layouts.md)"
 )
 
 

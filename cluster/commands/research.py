@@ -26,7 +26,7 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="elpv, or a folder in a layout that is known; of MVTec AD one category, or all."
+            help="elpv, or a folder as in docs/layouts.md; of MVTec AD one category, or all."
         ),
     ],
     protocol: Annotated[str, typer.Option(help="general or hard.")] = "general",
