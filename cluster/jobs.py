@@ -53,6 +53,9 @@ class JobRequest:
     """Run this checkout's code instead of what the cluster has installed."""
     cpus: float = 0.0
     """Reserved for the command itself; 0 places it on the head, where a driver only waits."""
+    gpus: float = 0.0
+    """Of a card, likewise: Ray shows the command that card alone; with 0 all that the machine has,
+    whosever they are."""
 
     def __post_init__(self) -> None:
         for name in self.variables:
@@ -89,6 +92,7 @@ class Jobs:
                     runtime_env=environment,
                     metadata={"dpdl": request.command},
                     entrypoint_num_cpus=request.cpus,
+                    entrypoint_num_gpus=request.gpus,
                 )
             )
 

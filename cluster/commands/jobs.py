@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,7 +42,8 @@ def train(
 
     Ctrl-C leaves the job running and says how to follow and how to stop it.
     """
-    _run("train", context.args, address, wait, upload, env, cpus=0)
+    _check("train", context.args)
+    _run("train", context.args, address, wait, upload, env, cpus=0, gpus=0)
 
 
 @app.command(context_settings=PASS_ON)
@@ -55,10 +56,19 @@ def refresh(
 ) -> None:
     """Renew the current version on the cluster. Every other argument is one of `dpdl refresh`.
 
-    Ctrl-C leaves the job running and says how to follow and how to stop it.
+    With --device cuda it waits for three quarters of a card; else it runs on a CPU. Ctrl-C leaves
+    the job running and says how to follow and how to stop it.
     """
-    # The work is in the command itself, so it has a CPU reserved, on any machine.
-    _run("refresh", context.args, address, wait, upload, env, cpus=1)
+    from infra.ray_runtime import TRAINING_GPU_SHARE
+
+    device = _check("refresh", context.args)["device"]
+    if device not in ("", "cpu", "cuda"):
+        raise ValueError(f"--device {device}: in a job Ray says which card, take --device cuda")
+    # The work is in the command itself, so it has what it takes reserved, on any machine; a card
+    # that is not, it must not take.
+    gpus = TRAINING_GPU_SHARE if device == "cuda" else 0.0
+    arguments = context.args if device else [*context.args, "--device", "cpu"]
+    _run("refresh", arguments, address, wait, upload, env, cpus=1, gpus=gpus)
 
 
 def _run(
@@ -70,8 +80,8 @@ def _run(
     env: list[str] | None,
     *,
     cpus: float,
+    gpus: float,
 ) -> None:
-    _check(command, arguments)
     from cluster.jobs import JobRequest, Jobs
 
     request = JobRequest(
@@ -80,6 +90,7 @@ def _run(
         variables=key_values(env, "--env"),
         upload=upload,
         cpus=cpus,
+        gpus=gpus,
     )
     jobs = Jobs(address)
     job = jobs.submit(request)
@@ -100,9 +111,10 @@ def _run(
         raise typer.Exit(130) from None
 
 
-def _check(command: str, arguments: list[str]) -> None:
-    """Refuse here options that the command does not know, or that do not go together: on the
-    cluster that would take minutes."""
+def _check(command: str, arguments: list[str]) -> dict[str, Any]:
+    """The command's options by name. Refuses here those that it does not know, or that do not go
+    together: on the cluster that would take minutes."""
     group = typer.main.get_group(learn.app)
     context = group.commands[command].make_context(f"dpdl {command}", list(arguments))
     learn.CHECKS[command](context)
+    return context.params

@@ -9,8 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from ray.job_submission import JobStatus
+from typer.testing import CliRunner
 
 from cluster import jobs
+from cluster.cli import app
 from cluster.jobs import JobRequest, Jobs
 from infra.errors import ServiceUnavailable, SettingsError
 
@@ -100,11 +102,39 @@ def test_what_the_command_would_refuse_is_refused_before_it_is_sent():
         (["train"], "either --dataset NAME"),
         (["train", "--resume", "train-0", "--workers", "2"], "leave out --workers"),
         (["refresh", "--once", "--watch"], "choose one"),
+        (["refresh", "--device", "cuda:1"], "take --device cuda"),
         (["train", "--dataset", "d", "--env", "DPDL_X"], "--env DPDL_X: wanted key=value"),
     ]:
         done = dpdl(*words, "--address", "http://127.0.0.1:9")
         assert done.returncode == 1
         assert says in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "sent", "gpus"),
+    [
+        (["--once"], ["--once", "--device", "cpu"], 0),
+        (["--device", "cpu"], ["--device", "cpu"], 0),
+        (["--device", "cuda"], ["--device", "cuda"], 0.75),
+    ],
+)
+def test_a_refresh_takes_no_card_that_is_not_reserved(monkeypatch, given, sent, gpus):
+    requests = []
+
+    class Client:
+        def submit_job(self, **request):
+            requests.append(request)
+            return "dpdl-refresh-1"
+
+    def connect(self, address):
+        self.address, self._client = address, Client()
+
+    monkeypatch.setattr(Jobs, "__init__", connect)
+    done = CliRunner().invoke(app, ["job", "refresh", *given, "--no-wait"])
+    assert (done.exit_code, done.output.strip()) == (0, "dpdl-refresh-1")
+    (request,) = requests
+    assert request["entrypoint"].split() == ["python", "-m", "cluster.cli", "refresh", *sent]
+    assert (request["entrypoint_num_cpus"], request["entrypoint_num_gpus"]) == (1, gpus)
 
 
 class Cluster:
