@@ -67,7 +67,7 @@ class DpdlConfig:
     """Leading axes of each that are whitened one by one, the others by their mean variance."""
 
     # prototypes in the space of unit-norm patches
-    patch_spaces: tuple[str, ...] = ("3-7", "3+5+7h")
+    patch_spaces: tuple[str, ...] = ("3-7",)
     """One energy per entry; stages are L2-normalised each, joined and projected. With an `s`
     after a 3x3 mean; with an `h` so too, but scored at every second row and column only."""
     patch_prototypes: int = 2048
@@ -206,7 +206,7 @@ def recipe(name: str) -> DpdlConfig:
             weights="hub",
             image_size=448,
             pooled_spaces=("4q", "2-4", "3qe"),
-            patch_spaces=("2-4", "3+4h"),
+            patch_spaces=("2-4",),
             head_stages="3-4",
             tuned_stages=4,
             rotate=True,
