@@ -6,7 +6,6 @@ P patches of an image, c channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +54,11 @@ class PatchBank:
 
 
 class PatchDraw:
-    """A bank's patches, drawn at random over all N normals while their maps pass by in batches."""
+    """A bank's patches, drawn at random over some of the normals while all pass by in batches."""
 
-    def __init__(self, num_images: int, size: int, seed: int) -> None:
-        self._num_images, self._size, self._seed = num_images, size, seed
+    def __init__(self, rows: Tensor, size: int, seed: int) -> None:
+        """rows: which of the images to come take part, in the order that the draw counts them."""
+        self._rows, self._size, self._seed = rows, size, seed
         self._chosen: Tensor | None = None
         self._taken: list[Tensor] = []
         self._passed = 0
@@ -67,9 +67,10 @@ class PatchDraw:
         """The chosen ones of the next B images."""
         flat = _patches(maps_BCHW)
         if self._chosen is None:
-            total = self._num_images * maps_BCHW.shape[2] * maps_BCHW.shape[3]
+            each = maps_BCHW.shape[2] * maps_BCHW.shape[3]
             generator = torch.Generator().manual_seed(self._seed)
-            self._chosen = torch.randperm(total, generator=generator)[: self._size]
+            drawn = torch.randperm(len(self._rows) * each, generator=generator)[: self._size]
+            self._chosen = self._rows[drawn // each] * each + drawn % each
         own = self._chosen - self._passed
         self._taken.append(flat[own[(own >= 0) & (own < len(flat))].to(flat.device)])
         self._passed += len(flat)
@@ -107,21 +108,17 @@ class Tail:
         return -torch.log((at_least + 1).double() / (n + 1)) + (v - top).clamp_min(0) / spread
 
 
-def cross_fitted(
-    num_normals: int, values: Callable[[Tensor, Tensor], Tensor], *, folds: int = 5, seed: int
-) -> Tensor:
-    """Values (N, V) of normals by fits that have not seen them.
+def cross_folds(num_normals: int, *, folds: int = 5, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """(rows to fit on, rows that this fit is to judge), each row judged once.
 
-    values(fit_rows, rows) fits on the one and returns V values of each of the other. In-sample
-    values of normals look far too normal where D exceeds N (MATH.md 7.1).
+    In-sample values of normals look far too normal where D exceeds N (MATH.md 7.1).
     """
     order = torch.randperm(num_normals, generator=torch.Generator().manual_seed(seed))
     parts = order.tensor_split(min(folds, num_normals))
-    held_out = [
-        values(torch.cat([p for j, p in enumerate(parts) if j != i]), part)
+    return [
+        (torch.cat([p for j, p in enumerate(parts) if j != i]), part)
         for i, part in enumerate(parts)
     ]
-    return torch.cat(held_out)[order.argsort()]
 
 
 def mean_on_finest(maps: list[Tensor]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,18 +21,24 @@ class Banks:
     mid: PatchBank
     last: PatchBank
 
-    @classmethod
-    def fit(cls, batches: Iterable[Views], num_images: int, size: int, seed: int) -> Banks:
-        """From the views of num_images normals, batch by batch."""
-        mid, last = PatchDraw(num_images, size, seed), PatchDraw(num_images, size, seed)
-        for views in batches:
-            mid.take(views.mid)
-            last.take(views.last_patches)
-        return cls(mid.bank(), last.bank())
-
     def maps(self, views: Views) -> tuple[Tensor, Tensor]:
         """Squared distances to the nearest patch, (B, h, w) of the middle and the last stage."""
         return self.mid.map(views.mid), self.last.map(views.last_patches)
+
+
+class BanksDraw:
+    """Banks of some of the normals, drawn while the views of all pass by in batches."""
+
+    def __init__(self, rows: Tensor, size: int, seed: int) -> None:
+        """As PatchDraw's."""
+        self._mid, self._last = PatchDraw(rows, size, seed), PatchDraw(rows, size, seed)
+
+    def take(self, views: Views) -> None:
+        self._mid.take(views.mid)
+        self._last.take(views.last_patches)
+
+    def banks(self) -> Banks:
+        return Banks(self._mid.bank(), self._last.bank())
 
 
 class NearestPatches:
@@ -44,8 +49,10 @@ class NearestPatches:
         self, normals: ImageSource, anomalies: Tensor, *, seed: int, progress: Progress
     ) -> None:
         """Anomalies are not used; seed draws the patches that are kept."""
-        views = self._trunk.look(normals)
-        self._banks = Banks.fit(views, normals.num_images, self._config.bank, seed)
+        draw = BanksDraw(torch.arange(normals.num_images), self._config.bank, seed)
+        for views in self._trunk.look(normals):
+            draw.take(views)
+        self._banks = draw.banks()
         progress(1.0)
 
     @torch.inference_mode()

@@ -9,17 +9,27 @@ import torch
 from scipy.spatial.distance import cdist, mahalanobis
 from sklearn.covariance import LedoitWolf
 
-from dpdl_core.baselines import BASELINES, SETTINGS, BaselineConfig, FrozenTrunk, dra, frozen, make
+from dpdl_core.baselines import (
+    BASELINES,
+    SETTINGS,
+    BaselineConfig,
+    FrozenTrunk,
+    dra,
+    frozen,
+    make,
+    tails,
+)
 from dpdl_core.baselines.base import sample_images
 from dpdl_core.baselines.distances import (
     PatchDraw,
     Tail,
     Whitener,
-    cross_fitted,
+    cross_folds,
     mean_on_finest,
 )
 from dpdl_core.baselines.dra import Dra, pseudo_anomalies
 from dpdl_core.baselines.frozen import middle_stage
+from dpdl_core.baselines.knn import Banks
 from dpdl_core.baselines.supervised import deviation_loss, half_size
 from dpdl_core.images import ArraySource
 from dpdl_core.metrics import auroc
@@ -184,7 +194,7 @@ def test_patch_distance_is_the_nearest_of_all():
     generator = torch.Generator().manual_seed(0)
     normals = torch.nn.functional.normalize(torch.randn(4, 5, 3, 2, generator=generator), dim=1)
     images = torch.nn.functional.normalize(torch.randn(2, 5, 3, 2, generator=generator), dim=1)
-    draw = PatchDraw(4, 10_000, seed=0)
+    draw = PatchDraw(torch.arange(4), 10_000, seed=0)
     for batch in normals.split(3):
         draw.take(batch)
     bank = draw.bank()
@@ -198,7 +208,7 @@ def test_patches_are_drawn_alike_from_any_batches():
     maps = torch.arange(7 * 6).view(7, 1, 2, 3).float()
     banks = []
     for size in (1, 3, 7):
-        draw = PatchDraw(7, 20, seed=5)
+        draw = PatchDraw(torch.arange(7), 20, seed=5)
         for batch in maps.split(size):
             draw.take(batch)
         banks.append(draw.bank().patches.flatten().sort().values)
@@ -206,7 +216,43 @@ def test_patches_are_drawn_alike_from_any_batches():
     assert len(set(banks[0].tolist())) == 20
 
 
-@pytest.mark.parametrize("name", ["mahalanobis", "mahalanobis-all", "knn"])
+def test_patches_of_some_rows_are_drawn_as_if_there_were_no_others():
+    maps = torch.arange(7 * 6).view(7, 1, 2, 3).float()
+    rows = torch.tensor([5, 0, 3])
+    alone, among = PatchDraw(torch.arange(3), 9, seed=5), PatchDraw(rows, 9, seed=5)
+    alone.take(maps[rows])
+    for batch in maps.split(2):
+        among.take(batch)
+    found = [draw.bank().patches.flatten().sort().values for draw in (alone, among)]
+    assert torch.equal(*found)
+
+
+def test_tails_are_those_of_all_views_in_memory_at_once(trunk):
+    """Oracle: each fold's fit and values, from views that all lie side by side."""
+    normals, seen, test = textures(23, 0), textures(3, 1, spoiled=True), textures(5, 2)
+    views, known = trunk.views(normals), trunk.views(seen).pooled
+    bank, nothing = 60, lambda share: None
+
+    def fit(rows):
+        of = views.rows(rows)
+        mid, last = (PatchDraw(torch.arange(len(rows)), bank, 4) for _ in range(2))
+        mid.take(of.mid)
+        last.take(of.last_patches)
+        banks = Banks(mid.bank(), last.bank())
+        return tails.Parts.fit(of.last_pooled, of.pooled, known, banks)
+
+    held_out = torch.empty(23, 5, dtype=torch.float64)
+    for rows, judged in cross_folds(23, seed=4):
+        held_out[judged] = fit(rows).values(views.rows(judged))[0]
+    values = fit(torch.arange(23)).values(trunk.views(test))[0]
+    columns = zip(held_out.unbind(1), values.unbind(1), strict=True)
+    want = sum(Tail.fit(known)(value) for known, value in columns)
+    method = make("tails", trunk, BaselineConfig(image_size=SIDE, bank=bank))
+    method.fit(ArraySource(normals), seen, seed=4, progress=nothing)
+    torch.testing.assert_close(method.score(test).score.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "mahalanobis-all", "knn", "tails"])
 def test_no_more_maps_are_held_than_a_batchs(name, monkeypatch):
     """Those of a large set are many GB."""
     monkeypatch.setattr(frozen, "KEPT_BYTES", 0)
@@ -223,7 +269,7 @@ def test_no_more_maps_are_held_than_a_batchs(name, monkeypatch):
     nothing = torch.zeros(0, SIDE, SIDE, 3, dtype=torch.uint8)
     method = make(name, trunk, CONFIG)
     method.fit(ArraySource(textures(24, 0)), nothing, seed=0, progress=lambda share: None)
-    assert len(alive) == 6
+    assert len(alive) == (12 if name == "tails" else 6)
     assert max(alive) <= 1  # the batch before, while the next is looked at
 
 
@@ -242,17 +288,11 @@ def test_tail_of_equal_values_is_finite():
 
 
 def test_cross_fitting_never_sees_the_row_it_judges():
-    calls = []
-
-    def values(fit_rows: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        assert not set(fit_rows.tolist()) & set(rows.tolist())
+    folds = cross_folds(23, seed=1)
+    for fit_rows, rows in folds:
         assert sorted(torch.cat([fit_rows, rows]).tolist()) == list(range(23))
-        calls.append(len(rows))
-        return torch.stack([rows.double(), -rows.double()], 1)
-
-    out = cross_fitted(23, values, seed=1)
-    assert out[:, 0].tolist() == list(range(23))  # back in the rows' own order
-    assert sorted(calls) == [4, 4, 5, 5, 5]
+    assert sorted(torch.cat([rows for _, rows in folds]).tolist()) == list(range(23))
+    assert sorted(len(rows) for _, rows in folds) == [4, 4, 5, 5, 5]
 
 
 def test_deviation_loss_by_hand():
