@@ -321,7 +321,7 @@ def patch_space(config: DpdlConfig, channels: list[int], space: str) -> PatchSpa
 def check_spaces(config: DpdlConfig, channels: list[int]) -> None:
     """Raises ValueError where a space asks for a stage that a trunk with these channels has not."""
     for space in config.pooled_spaces:
-        pooled_columns(config, channels, space)
+        _stages(channels, moment_stages(space))
     for space in config.patch_spaces:
         _stages(channels, patch_stages(space))
 

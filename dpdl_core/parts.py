@@ -452,7 +452,7 @@ class Tails(nn.Module):
 
 
 ENERGY_FLOOR = -4.0
-SEEN_FLOOR = -2.0
+SEEN_FLOOR = -1.0
 """Least log odds that an energy, or a part that knows the seen anomalies, can give."""
 
 

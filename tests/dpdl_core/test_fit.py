@@ -111,7 +111,7 @@ def test_too_few_normals_and_wrong_anomalies_are_told():
     with pytest.raises(ValueError, match="anomalies are"):
         fit(tiny_config(), ArraySource(NORMALS), SEEN[:, :32], seed=0)
     with pytest.raises(ValueError, match="stages 1-5"):
-        fit(tiny_config(pooled_spaces="9"), ArraySource(NORMALS), SEEN, seed=0)
+        fit(tiny_config(pooled_spaces="5q,9qe"), ArraySource(NORMALS), SEEN, seed=0)
 
 
 def test_settings_and_images_that_will_not_do_are_told_before_any_long_work():
