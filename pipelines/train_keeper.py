@@ -28,7 +28,14 @@ from pipelines.dataset_index import incoming, load_index
 from pipelines.held_out import is_held_out, usable
 from pipelines.people import repeated
 from pipelines.run_record import EPOCHS, epochs_from_lines, epochs_to_lines
-from pipelines.sources import RowGroup, RowRef, StreamedImages, answered_by, row_groups
+from pipelines.sources import (
+    RowGroup,
+    RowRef,
+    StreamedImages,
+    answered_by,
+    damaged,
+    row_groups,
+)
 
 ARRIVED = "arrived.json"
 """In a checkpoint: JOINED of the run's data, with the new normals that joined it."""
@@ -138,7 +145,7 @@ class WorkerKeeper:
 
     def _new(self, at_least: int) -> dict[str, dict[str, Any]]:
         """Objects that have not joined, if they hold enough rows together, and the rows of them
-        that are known. One that cannot be read is left: a refresh names it."""
+        that are known. One that cannot be read, or not to its end, is left: a refresh names it."""
         name, joined = self.data["dataset"], self.data["incoming"]
         new, rows = {}, 0
         for found in incoming(self._settings, name):
@@ -147,6 +154,10 @@ class WorkerKeeper:
                     rows += sum(group.rows for group in row_groups(self._settings, [found.key]))
                     new[found.key] = found.etag
         if rows < at_least:
+            return {}
+        for key in damaged(self._settings, new):
+            del new[key]
+        if not new:
             return {}
         index = load_index(self._settings, name)
         again = repeated(self._settings, index, used=joined, new=new)

@@ -646,6 +646,7 @@ def test_one_bad_object_and_one_labelled_defect_keep_no_refresh_from_the_rest(se
 def test_what_is_no_data_of_ours_joins_no_running_training(settings, dataset):
     report = put_incoming(settings, "plates", new_plates(10))
     put_what_is_no_data_of_ours(settings)
+    put_damaged(settings, "image", "pages.parquet")
     keeper = WorkerKeeper(settings, snapshot(dataset), None, {})
     assert list(keeper._new(at_least=10)["incoming"]) == report.keys
 
