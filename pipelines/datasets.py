@@ -31,9 +31,9 @@ import pyarrow.parquet as pq
 from dpdl_core import protocol
 from dpdl_core.images import ImageRejected
 from infra import answers
-from infra.errors import DataError
+from infra.errors import DataError, PointerConflict
 from infra.messages import check_camera
-from infra.s3_client import ensure_buckets, make_minio, s3_errors
+from infra.s3_client import conditional_put, ensure_buckets, get, make_minio, s3_errors
 from infra.settings import Settings
 from pipelines.dataset_index import (
     SCHEMA,
@@ -118,7 +118,8 @@ def import_dataset(
     leave_out: sources of training normals that are not imported, such as those that are to arrive
     later. camera: which took all of them. Every file is read twice: to look at it, and to store it.
     Raises DataError for a name or a folder that will not do, and where one image is both normal and
-    a defect; ValueError for a camera id that will not do.
+    a defect, and where another import of that name has ended meanwhile; ValueError for a camera id
+    that will not do.
     """
     check_name(name)
     if camera:
@@ -147,6 +148,7 @@ def import_dataset(
         looks,
         fixed_test=usable.test_normals is not None,
     )
+    stood = {o.key: o.etag for o in list_objects(settings, f"{name}/dataset.json")}
     before = {o.key for part in SPLITS for o in list_objects(settings, f"{name}/{part}/")}
     tally.total = tally.done + sum(map(len, dealt.values()))
     parts: dict[str, list[Part]] = {}
@@ -169,7 +171,7 @@ def import_dataset(
         parts=parts,
         skipped=tally.skipped,
     )
-    _put(settings, f"{name}/dataset.json", index.to_json(), "application/json")
+    _put_index(settings, index, stood.get(f"{name}/dataset.json"))
     kept = {part.key for some in parts.values() for part in some}
     client = make_minio(settings)
     with s3_errors(settings.s3):
@@ -322,7 +324,28 @@ def _parquet(groups: Sequence[_Group], schema: pa.Schema = SCHEMA) -> bytes:
     return out.getvalue()
 
 
-def _put(settings: Settings, key: str, data: bytes, content_type: str = PARQUET) -> str:
+def _put_index(settings: Settings, index: DatasetIndex, stood: str | None) -> None:
+    """stood: the ETag of the index that this import found, None for none.
+
+    Objects are deleted by what an import finds when it begins to write: of two at once, the second
+    to end might name some that the first has deleted. So the second is refused.
+    """
+    key, data = f"{index.name}/dataset.json", index.to_json()
+    client = make_minio(settings)
+    try:
+        with s3_errors(settings.s3):
+            conditional_put(client, settings.s3.data_bucket, key, data, if_match=stood)
+    except PointerConflict:
+        with s3_errors(settings.s3):
+            now = get(client, settings.s3.data_bucket, key)[0]
+        if now != data:  # else ours, of which the answer was lost, or one that says the same
+            raise DataError(
+                f"{index.name}: another import of that name has ended while this one ran, and "
+                "stands: import again if yours is to replace it, one at a time"
+            ) from None
+
+
+def _put(settings: Settings, key: str, data: bytes) -> str:
     """Write an object of the data bucket in one request; its ETag."""
     with s3_errors(settings.s3):
         written = make_minio(settings).put_object(
@@ -330,7 +353,7 @@ def _put(settings: Settings, key: str, data: bytes, content_type: str = PARQUET)
             key,
             io.BytesIO(data),
             len(data),
-            content_type=content_type,
+            content_type=PARQUET,
             part_size=2 * PART_BYTES,
         )
     return str(written.etag).strip('"')

@@ -88,6 +88,26 @@ def test_the_same_import_writes_the_same_objects_and_another_one_leaves_no_old_o
     check_snapshot(settings, index)
 
 
+def test_of_two_imports_of_one_name_at_once_the_second_to_end_is_refused(
+    settings, folder, monkeypatch
+):
+    import_dataset(settings, folder, "twofold", shots=4)
+    write, ran = datasets._write_parts, []
+
+    def overtaken(*args):
+        yield from write(*args)
+        if not ran:
+            ran.append(import_dataset)
+            import_dataset(settings, folder, "twofold", shots=2, seed=5)
+
+    monkeypatch.setattr(datasets, "_write_parts", overtaken)
+    with pytest.raises(DataError, match="another import of that name has ended"):
+        import_dataset(settings, folder, "twofold", shots=3, seed=7)
+    index = load_index(settings, "twofold")
+    assert (index.shots, index.seed) == (2, 5)
+    check_snapshot(settings, index)
+
+
 def test_an_import_killed_before_its_index_leaves_the_old_data_set_readable(
     settings, folder, monkeypatch
 ):
