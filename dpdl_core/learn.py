@@ -23,7 +23,7 @@ from dpdl_core.config import (
 from dpdl_core.heads import AnomalyHead, NormalHead, ResidualHead, top_count, top_mean
 from dpdl_core.losses import anomaly_head_loss, normal_head_loss, residual_head_loss
 from dpdl_core.observe import Features
-from dpdl_core.parts import Energies, PatchEnergy, quadrant_columns
+from dpdl_core.parts import Energies, PatchEnergy, pooled_width
 
 _HIDDEN = 256
 """Hidden units of each network whose mean M_n is."""
@@ -288,8 +288,7 @@ class Parts(nn.Module):
         self.energies = energies
         self.heads = blank_heads(config, channels)
         # Directions towards the seen anomalies, as weights on pool()'s columns.
-        quadrants = quadrant_columns(channels, quartered_stages(config))
-        dims = 2 * sum(channels) + sum(len(columns) for columns in quadrants.values())
+        dims = pooled_width(channels, quartered_stages(config))
         self.directions = [f"seen {space}" for space in direction_spaces(config)]
         self.register_buffer("seen", torch.zeros(len(self.directions), dims))
 

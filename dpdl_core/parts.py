@@ -62,6 +62,11 @@ def quadrant_columns(channels: list[int], quartered: Iterable[int]) -> dict[int,
     return columns
 
 
+def pooled_width(channels: list[int], quartered: Iterable[int]) -> int:
+    """pool()'s P."""
+    return 2 * sum(channels) + sum(map(len, quadrant_columns(channels, quartered).values()))
+
+
 def _in_quarters(stages: Sized, quartered: Iterable[int]) -> list[int]:
     last = len(stages) - 1
     return [last, *(stage for stage in quartered if stage != last)]

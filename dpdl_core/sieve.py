@@ -17,11 +17,12 @@ from scipy.stats import betabinom
 from torch import Tensor
 
 from dpdl_core import distributed
-from dpdl_core.config import DpdlConfig
+from dpdl_core.config import DpdlConfig, quartered_stages
 from dpdl_core.features import Trunk
 from dpdl_core.images import ImageSource
 from dpdl_core.model import Dpdl
 from dpdl_core.observe import Features, Normals, check_images, join, keep, thumbnails
+from dpdl_core.parts import pooled_width
 
 LIMIT_QUANTILE = 0.995
 """What model.energy_limit is of the energies of normals that it has not seen (fit.py)."""
@@ -177,8 +178,7 @@ def see(
         small.append(thumbnails(batch[rows]))
         mapped += (at + rows).tolist()
         at += len(batch)
-    dims = 2 * sum(trunk.channels) + 4 * trunk.channels[-1]
-    nothing = Features(torch.zeros(0, dims), [])
+    nothing = Features(torch.zeros(0, pooled_width(trunk.channels, quartered_stages(config))), [])
     return Seen(
         torch.cat([nothing.pooled, *pooled]),
         torch.tensor(mapped, dtype=torch.long),

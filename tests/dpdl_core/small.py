@@ -13,7 +13,7 @@ def tiny_config(**changes: str) -> DpdlConfig:
         "trunk": "test_efficientnet",
         "weights": "random",
         "image_size": str(SIZE),
-        "pooled_spaces": "5q,1-5",
+        "pooled_spaces": "5q,1-5,4qe",
         "patch_spaces": "3-5,4s",
         "patch_prototypes": "12",
         "patch_dims": "8",
