@@ -165,8 +165,8 @@ def _sent(frame: OutgoingFrame, at: Any) -> SentFrame:
 def _refused_by(topic: str, frame: OutgoingFrame, error: Exception) -> str:
     if not isinstance(error, SIZE_ERRORS):
         return (
-            f"{frame.source}: the topic {topic} refuses it ({error}): set this machine's clock, or "
-            "give the topic message.timestamp.type=LogAppendTime"
+            f"{frame.source}: the topic {topic} refuses it ({error}): if for its time, set this "
+            "machine's clock, or give the topic message.timestamp.type=LogAppendTime"
         )
     return (
         f"{frame.source}: {len(frame.image)} bytes are more than the topic {topic} takes: raise "

@@ -220,7 +220,8 @@ class ModelStore:
         """Delete a version, unless it is current or rolling back goes through it; whether it went.
 
         It does not exist any more as soon as its manifest is gone, so nobody can begin to move the
-        pointer to it then; and where somebody has done so just before, the manifest comes back.
+        pointer to it then. Where somebody has moved it just before, the manifest comes back; who
+        moves it just after finds none, and puts the pointer back.
         """
         objects = self._objects(name).get(version, {})
         if self._is_led_to(name, version):
@@ -327,7 +328,22 @@ class ModelStore:
                 f"{name}: the current version was {seen} when you looked and is "
                 f"{now.version if now else 'none'} now: look again before you move it"
             ) from None
+        try:
+            self.manifest(name, version)
+        except NotFound:
+            # A prune has taken it since we looked, and looked at the pointer before we moved it.
+            self._put_back(key, expected, etag)
+            raise
         return _pointer(moves, etag)
+
+    def _put_back(self, key: str, before: Pointer | None, etag: str) -> None:
+        with s3_errors(self._s3):
+            if before is None:
+                self._client.remove_object(self._bucket, key)
+            else:
+                moves = [_fields(each) for each in before.moves]
+                data = _json({"format": FORMAT, "moves": moves})
+                conditional_put(self._client, self._bucket, key, data, if_match=etag)
 
     @staticmethod
     def _key(name: str, version: str, file: str) -> str:

@@ -43,6 +43,7 @@ from pipelines.dataset_index import (
     Progress,
     Split,
     check_name,
+    check_snapshot,
     list_objects,
     load_index,
 )
@@ -177,6 +178,8 @@ def import_dataset(
     with s3_errors(settings.s3):
         for key in before - kept:
             client.remove_object(settings.s3.data_bucket, key)
+    # Parts are named by content: another import may have taken one that this has just written.
+    check_snapshot(settings, index)
     return ImportReport(
         name=name,
         licence=index.licence,

@@ -53,8 +53,8 @@ class Lasting:
     defects: npt.NDArray[np.bool_]
     normals: npt.NDArray[np.bool_]
     """Old, then new."""
-    name: str
-    """The same for the same images alone."""
+    name: int
+    """The same for the same images alone; a number, as all that a gate records."""
 
 
 @dataclass(frozen=True)

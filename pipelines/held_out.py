@@ -201,7 +201,7 @@ class HeldOut:
         return Lasting(
             np.array(imported, bool),
             np.arange(normals) < calibration.num_images,
-            hashlib.sha256(repr(digests).encode()).hexdigest()[:12],
+            int(hashlib.sha256(repr(digests).encode()).hexdigest()[:12], 16),
         )
 
     def score(self, version: str, model: Any) -> Held:

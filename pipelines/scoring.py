@@ -121,8 +121,10 @@ def calibrate(
     """
     if not len(scores):
         raise ValueError("no held-out normals: a threshold needs some")
-    of = np.array(_by_camera(cameras, moments or list(map(str, range(len(scores))))))
-    count = len(set(of))
+    # As numbers: each camera is held against all others, and names take long to sort.
+    named = _by_camera(cameras, moments or list(map(str, range(len(scores)))))
+    of = np.unique(named, return_inverse=True)[1]
+    count = len(set(of.tolist()))
     lowest = 1 / (count + 1)
     notes = []
     if lowest > false_alarm_rate * (1 + 1e-9):
@@ -137,7 +139,7 @@ def calibrate(
     rows = {camera: names == camera for camera in sorted(set(cameras) - {""})}
     others = ~_unlike(scores, of, rows, false_alarm_rate)
     default = conformal_threshold(scores[others], false_alarm_rate, of[others])
-    num_moments = {camera: len(set(of[mine])) for camera, mine in rows.items()}
+    num_moments = {camera: len(set(of[mine].tolist())) for camera, mine in rows.items()}
     own = {}
     for camera, mine in rows.items():
         if num_moments[camera] >= needed:
@@ -164,7 +166,7 @@ def _by_camera(cameras: Sequence[str], moments: Sequence[str]) -> list[str]:
 
 def _unlike(
     scores: Scores,
-    moments: npt.NDArray[np.str_],
+    moments: npt.NDArray[np.intp],
     rows: Mapping[str, npt.NDArray[np.bool_]],
     rate: float,
 ) -> npt.NDArray[np.bool_]:

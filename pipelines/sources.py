@@ -155,27 +155,43 @@ def digests(settings: Settings, keys: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def damaged(settings: Settings, keys: Iterable[str]) -> dict[str, str]:
-    """What is wrong with those of some objects whose rows cannot all be read: key -> one line.
+_VERDICTS: dict[tuple[str, str, str], str] = {}
+"""damaged()'s of this process, by bucket, key and ETag; empty for a whole one. A loop that waits
+for more would read them all at every look."""
+
+
+def damaged(settings: Settings, objects: Mapping[str, str]) -> dict[str, str]:
+    """What is wrong with those of some objects, key -> ETag, whose rows cannot all be read: key ->
+    one line.
 
     A footer says nothing of the pages. Memory holds one object: bytes that are here are damaged
     where they do not parse, and an S3 that is away is not.
     """
-    filesystem = make_filesystem(settings)
+    filesystem, bucket = make_filesystem(settings), settings.s3.data_bucket
     found = {}
-    for key in keys:
-        with s3_errors(settings.s3), _found(filesystem, settings, key) as stored:
-            data = stored.read()
-        try:
-            for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(DECODE_BATCH):
-                batch.validate(full=True)  # UTF-8, too
-        except (pa.ArrowException, OSError) as error:
-            what = " ".join(str(error).split())
-            found[key] = (
-                f"s3://{settings.s3.data_bucket}/{key} is damaged ({what}): remove it, and bring "
-                "its images by `dpdl data add`"
-            )
+    for key, etag in objects.items():
+        verdict = _VERDICTS.get((bucket, key, etag))
+        if verdict is None:
+            try:
+                with s3_errors(settings.s3), _found(filesystem, settings, key) as stored:
+                    verdict = _damage(stored.read(), f"s3://{bucket}/{key}")
+            except NotFound:
+                found[key] = f"s3://{bucket}/{key} went while it was looked at"
+                continue
+            _VERDICTS[bucket, key, etag] = verdict
+        if verdict:
+            found[key] = verdict
     return found
+
+
+def _damage(data: bytes, name: str) -> str:
+    try:
+        for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(DECODE_BATCH):
+            batch.validate(full=True)  # UTF-8, too
+    except (pa.ArrowException, OSError) as error:
+        what = " ".join(str(error).split())
+        return f"{name} is damaged ({what}): remove it, and bring its images by `dpdl data add`"
+    return ""
 
 
 def answered_by(settings: Settings, keys: Iterable[str]) -> dict[str, str]:

@@ -147,17 +147,19 @@ class WorkerKeeper:
         """Objects that have not joined, if they hold enough rows together, and the rows of them
         that are known. One that cannot be read, or not to its end, is left: a refresh names it."""
         name, joined = self.data["dataset"], self.data["incoming"]
-        new, rows = {}, 0
+        new: dict[str, str] = {}
+        rows: dict[str, int] = {}
         for found in incoming(self._settings, name):
             if found.key not in joined:
                 with contextlib.suppress(DataError):
-                    rows += sum(group.rows for group in row_groups(self._settings, [found.key]))
+                    groups = row_groups(self._settings, [found.key])
+                    rows[found.key] = sum(group.rows for group in groups)
                     new[found.key] = found.etag
-        if rows < at_least:
+        if sum(rows.values()) < at_least:
             return {}
         for key in damaged(self._settings, new):
-            del new[key]
-        if not new:
+            del new[key], rows[key]
+        if not new or sum(rows.values()) < at_least:
             return {}
         index = load_index(self._settings, name)
         again = repeated(self._settings, index, used=joined, new=new)

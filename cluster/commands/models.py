@@ -89,7 +89,7 @@ def _lines(shown: dict[str, Any]) -> Iterator[tuple[str, str]]:
         gate = shown["decision"]
         yield "gate", f"{gate['decision']} {_local(gate['at'])}: {gate['why']}"
         for name, value in sorted(gate["numbers"].items()):
-            yield f"  {name}", value if isinstance(value, str) else f"{value:.4g}"
+            yield f"  {name}", f"{value:.4g}"
     found = shown["thresholds"]
     normals = f"from {found['calibration_normals']} held-out normals"
     yield "threshold", f"{found['default']:.4g} at {found['false_alarm_rate']:.3g}, {normals}"

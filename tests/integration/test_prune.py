@@ -6,10 +6,10 @@ from datetime import timedelta
 import pytest
 from minio import Minio
 
-from infra import decisions
+from infra import decisions, model_store
 from infra.errors import NotFound
 from infra.model_store import ModelStore
-from infra.s3_client import ensure_buckets, make_minio
+from infra.s3_client import conditional_put, ensure_buckets, make_minio
 from pipelines import registry
 from pipelines.registry import Registry
 from pipelines.run_record import list_runs
@@ -126,6 +126,27 @@ def test_what_is_promoted_while_it_goes_stays(settings, store, monkeypatch):
         assert Registry(settings, "lines").prune(keep=0) == ("held-2",)
     assert store.current("lines").version == "held-1"
     assert store.fetch("lines", "held-1") == {"a": b"held-1"}
+
+
+def test_what_goes_while_it_is_promoted_is_not_current(settings, store, monkeypatch):
+    """After its manifest was read, before the pointer moves."""
+    put(settings, store, "held-1", "held")
+    put(settings, store, "v-1", "promoted")
+
+    def prune_and_put(*args, **kwargs):
+        patch.undo()
+        assert store.remove_version("lines", "held-1")
+        return conditional_put(*args, **kwargs)
+
+    for before in (None, "v-1"):
+        put(settings, store, "held-1", "held")
+        expected = before and store.move_pointer("lines", before, None, by="test", why="")
+        with monkeypatch.context() as patch:
+            patch.setattr(model_store, "conditional_put", prune_and_put)
+            with pytest.raises(NotFound):
+                store.move_pointer("lines", "held-1", expected or None, by="somebody", why="")
+        current = store.current("lines")
+        assert (current.version if current else None) == before
 
 
 def test_a_version_whose_removal_was_cut_off_does_not_exist(settings, store, monkeypatch):

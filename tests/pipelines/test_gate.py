@@ -16,15 +16,13 @@ def by(threshold, rate=0.05):
     return {"default": threshold, "cameras": {}, "false_alarm_rate": rate}
 
 
-def imported(held, name="import-1"):
+def imported(held, name=1):
     """All defects and old normals."""
     normals = np.arange(len(held.old_normals) + len(held.new_normals)) < len(held.old_normals)
     return Lasting(np.ones(len(held.defects), bool), normals, name)
 
 
-def verdict(
-    current, candidate, *, threshold=2.0, own=None, best=None, limits=None, name="import-1"
-):
+def verdict(current, candidate, *, threshold=2.0, own=None, best=None, limits=None, name=1):
     """own: thresholds of a training, which has not seen the new normals."""
     return judge(
         current,
@@ -220,7 +218,7 @@ def test_what_a_line_has_lost_is_added_up_on_the_same_images_alone():
     them. That the candidate ranks two more of them above the defects is no loss of the line's."""
     easy, hard = normals(900), normals(100, seed=1, shift=9.0)
     current, sound = Held(np.full(10, 9.0), easy, hard), Held(np.full(10, 9.0), easy, hard + 0.05)
-    best = {"auroc_best": 1.0, "auroc_best_on": "import-1"}
+    best = {"auroc_best": 1.0, "auroc_best_on": 1}
     got = verdict(current, sound, best=best)
     assert got.numbers["auroc_candidate"] < got.numbers["auroc_current"] < 0.96
     assert got.numbers["auroc_best"] == 1.0
@@ -230,7 +228,7 @@ def test_what_a_line_has_lost_is_added_up_on_the_same_images_alone():
     slightly = Held(np.full(10, 1.48), easy, hard)
     held = verdict(worse, slightly, best=best, threshold=1.0, own=by(1.0))
     assert held.reasons == ["AUROC falls further below the 1.000 that there was"]
-    anew = verdict(worse, slightly, best=best, threshold=1.0, own=by(1.0), name="import-2")
+    anew = verdict(worse, slightly, best=best, threshold=1.0, own=by(1.0), name=2)
     assert anew.promote, anew.why
     assert anew.numbers["auroc_best"] < 0.95
-    assert anew.numbers["auroc_best_on"] == "import-2"
+    assert anew.numbers["auroc_best_on"] == 2
