@@ -45,7 +45,7 @@ class Features:
 
 
 MAX_POOLED = 1 << 16
-"""Normals whose pooled features are kept on every rank, 720 MB of Lite0's: forty for each
+"""Normals whose pooled features are kept on every rank, 860 MB of Lite0's: forty for each
 dimension of the largest covariance."""
 
 

@@ -63,7 +63,7 @@ def consider(
     else:
         if held_out is None:
             current = store.manifest(name, pointer.version)
-            each = each_camera(current["false_alarm_rate"])
+            each = each_camera(manifest["false_alarm_rate"])
             held_out = HeldOut(settings, manifest["data"], current["data"], each=each)
         best: Mapping[str, Any] = {}
         if manifest["parent"]:  # a training begins a line of its own
