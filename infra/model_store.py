@@ -308,7 +308,7 @@ class ModelStore:
         nonce = secrets.token_hex(8)
         move = Move(version=version, at=_now(), by=by, why=why, nonce=nonce, back=back)
         moves = (*(expected.moves if expected else ()), move)[-MOVES_KEPT:]
-        data = _json({"format": FORMAT, "moves": [_fields(each) for each in moves]})
+        data = _pointer_file(moves)
         key = f"{name}/current.json"
         try:
             with s3_errors(self._s3):
@@ -341,13 +341,16 @@ class ModelStore:
             if before is None:
                 self._client.remove_object(self._bucket, key)
             else:
-                moves = [_fields(each) for each in before.moves]
-                data = _json({"format": FORMAT, "moves": moves})
+                data = _pointer_file(before.moves)
                 conditional_put(self._client, self._bucket, key, data, if_match=etag)
 
     @staticmethod
     def _key(name: str, version: str, file: str) -> str:
         return f"{name}/versions/{version}/{file}"
+
+
+def _pointer_file(moves: Sequence[Move]) -> bytes:
+    return _json({"format": FORMAT, "moves": [_fields(each) for each in moves]})
 
 
 def way_back(moves: Sequence[Move]) -> list[str]:
